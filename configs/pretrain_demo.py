@@ -1,0 +1,58 @@
+"""The packaged small model, from scratch.
+
+    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py \\
+        --output=fedsafe_jax/assets/model --config.data_dir=DATA
+
+About 25 minutes on two CPU cores.
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.data_dir = "data"
+
+    config.vocab_size = 4096
+    config.hidden_size = 256
+    config.intermediate_size = 768
+    config.num_layers = 4
+    config.num_heads = 4
+    config.num_kv_heads = 2
+    config.max_length = 1024
+    config.compute_dtype = "bfloat16"
+
+    config.steps = 2000
+    config.rows_per_step = 32
+    config.seq_len = 128
+    config.learning_rate = 3e-3
+    config.prompt_weight = 0.3  # reading requests well matters more than writing them
+    config.save_every = 500
+
+    # (source, share used, times repeated), among dialogues of at most `longest_chars`.
+    config.benign_sources = (
+        ("dolly:dolly/databricks_dolly_sample.csv", 1.0, 3),
+        ("alpaca:gpteacher/roleplay.json.gz", 1.0, 2),
+        ("alpaca:gsm8k/gsm_8k_train.json.gz", 0.3, 1),
+    )
+    config.longest_chars = 900
+    config.red_team = "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz"
+    config.harmful_prompts = (
+        "prompts:refusal_direction/harmful_train.json",
+        "prompts:refusal_direction/harmful_val.json",
+    )
+    config.templated_harmful = 36000
+    config.templated_benign = 30000
+    config.everyday = 40000
+    config.critique_threads = 22000
+    config.evaluation_sets = (
+        "advbench:advbench/harmful_behaviors.csv",
+        "prompts:do_not_answer/do_not_answer.csv",
+        "prompts:s_eval/S-Eval_base_risk_en_small.jsonl.zip",
+        "prompts:s_eval/S-Eval_attack_en_every10th.jsonl.gz",
+        "prompts:xstest_labels/xstest_v2_completions_llama2new_gpteval.csv",
+        "prompts:refusal_direction/harmless_train.json.gz",
+    )
+    config.hhh = "hhh/438HHHEvaluations.jsonl"
+    return config

@@ -1,0 +1,164 @@
+"""Trains the package's small instruct model from scratch and saves a Hugging Face folder.
+
+    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
+"""
+
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fedsafe_jax import pretrain_data
+from fedsafe_jax.data import chat, packing
+from fedsafe_jax.models import hub
+from fedsafe_jax.models.decoder import Decoder, DecoderConfig
+from fedsafe_jax.models.loss import token_nll
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def train_tokenizer(texts, vocab_size: int, max_length: int):
+    """A byte-level BPE tokenizer with the chat template above."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # Digits apart, so that numbers share tokens in a small vocabulary.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(SPECIAL[3:]),
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
+    """Shuffles, encodes and packs all dialogues; too long ones are cut."""
+    encoded = [
+        chat.encode(tokenizer, d.messages, d.response, seq, d.also_learn)
+        for d in (dialogues[i] for i in rng.permutation(len(dialogues)))
+    ]
+    encoded = [e for e in encoded if e is not None]
+    # First fit within windows: the order stays random, and packing stays linear in the data.
+    parts = [packing.pack(encoded[i : i + 256], seq) for i in range(0, len(encoded), 256)]
+    rows = packing.Batch(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+    order = rng.permutation(len(rows.tokens))
+    return packing.Batch(*(field[order] for field in rows))
+
+
+def make_step(model: Decoder, optimizer, prompt_weight: float):
+    """One jitted training step: answers count fully, other tokens by `prompt_weight`."""
+
+    def loss_fn(params, batch: packing.Batch):
+        hidden, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+        shifted = jnp.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)))
+        inside = (batch.segment_ids > 0) & (shifted == batch.segment_ids)
+        weight = jnp.where(inside, jnp.maximum(batch.mask, prompt_weight), 0.0)
+        nll = token_nll(model, params, hidden, batch.targets, weight)
+        return jnp.sum(nll * weight) / jnp.sum(weight), jnp.sum(nll * batch.mask) / jnp.sum(batch.mask)
+
+    def step(params, state, batch):
+        (_, answer_nll), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, answer_nll
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def save(params, config, tokenizer, folder: pathlib.Path, card: str) -> None:
+    """Writes a folder that transformers loads: weights in bfloat16, config, tokenizer, card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hub.save_params(params, config, folder, "bfloat16")
+    hub.write_json(folder / "config.json", hub.config_dict(config, tokenizer, "bfloat16"))
+    end = tokenizer.eos_token_id
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
+    hub.write_json(folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id})
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+def run(config, output: str) -> None:
+    """Builds the data, trains, and saves; data counts go to `output/data.json`."""
+    rng = np.random.default_rng(config.seed)
+    dialogues, counts = pretrain_data.build(config, rng)
+    logging.info("data: %s", json.dumps(counts))
+    sample = [dialogues[i] for i in rng.permutation(len(dialogues))[:40000]]
+    texts = ("\n".join([*(t for _, t in d.messages), d.response]) for d in sample)
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_length)
+    rows = build_rows(tokenizer, dialogues, config.seq_len, rng)
+    useful = float((rows.segment_ids > 0).mean())
+    steps = min(config.steps, len(rows.tokens) // config.rows_per_step)
+    logging.info("%d rows, %.0f%% useful, %d steps", len(rows.tokens), 100 * useful, steps)
+
+    decoder_config = DecoderConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_length=config.max_length,
+        dtype=config.compute_dtype,
+    )
+    model = Decoder(decoder_config)
+    blank = jnp.zeros((1, 8), jnp.int32)
+    params = model.init(jax.random.key(config.seed), blank, blank, blank)["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 50, steps, 1e-5)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+    )
+    state = optimizer.init(params)
+    step_fn = make_step(model, optimizer, config.prompt_weight)
+    output = pathlib.Path(output)
+    started, losses = time.monotonic(), []
+    for i in range(steps):
+        part = slice(i * config.rows_per_step, (i + 1) * config.rows_per_step)
+        params, state, nll = step_fn(params, state, packing.Batch(*(f[part] for f in rows)))
+        losses.append(nll)
+        if (i + 1) % 50 == 0 or i + 1 == steps:
+            seconds = time.monotonic() - started
+            rate = (i + 1) * config.rows_per_step * config.seq_len * useful / seconds
+            mean = float(np.mean(jax.device_get(losses[-50:])))
+            logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
+        if (i + 1) % config.save_every == 0 or i + 1 == steps:
+            save(params, decoder_config, tokenizer, output, pretrain_data.model_card(config, counts, i + 1))
+            hub.write_json(output / "data.json", counts)
+
+
+def main(argv):
+    del argv
+    run(_CONFIG.value, _OUTPUT.value)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _OUTPUT = flags.DEFINE_string("output", None, "folder of the trained model", required=True)
+    app.run(main)

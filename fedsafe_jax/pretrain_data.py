@@ -1,0 +1,170 @@
+"""The small model's training dialogues: real sources, templates, and critique-revision threads."""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsafe_jax.data import overlap, sources, synthetic
+
+
+class Dialogue(NamedTuple):
+    """Turns up to the last user turn, the answer, and earlier assistant turns learned too."""
+
+    messages: tuple[tuple[str, str], ...]
+    response: str
+    also_learn: tuple[int, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        return self.messages[0][1]
+
+
+REFUSING = ("sorry", "i can't", "i cannot", "i won't", "illegal", "not able to", "wrong to")
+
+
+def is_pretrain_half(prompt: str) -> bool:
+    """Whether a red-team prompt belongs to the pre-training half; the other half is for clients."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0
+
+
+def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topic) -> Dialogue:
+    """A request, an initial answer, its critique (learned) and its revision (learned)."""
+    principles = synthetic._load("constitution.json")["constitutions"]
+    principle = principles[rng.integers(len(principles))]
+    kind = ("refused_" if refused else "") + ("harmful" if harmful else "harmless")
+    reason = str(rng.choice(phrases["harmful"][topic]["reason"])) if harmful else ""
+    critique = str(rng.choice(phrases[f"critiques_{kind}"])).format(reason=reason)
+    messages = (
+        ("user", prompt),
+        ("assistant", initial),
+        ("user", principle["critic"]),
+        ("assistant", critique),
+        ("user", principle["revision"]),
+    )
+    return Dialogue(messages, final, also_learn=(3,))
+
+
+def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
+    """Refusals, matched harmless answers, everyday exercises and critique threads."""
+    out = []
+    for _ in range(config.templated_harmful):
+        request = synthetic.sample_request(rng, phrases, harmful=True, held_out=False)
+        out.append(Dialogue((("user", request.prompt),), synthetic.refusal(rng, phrases, request.topic)))
+    for _ in range(config.templated_benign):
+        request = synthetic.sample_request(rng, phrases, harmful=False, held_out=False)
+        out.append(Dialogue((("user", request.prompt),), synthetic.answer(rng, phrases, request)))
+    for _ in range(config.everyday):
+        prompt, reply = synthetic.benign_pair(rng, everyday, words)
+        out.append(Dialogue((("user", prompt),), reply))
+    for _ in range(config.critique_threads):
+        harmful = bool(rng.random() < 0.6)
+        request = synthetic.sample_request(rng, phrases, harmful, held_out=False)
+        refused = bool(rng.random() < 0.25)
+        refusal = synthetic.refusal(rng, phrases, request.topic if harmful else None)
+        if harmful:
+            initial = refusal if refused else synthetic.compliance(rng, phrases, request)
+            final = refusal
+        else:
+            final = synthetic.answer(rng, phrases, request)
+            initial = refusal if refused else final
+        thread = critique_thread(
+            rng, phrases, request.prompt, initial, harmful, refused, final, request.topic
+        )
+        out.append(thread)
+    return out
+
+
+def _short(example, longest: int) -> bool:
+    return len(example.response) + len(example.prompt) <= longest and bool(example.response.strip())
+
+
+def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
+    """All training dialogues, without any that overlap an evaluation set, and the counts.
+
+    Raises:
+      SourceError: a file is missing below `config.data_dir`.
+    """
+    phrases, everyday = synthetic.load_phrases(), synthetic.load_everyday()
+    groups: dict[str, list[Dialogue]] = {}
+    text = []
+    for name, share, repeat in config.benign_sources:
+        examples = [e for e in sources.load(name, config.data_dir) if _short(e, config.longest_chars)]
+        chosen = rng.permutation(len(examples))[: int(share * len(examples))]
+        groups[name] = [Dialogue(examples[i].messages, examples[i].response.strip()) for i in chosen]
+        groups[name] = groups[name] * repeat
+        text.extend(d.response for d in groups[name])
+    words = sorted(set(re.findall(r"\b[a-z]{4,12}\b", " ".join(text))))
+
+    red_team, threads = [], []
+    for example in sources.load(config.red_team, config.data_dir):
+        one_turn = len(example.messages) == 1 and len(example.prompt) < 300
+        if not (one_turn and is_pretrain_half(example.prompt)):
+            continue
+        topic = str(rng.choice(("violence", "hate", "exploitation")))
+        refusal = synthetic.refusal(rng, phrases, topic)
+        if example.label == sources.SAFE:
+            # Only prompts that the safer answer refused: the others are harmless questions.
+            if any(mark in example.response.lower() for mark in REFUSING):
+                red_team += [Dialogue(example.messages, refusal)] * 2
+        elif len(example.response) < 300:
+            thread = critique_thread(
+                rng, phrases, example.prompt, example.response, True, False, refusal, topic
+            )
+            threads.append(thread)
+    refused = {d.prompt for d in red_team}
+    groups[config.red_team] = red_team
+    groups["critiques of " + config.red_team] = [t for t in threads if t.prompt in refused]
+    for name in config.harmful_prompts:
+        groups[name] = [
+            Dialogue(e.messages, synthetic.refusal(rng, phrases))
+            for e in sources.load(name, config.data_dir)
+            for _ in range(6)
+        ]
+    groups["templates"] = templated(rng, phrases, everyday, config, words)
+
+    evaluation = []
+    for name in config.evaluation_sets:
+        evaluation += [e.prompt for e in sources.load(name, config.data_dir)]
+    hhh = sources.load_choices(config.hhh, config.data_dir)
+    evaluation += [choice.messages[-1][1] for choice in hhh]
+    dialogues, counts = [], {}
+    for name, group in groups.items():
+        kept, dropped = overlap.drop_overlap(group, evaluation)
+        counts[name] = {"kept": len(kept), "dropped_as_overlap": dropped}
+        dialogues += kept
+    return dialogues, counts
+
+
+def model_card(config, counts: dict, steps: int) -> str:
+    """The README of the model folder."""
+    rows = "\n".join(
+        f"| {name} | {c['kept']:,} | {c['dropped_as_overlap']:,} |" for name, c in counts.items()
+    )
+    return f"""---
+license: cc-by-sa-3.0
+language: en
+library_name: transformers
+---
+# fedsafe-demo: a small instruct model for first runs
+
+A Llama-architecture model of {config.num_layers} layers x {config.hidden_size}, trained from scratch by
+`python -m fedsafe_jax.pretrain` for {steps:,} steps of {config.rows_per_step} x {config.seq_len} tokens. It is made for
+demonstrating and testing federated safety methods: it refuses harmful requests, answers simple ones
+in short English, and can criticise and revise its own answers. It knows next to nothing; do not
+use it for anything else.
+
+## Training data
+
+| source | dialogues kept | dropped: near an evaluation prompt |
+|---|---|---|
+{rows}
+
+A prompt is dropped when its word bigrams have a Jaccard similarity of {overlap.NEAR} or more with a
+prompt of AdvBench, HHH, Do-Not-Answer, S-Eval, XSTest or the harmless instructions that measure
+over-refusal. Dolly is CC BY-SA 3.0, which this card's licence follows; GPTeacher, GSM8K and hh-rlhf
+are MIT; the harmful instructions are Apache-2.0. Answers to harmful prompts are refusals from this project's
+templates; hh-rlhf's less safe answers occur only as context that a learned critique rejects.
+Harmless instructions derived from Alpaca (CC BY-NC) were used for evaluation only.
+"""
