@@ -32,12 +32,12 @@ def get_config():
 
     # (source, share used, times repeated), among dialogues of at most `longest_chars`.
     config.benign_sources = (
-        ("dolly:dolly/databricks_dolly_sample.csv", 1.0, 3),
-        ("alpaca:gpteacher/roleplay.json.gz", 1.0, 2),
-        ("alpaca:gsm8k/gsm_8k_train.json.gz", 0.3, 1),
+        ("dolly:dolly/databricks_dolly_sample.csv#train", 1.0, 3),
+        ("alpaca:gpteacher/roleplay.json.gz#train", 1.0, 2),
+        ("alpaca:gsm8k/gsm_8k_train.json.gz#train", 0.3, 1),
     )
     config.longest_chars = 900
-    config.red_team = "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz"
+    config.red_team = "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#server"
     config.harmful_prompts = (
         "prompts:refusal_direction/harmful_train.json",
         "prompts:refusal_direction/harmful_val.json",

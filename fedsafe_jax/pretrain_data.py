@@ -1,6 +1,5 @@
 """The small model's training dialogues: real sources, templates, and critique-revision threads."""
 
-import hashlib
 import re
 from typing import NamedTuple
 
@@ -22,11 +21,6 @@ class Dialogue(NamedTuple):
 
 
 REFUSING = ("sorry", "i can't", "i cannot", "i won't", "illegal", "not able to", "wrong to")
-
-
-def is_pretrain_half(prompt: str) -> bool:
-    """Whether a red-team prompt belongs to the pre-training half; the other half is for clients."""
-    return hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0
 
 
 def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topic) -> Dialogue:
@@ -100,7 +94,7 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     red_team, threads = [], []
     for example in sources.load(config.red_team, config.data_dir):
         one_turn = len(example.messages) == 1 and len(example.prompt) < 300
-        if not (one_turn and is_pretrain_half(example.prompt)):
+        if not one_turn:
             continue
         topic = str(rng.choice(("violence", "hate", "exploitation")))
         refusal = synthetic.refusal(rng, phrases, topic)

@@ -2,11 +2,15 @@
 
 A source is written `name:location`, such as `dolly:dolly/databricks_dolly_sample.csv`. A location
 is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip) or, when `data_dir` is
-`hub`, a dataset id that the `datasets` library loads.
+`hub`, a dataset id that the `datasets` library loads. `package/FILE` is a file of the packaged demo
+set. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`: disjoint parts of
+the source by a hash of the prompt, so that no prompt is on two sides.
 """
 
 import csv
 import gzip
+import hashlib
+import importlib.resources
 import io
 import json
 import pathlib
@@ -17,6 +21,12 @@ from typing import NamedTuple
 SAFE, UNSAFE, UNKNOWN = "safe", "unsafe", "unknown"
 # Benchmarks: they may be evaluated on, never trained on.
 EVALUATION_ONLY = ("advbench", "hhh")
+PARTS = {
+    "clients": ("clients",),
+    "server": ("server",),
+    "train": ("clients", "server"),
+    "heldout": ("heldout",),
+}
 
 
 class SourceError(ValueError):
@@ -54,9 +64,13 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     Raises:
       SourceError: the file is missing, empty, of an unknown kind, or a line does not parse.
     """
-    if data_dir == "hub":
+    if location.startswith("package/"):
+        folder = importlib.resources.files("fedsafe_jax") / "assets" / "demo"
+        path = pathlib.Path(str(folder)) / location.removeprefix("package/")
+    elif data_dir == "hub":
         return _hub_rows(location)
-    path = pathlib.Path(data_dir) / location
+    else:
+        path = pathlib.Path(data_dir) / location
     if not path.is_file():
         raise SourceError(
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
@@ -243,13 +257,24 @@ READERS: dict[str, Callable] = {
 }
 
 
-def parse_source(source: str) -> tuple[str, str]:
-    """Splits `name:location`, or raises `SourceError` naming the known readers."""
+def part_of(prompt: str) -> str:
+    """`heldout` (a tenth), `clients` or `server` (the rest by halves), by a hash of the prompt."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    if digest[0] % 10 == 0:
+        return "heldout"
+    return "clients" if digest[1] % 2 else "server"
+
+
+def parse_source(source: str) -> tuple[str, str, str]:
+    """Splits `name:location#part`, or raises `SourceError` naming what is known."""
     name, _, location = source.partition(":")
+    location, _, part = location.partition("#")
     if name not in READERS or not location:
         known = ", ".join(sorted(READERS))
         raise SourceError(f"source '{source}': expected NAME:LOCATION with NAME one of {known}.")
-    return name, location
+    if part and part not in PARTS:
+        raise SourceError(f"source '{source}': part '#{part}' is not one of {sorted(PARTS)}.")
+    return name, location, part
 
 
 def load(source: str, data_dir: str) -> list[Example]:
@@ -262,8 +287,10 @@ def load(source: str, data_dir: str) -> list[Example]:
     Raises:
       SourceError: naming the file, the line or the field at fault.
     """
-    name, location = parse_source(source)
+    name, location, part = parse_source(source)
     examples = list(READERS[name](read_rows(location, data_dir)))
+    if part:
+        examples = [e for e in examples if part_of(e.prompt) in PARTS[part]]
     if not examples:
         raise SourceError(f"{location}: the dataset is empty; it needs at least one example.")
     return [example._replace(source=name) for example in examples]
