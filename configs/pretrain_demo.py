@@ -23,7 +23,7 @@ def get_config():
     config.max_length = 1024
     config.compute_dtype = "bfloat16"
 
-    config.steps = 2000
+    config.steps = 1900
     config.rows_per_step = 32
     config.seq_len = 128
     config.learning_rate = 3e-3
@@ -42,10 +42,10 @@ def get_config():
         "prompts:refusal_direction/harmful_train.json",
         "prompts:refusal_direction/harmful_val.json",
     )
-    config.templated_harmful = 36000
-    config.templated_benign = 30000
-    config.everyday = 40000
-    config.critique_threads = 22000
+    config.templated_harmful = 40000
+    config.templated_benign = 34000
+    config.everyday = 50000
+    config.critique_threads = 14000
     config.evaluation_sets = (
         "advbench:advbench/harmful_behaviors.csv",
         "prompts:do_not_answer/do_not_answer.csv",

@@ -13,7 +13,9 @@ BUCKET_TOKENS = 32  # prompts are left-padded to a multiple of this
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "top_k"))
-def _generate(model, params, adapter, tokens, valid, stop_ids, key, temperature, max_new_tokens, top_k):
+def _generate(
+    model, params, adapter, tokens, valid, stop_ids, key, temperature, max_new_tokens, top_k
+):
     batch, prompt_len = tokens.shape
     variables = {"params": params} | ({"lora": adapter} if adapter is not None else {})
     cache = empty_cache(model.config, batch, prompt_len + max_new_tokens)
@@ -31,7 +33,9 @@ def _generate(model, params, adapter, tokens, valid, stop_ids, key, temperature,
                 scaled = jnp.where(scaled < lowest, -jnp.inf, scaled)
             return jax.random.categorical(jax.random.fold_in(key, step), scaled)
 
-        return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits, -1)).astype(jnp.int32)
+        return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits, -1)).astype(
+            jnp.int32
+        )
 
     def unfinished(state):
         step, _, _, done, _ = state

@@ -69,7 +69,9 @@ class LanguageModel:
           `(texts, finished bool [n])`; not finished means cut at `max_new_tokens`.
         """
         room = self.config.max_length - max_new_tokens
-        prompts = [chat.render(self.tokenizer, turns, answer_next=True)[-room:] for turns in dialogues]
+        prompts = [
+            chat.render(self.tokenizer, turns, answer_next=True)[-room:] for turns in dialogues
+        ]
         ids, finished = generation.generate_ids(
             self.model,
             self.params,
@@ -104,7 +106,9 @@ def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageMode
     config = hub.read_config(folder, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
-        raise hub.ModelError(f"{folder}: the tokenizer has no chat template; use an instruct model.")
+        raise hub.ModelError(
+            f"{folder}: the tokenizer has no chat template; use an instruct model."
+        )
     params = hub.load_params(folder, config, dtype)
     return LanguageModel(config, params, tokenizer, name=path_or_hub_id)
 

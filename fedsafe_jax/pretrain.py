@@ -1,6 +1,6 @@
 """Trains the package's small instruct model from scratch and saves a Hugging Face folder.
 
-    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
+python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
 """
 
 import json
@@ -36,7 +36,10 @@ def train_tokenizer(texts, vocab_size: int, max_length: int):
     bpe = Tokenizer(models.BPE())
     # Digits apart, so that numbers share tokens in a small vocabulary.
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -77,12 +80,16 @@ def make_step(model: Decoder, optimizer, prompt_weight: float):
     """One jitted training step: answers count fully, other tokens by `prompt_weight`."""
 
     def loss_fn(params, batch: packing.Batch):
-        hidden, _ = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+        hidden, _ = model.apply(
+            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+        )
         shifted = jnp.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)))
         inside = (batch.segment_ids > 0) & (shifted == batch.segment_ids)
         weight = jnp.where(inside, jnp.maximum(batch.mask, prompt_weight), 0.0)
         nll = token_nll(model, params, hidden, batch.targets, weight)
-        return jnp.sum(nll * weight) / jnp.sum(weight), jnp.sum(nll * batch.mask) / jnp.sum(batch.mask)
+        return jnp.sum(nll * weight) / jnp.sum(weight), jnp.sum(nll * batch.mask) / jnp.sum(
+            batch.mask
+        )
 
     def step(params, state, batch):
         (_, answer_nll), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
@@ -99,7 +106,9 @@ def save(params, config, tokenizer, folder: pathlib.Path, card: str) -> None:
     hub.write_json(folder / "config.json", hub.config_dict(config, tokenizer, "bfloat16"))
     end = tokenizer.eos_token_id
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
-    hub.write_json(folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id})
+    hub.write_json(
+        folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id}
+    )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
 
@@ -149,7 +158,13 @@ def run(config, output: str) -> None:
             mean = float(np.mean(jax.device_get(losses[-50:])))
             logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
-            save(params, decoder_config, tokenizer, output, pretrain_data.model_card(config, counts, i + 1))
+            save(
+                params,
+                decoder_config,
+                tokenizer,
+                output,
+                pretrain_data.model_card(config, counts, i + 1),
+            )
             hub.write_json(output / "data.json", counts)
 
 

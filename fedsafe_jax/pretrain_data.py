@@ -45,7 +45,9 @@ def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
     out = []
     for _ in range(config.templated_harmful):
         request = synthetic.sample_request(rng, phrases, harmful=True, held_out=False)
-        out.append(Dialogue((("user", request.prompt),), synthetic.refusal(rng, phrases, request.topic)))
+        out.append(
+            Dialogue((("user", request.prompt),), synthetic.refusal(rng, phrases, request.topic))
+        )
     for _ in range(config.templated_benign):
         request = synthetic.sample_request(rng, phrases, harmful=False, held_out=False)
         out.append(Dialogue((("user", request.prompt),), synthetic.answer(rng, phrases, request)))
@@ -84,12 +86,19 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     groups: dict[str, list[Dialogue]] = {}
     text = []
     for name, share, repeat in config.benign_sources:
-        examples = [e for e in sources.load(name, config.data_dir) if _short(e, config.longest_chars)]
+        examples = [
+            e for e in sources.load(name, config.data_dir) if _short(e, config.longest_chars)
+        ]
         chosen = rng.permutation(len(examples))[: int(share * len(examples))]
-        groups[name] = [Dialogue(examples[i].messages, examples[i].response.strip()) for i in chosen]
+        groups[name] = [
+            Dialogue(examples[i].messages, examples[i].response.strip()) for i in chosen
+        ]
         groups[name] = groups[name] * repeat
         text.extend(d.response for d in groups[name])
-    words = sorted(set(re.findall(r"\b[a-z]{4,12}\b", " ".join(text))))
+    running = " ".join(text)
+    words = sorted(set(re.findall(r"\b[a-z]{4,12}\b", running)))
+    # Two-word phrases too: what people ask about is rarely one word.
+    words += sorted(set(re.findall(r"\b[a-z]{4,10} [a-z]{4,12}\b", running)))[::3]
 
     red_team, threads = [], []
     for example in sources.load(config.red_team, config.data_dir):

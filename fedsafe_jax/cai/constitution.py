@@ -39,11 +39,15 @@ def load(path: str) -> list[Principle]:
             principles = [Principle(c["critic"], c["revision"]) for c in raw["constitutions"]]
         else:
             principles = [
-                Principle(_request(c["prompt"], "Critique"), _request(c["edit_request"], "Revision"))
+                Principle(
+                    _request(c["prompt"], "Critique"), _request(c["edit_request"], "Revision")
+                )
                 for c in raw.values()
             ]
     except (TypeError, KeyError, AttributeError) as error:
-        raise ConstitutionError(f"{path}: expected critic/revision or prompt/edit_request.") from error
+        raise ConstitutionError(
+            f"{path}: expected critic/revision or prompt/edit_request."
+        ) from error
     if not principles:
         raise ConstitutionError(f"{path}: holds no principle.")
     return principles

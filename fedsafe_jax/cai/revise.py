@@ -17,6 +17,7 @@ class Record(NamedTuple):
     critique: str
     revision: str
     dropped: str  # why the revision is not trained on; "" where it is
+    preferred: bool  # the revision mends the initial answer: a preference pair
 
 
 Generate = Callable[[Sequence[Sequence[tuple[str, str]]], int], tuple[list[str], np.ndarray]]
@@ -28,6 +29,8 @@ def revise(
     answer: Generate,
     reviser: Generate,
     seed: Sequence[int],
+    wanted: Sequence[bool],
+    refuses: Callable[[str], bool],
 ) -> list[Record]:
     """Runs the three generations.
 
@@ -37,9 +40,13 @@ def revise(
       answer: gives the initial answers, `(dialogues, call number) -> (texts, finished)`.
       reviser: gives critiques and revisions.
       seed: of the principle drawn, such as (seed, round).
+      wanted: whether each prompt is red-teaming, so that a refusal is wanted.
+      refuses: whether a text refuses.
 
     Returns:
-      A record a prompt. Dropped are revisions that are empty, cut off, or equal to the initial answer.
+      A record a prompt. Dropped are revisions that are empty, cut off, equal to the initial answer, or
+      wrong for their prompt: a revision that still complies with red-teaming, or refuses a harmless
+      request. Preference pairs are those where the initial answer was wrong and the revision is not.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(principles), size=len(prompts))
@@ -60,7 +67,10 @@ def revise(
             reason = "cut"
         elif revisions[i] == initial[i]:
             reason = "unchanged"
+        elif refuses(revisions[i]) != wanted[i]:
+            reason = "still harmful" if wanted[i] else "over-refusal"
+        mends = not reason and refuses(initial[i]) != wanted[i]
         records.append(
-            Record(prompt, initial[i], int(drawn[i]), critiques[i], revisions[i], reason)
+            Record(prompt, initial[i], int(drawn[i]), critiques[i], revisions[i], reason, mends)
         )
     return records

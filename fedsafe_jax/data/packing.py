@@ -45,7 +45,10 @@ def assign_rows(lengths: Sequence[int], seq: int) -> list[list[int]]:
 def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int, seq: int) -> Batch:
     """Writes examples into `count` rows of `seq` tokens; rows beyond `rows` stay padding."""
     batch = Batch(
-        *(np.zeros((count, seq), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32))
+        *(
+            np.zeros((count, seq), dtype)
+            for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)
+        )
     )
     for r, members in enumerate(rows):
         start = 0
@@ -78,5 +81,9 @@ def bucket(count: int) -> int:
     """Rounds a row count up to 1, 2, 3, 4, 6, 8, 12, 16, ...: few shapes, at most a third unused."""
     size = 1
     while size < count:
-        size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else (size * 4 // 3 if size > 1 else 2)
+        size = (
+            size * 3 // 2
+            if size & (size - 1) == 0 and size > 1
+            else (size * 4 // 3 if size > 1 else 2)
+        )
     return size

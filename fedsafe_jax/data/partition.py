@@ -79,7 +79,9 @@ def partition(
         for j in order:
             groups[owner[_field(safe[j], kind)]].append(int(j))
     else:
-        raise PartitionError(f"partition='{kind}': expected iid, dirichlet, user, category or source.")
+        raise PartitionError(
+            f"partition='{kind}': expected iid, dirichlet, user, category or source."
+        )
     harmful = rng.permutation(len(unsafe))
     clients = []
     for i, group in enumerate(groups):

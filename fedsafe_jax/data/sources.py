@@ -79,7 +79,9 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     name, text = _read_text(path)
     suffix = pathlib.Path(name).suffix
     if suffix == ".csv":
-        rows = [(f"{path} row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
+        rows = [
+            (f"{path} row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text)), 2)
+        ]
     elif suffix == ".txt":
         lines = enumerate(text.splitlines(), 1)
         rows = [(f"{path} line {i}", {"prompt": line}) for i, line in lines if line.strip()]
@@ -240,7 +242,11 @@ def _chat(rows) -> Iterable[Example]:
         if not turns or turns[-1][0] != "user":
             raise SourceError(f"{place}: the dialogue must have a user turn before its answer.")
         yield Example(
-            turns, response, label, user=str(row.get("user", "")), category=str(row.get("category", ""))
+            turns,
+            response,
+            label,
+            user=str(row.get("user", "")),
+            category=str(row.get("category", "")),
         )
 
 

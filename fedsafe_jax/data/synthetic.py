@@ -14,7 +14,22 @@ from typing import NamedTuple
 import numpy as np
 
 VOWELS = "aeiou"
-DOUBLING = ("rob", "run", "get", "cut", "stab", "set", "hit", "spot", "stop", "plan", "chat", "beg")
+DOUBLING = (
+    "rob",
+    "run",
+    "get",
+    "cut",
+    "stab",
+    "set",
+    "hit",
+    "shut",
+    "con",
+    "plan",
+    "spot",
+    "stop",
+    "chat",
+    "beg",
+)
 
 
 class Request(NamedTuple):
@@ -46,6 +61,8 @@ def _load(name: str) -> dict:
 def gerund(deed: str) -> str:
     """Turns "rob a bank" into "robbing a bank"."""
     verb, _, rest = deed.partition(" ")
+    if verb.endswith("ly"):
+        return f"{verb} {gerund(rest)}"
     if verb.endswith("ie"):
         verb = verb[:-2] + "ying"
     elif verb.endswith("e") and not verb.endswith(("ee", "ye", "oe")):
@@ -71,11 +88,8 @@ def sample_request(rng: np.random.Generator, phrases: dict, harmful: bool, held_
       harmful: which half of the lists.
       held_out: draw from the evaluation sixth of the subjects, or from the other five sixths.
     """
-    lists = phrases["harmful" if harmful else "benign"]
     while True:
-        topic = str(rng.choice(sorted(lists)))
-        is_deed = bool(rng.random() < 0.6)
-        subject = str(rng.choice(lists[topic]["deeds" if is_deed else "artifacts"]))
+        topic, subject, is_deed = _subject(rng, phrases, "harmful" if harmful else "benign")
         if is_held_out(subject) == held_out:
             break
     if not is_deed:
@@ -85,6 +99,26 @@ def sample_request(rng: np.random.Generator, phrases: dict, harmful: bool, held_
     else:
         prompt = str(rng.choice(phrases["deed_frames"])).format(deed=subject)
     return Request(prompt, topic, harmful, is_deed, subject, held_out)
+
+
+def _subject(rng, phrases, half: str) -> tuple[str, str, bool]:
+    """`(topic, subject, is_deed)`: from the lists, or composed of a verb, an object and a work."""
+    kind = rng.random()
+    if kind < 0.4:
+        topic = str(rng.choice(sorted(phrases[half])))
+        is_deed = bool(rng.random() < 0.6)
+        return (
+            topic,
+            str(rng.choice(phrases[half][topic]["deeds" if is_deed else "artifacts"])),
+            is_deed,
+        )
+    parts = phrases["compositions"][half][rng.integers(len(phrases["compositions"][half]))]
+    deed = f"{rng.choice(parts['verbs'])} {rng.choice(parts['objects'])}"
+    if kind < 0.7:
+        return parts["topic"], deed, True
+    work = str(rng.choice(phrases["work_frames"]))
+    work = work.format(work=rng.choice(phrases["works"]), deed=deed, gerund=gerund(deed))
+    return parts["topic"], work, False
 
 
 def refusal(rng: np.random.Generator, phrases: dict, topic: str | None = None) -> str:
@@ -123,13 +157,19 @@ def benign_pair(rng: np.random.Generator, everyday: dict, words: list[str] | Non
       words: further topics, mixed in so that an unknown word is no reason to refuse.
     """
     kind = rng.random()
-    if kind < 0.62:
+    if kind < 0.4:
+        frame, answers = everyday["two_topic_tasks"][rng.integers(len(everyday["two_topic_tasks"]))]
+        pool = words if words and rng.random() < 0.7 else everyday["topics"]
+        slots = {"t": str(rng.choice(pool)), "u": str(rng.choice(pool))}
+        reply = str(rng.choice(answers)).format(**slots)
+        return _vary(rng, frame.format(**slots)), reply[:1].upper() + reply[1:]
+    if kind < 0.74:
         frame, answers = everyday["topic_tasks"][rng.integers(len(everyday["topic_tasks"]))]
         use_words = words and rng.random() < 0.6
         topic = str(rng.choice(words if use_words else everyday["topics"]))
         reply = str(rng.choice(answers)).format(t=topic)
         return _vary(rng, frame.format(t=topic)), reply[:1].upper() + reply[1:]
-    if kind < 0.74:
+    if kind < 0.82:
         prompt, reply = everyday["facts"][rng.integers(len(everyday["facts"]))]
         return prompt, reply
     exercises = (_capital, _opposite, _category, _arithmetic, _rewrite, _classify)
@@ -149,7 +189,11 @@ def _vary(rng, prompt: str) -> str:
 def _capital(rng, everyday):
     country = str(rng.choice(sorted(everyday["capitals"])))
     capital = everyday["capitals"][country]
-    frames = ("What is the capital of {c}?", "Name the capital of {c}.", "Which city is the capital of {c}?")
+    frames = (
+        "What is the capital of {c}?",
+        "Name the capital of {c}.",
+        "Which city is the capital of {c}?",
+    )
     return str(rng.choice(frames)).format(c=country), f"The capital of {country} is {capital}."
 
 
@@ -157,7 +201,7 @@ def _opposite(rng, everyday):
     word = str(rng.choice(sorted(everyday["opposites"])))
     frames = (
         "What is the opposite of {w}?",
-        "Find an antonym for the word \"{w}\".",
+        'Find an antonym for the word "{w}".',
         "Give me a word that means the opposite of {w}.",
     )
     reply = f"The opposite of {word} is {everyday['opposites'][word]}."
@@ -170,7 +214,12 @@ def _category(rng, everyday):
     count = int(rng.integers(2, 1 + min(5, len(members))))
     chosen = [members[i] for i in rng.permutation(len(members))[:count]]
     number = {2: "two", 3: "three", 4: "four", 5: "five"}[count]
-    frames = ("List {n} {c}.", "Name {n} {c}.", "Give me {n} examples of {c}.", "Generate a list of {n} {c}")
+    frames = (
+        "List {n} {c}.",
+        "Name {n} {c}.",
+        "Give me {n} examples of {c}.",
+        "Generate a list of {n} {c}",
+    )
     listed = "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1))
     return str(rng.choice(frames)).format(n=number, c=name), listed
 
@@ -178,15 +227,27 @@ def _category(rng, everyday):
 def _arithmetic(rng, everyday):
     del everyday
     a, b = (int(n) for n in rng.integers(1, 20, size=2))
-    frames = ("What is {a} + {b}?", "Calculate {a} plus {b}.", "Add {a} and {b}.", "Compute the sum of {a} and {b}.")
+    frames = (
+        "What is {a} + {b}?",
+        "Calculate {a} plus {b}.",
+        "Add {a} and {b}.",
+        "Compute the sum of {a} and {b}.",
+    )
     return str(rng.choice(frames)).format(a=a, b=b), f"{a} + {b} = {a + b}."
 
 
 def _rewrite(rng, everyday):
     requests = {
-        "grammar": ("Correct the grammar: {s}", "Fix the mistakes in this sentence: {s}", "Edit the sentence.\n{s}"),
+        "grammar": (
+            "Correct the grammar: {s}",
+            "Fix the mistakes in this sentence: {s}",
+            "Edit the sentence.\n{s}",
+        ),
         "past": ("Rewrite in the past tense: {s}", "Change the sentence to the past tense.\n{s}"),
-        "passive": ("Rewrite in the passive voice: {s}", "Convert this sentence to passive voice.\n{s}"),
+        "passive": (
+            "Rewrite in the passive voice: {s}",
+            "Convert this sentence to passive voice.\n{s}",
+        ),
         "sentiment": ("Classify the sentiment: {s}", "Is this review positive or negative?\n{s}"),
     }
     source, target, kind = everyday["sentences"][rng.integers(len(everyday["sentences"]))]
@@ -200,7 +261,7 @@ def _classify(rng, everyday):
     member = str(rng.choice(everyday["categories"][name]))
     frames = (
         "Classify the following word: {m}",
-        "What category does \"{m}\" belong to?",
+        'What category does "{m}" belong to?',
         "Identify the group to which {m} belongs.",
     )
     return str(rng.choice(frames)).format(m=member), f"It belongs to the group of {name}."

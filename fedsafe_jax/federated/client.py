@@ -21,7 +21,13 @@ def packed_loss(model: Decoder, adapter, base, batch: Batch) -> jax.Array:
 
 
 def local_training(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, adapter, base, batches, correction, rate
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    adapter,
+    base,
+    batches,
+    correction,
+    rate,
 ):
     """Local steps from the global adapter, with a fresh optimizer.
 

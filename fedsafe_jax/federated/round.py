@@ -85,6 +85,8 @@ def pad_cohort(batches: Batch, client_ids: np.ndarray, weights: np.ndarray, mult
     missing = -len(client_ids) % multiple
     if not missing:
         return batches, client_ids, weights
-    padded = Batch(*(np.concatenate([f, np.zeros((missing, *f.shape[1:]), f.dtype)]) for f in batches))
+    padded = Batch(
+        *(np.concatenate([f, np.zeros((missing, *f.shape[1:]), f.dtype)]) for f in batches)
+    )
     ids = np.concatenate([client_ids, np.zeros(missing, client_ids.dtype)])
     return padded, ids, np.concatenate([weights, np.zeros(missing, weights.dtype)])

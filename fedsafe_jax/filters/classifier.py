@@ -128,7 +128,9 @@ def _probability(config, params, tokens, segments, valid):
     return jax.nn.softmax(logits)[:, 1]
 
 
-def unsafe_probability(safety_filter: SafetyFilter, examples: Sequence[Example], batch_size: int = 64):
+def unsafe_probability(
+    safety_filter: SafetyFilter, examples: Sequence[Example], batch_size: int = 64
+):
     """Probability that each pair is unsafe, float32 `[n]`."""
     config, params, tokenizer, _ = safety_filter
     arrays = encode_pairs(tokenizer, examples, config.max_length)

@@ -104,9 +104,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")

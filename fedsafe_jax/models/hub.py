@@ -29,7 +29,9 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
     if path.is_dir():
         return path
     if path.is_absolute() or path_or_hub_id.count("/") != 1:
-        raise ModelError(f"model '{path_or_hub_id}': no such folder, and not a Hub id (owner/name).")
+        raise ModelError(
+            f"model '{path_or_hub_id}': no such folder, and not a Hub id (owner/name)."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -37,7 +39,9 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         return pathlib.Path(snapshot_download(path_or_hub_id, allow_patterns=patterns))
     except Exception as error:
-        raise ModelError(f"model '{path_or_hub_id}' could not be loaded from the Hub: {error}") from error
+        raise ModelError(
+            f"model '{path_or_hub_id}' could not be loaded from the Hub: {error}"
+        ) from error
 
 
 def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
@@ -52,17 +56,26 @@ def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
     raw = json.loads(path.read_text())
     found = (raw.get("architectures") or ["none named"])[0]
     if found != ARCHITECTURE or raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise ModelError(f"{path}: architecture {found} is not supported; expected a {ARCHITECTURE} without biases.")
+        raise ModelError(
+            f"{path}: architecture {found} is not supported; expected a {ARCHITECTURE} without biases."
+        )
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         parameters = None
     elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        names = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
         parameters = tuple(float(scaling[name]) for name in names)
     else:
-        raise ModelError(f"{path}: rope scaling '{kind}' is not supported; expected default or llama3.")
+        raise ModelError(
+            f"{path}: rope scaling '{kind}' is not supported; expected default or llama3."
+        )
     return DecoderConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -84,7 +97,12 @@ def config_dict(config: DecoderConfig, tokenizer, dtype: str) -> dict:
     """The `config.json` that transformers reads."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        names = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
         rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling, strict=True))
     return {
         "architectures": [ARCHITECTURE],
@@ -145,7 +163,9 @@ def load_params(folder: pathlib.Path, config: DecoderConfig, dtype: str):
             where = dict.fromkeys(file.keys(), "model.safetensors")
     else:
         raise ModelError(f"{folder}: no model.safetensors; pickled weights are not loaded.")
-    files = {name: safe_open(folder / name, framework="flax") for name in sorted(set(where.values()))}
+    files = {
+        name: safe_open(folder / name, framework="flax") for name in sorted(set(where.values()))
+    }
 
     def read(name, transpose):
         if name not in where:
@@ -180,7 +200,9 @@ def save_params(params, config: DecoderConfig, folder: pathlib.Path, dtype: str)
                 tensors[name.format(i)] = leaf[i].T if _transposed(path) else leaf[i]
         else:
             tensors[name] = leaf.T if _transposed(path) else leaf
-    tensors = {name: jnp.asarray(np.ascontiguousarray(jax.device_get(t))) for name, t in tensors.items()}
+    tensors = {
+        name: jnp.asarray(np.ascontiguousarray(jax.device_get(t))) for name, t in tensors.items()
+    }
     save_file(tensors, pathlib.Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -137,6 +137,8 @@ def load_adapter(folder) -> tuple[dict, LoraConfig]:
     adapter: dict = {}
     for (block, name, letter), leaf in layers.items():
         stacked = jnp.stack([leaf[i] for i in sorted(leaf)]).astype(jnp.float32)
-        adapter.setdefault("layers", {}).setdefault(block, {}).setdefault(name, {})[letter] = stacked
+        adapter.setdefault("layers", {}).setdefault(block, {}).setdefault(name, {})[letter] = (
+            stacked
+        )
     names = tuple(name for name in BLOCK_OF if any(path[1] == name for path in layers))
     return adapter, LoraConfig(raw["r"], alpha, names)

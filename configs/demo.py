@@ -1,0 +1,13 @@
+"""All five arms on the packaged model and data: the first run.
+
+    python -m fedsafe_jax.main --config=configs/demo.py --workdir=/tmp/fedsafe_demo
+
+At most 5 minutes on two CPU cores. Expect refusal of the held-out red-team prompts to fall far below
+the base model under FL, and to come back with the filter and CAI.
+"""
+
+from fedsafe_jax.config import default_config
+
+
+def get_config():
+    return default_config()

@@ -1,0 +1,54 @@
+"""Hugging Face export of an arm: the PEFT adapter and the merged model."""
+
+import dataclasses
+import pathlib
+
+from fedsafe_jax.language_model import LanguageModel, save_pretrained
+from fedsafe_jax.models import lora
+
+
+def export(
+    lm: LanguageModel, adapter, lora_config: lora.LoraConfig, folder: pathlib.Path, card: str
+) -> None:
+    """Writes `adapter/` (peft loads it on the base) and `merged/` (transformers loads it).
+
+    Args:
+      lm: the base model.
+      adapter: factors to export.
+      lora_config: their rank, alpha and targets.
+      folder: receives the two folders.
+      card: text of the model card, written to both.
+    """
+    lora.save_adapter(adapter, lora_config, folder / "adapter", base_model=lm.name)
+    merged = dataclasses.replace(lm, adapter=adapter, lora_scale=lora_config.scale)
+    save_pretrained(merged, folder / "merged", dtype=lm.config.dtype)
+    for name in ("adapter", "merged"):
+        (folder / name / "README.md").write_text(card)
+
+
+def model_card(config, arm_id: str, summary: dict) -> str:
+    """A model card that states base, data, arm and scores."""
+    rows = []
+    if "advbench" in summary:
+        s = summary["advbench"]
+        rows.append(f"| harmful prompts refused | {_rate(s['safety'], s['ci95'])} |")
+    if "over_refusal" in summary:
+        s = summary["over_refusal"]
+        rows.append(f"| harmless prompts refused | {_rate(s['rate'], s['ci95'])} |")
+    if "hhh" in summary:
+        s = summary["hhh"]
+        rows.append(f"| HHH accuracy | {_rate(s['accuracy'], s['ci95'])} |")
+    if "utility" in summary:
+        rows.append(f"| held-out answer loss, nats a token | {summary['utility']['nll']:.3f} |")
+    data = ", ".join(f"`{s}`" for s in (*config.safe_sources, *config.unsafe_sources))
+    return (
+        f"---\nbase_model: {config.model}\nlibrary_name: transformers\ntags: [federated, lora, fedsafe_jax]\n"
+        f"---\n# {arm_id}\n\nFine-tuned by simulated federated learning ({config.rounds} rounds, "
+        f"{config.clients_per_round} of {config.num_clients} clients a round, {config.harmful_share:.0%} of "
+        f"client data harmful) with fedsafe_jax.\n\nBase model: `{config.model}`. Client data: {data}.\n\n"
+        "| measure | value (95% interval) |\n|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _rate(mean: float, interval) -> str:
+    return f"{mean:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"

@@ -1,0 +1,106 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log, a table at the end."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Progress:
+    """Reports rounds; knows how many there are from the config."""
+
+    def __init__(self, config):
+        trained = [arm for arm in config.arms if arm != "base"]
+        self._total = len(config.seeds) * len(config.algorithms) * len(trained) * config.rounds
+        self._done = 0
+        self._spent: list[float] = []
+        self._console = Console(stderr=True)
+        self._last_text = ""
+
+    def round_done(self, row: dict) -> None:
+        """One finished round, as written to `metrics.jsonl`."""
+        self._done += 1
+        self._spent.append(sum(row["seconds"].values()))
+        # The median of recent rounds: the first of an arm compiles.
+        recent = sorted(self._spent[-8:])
+        left = (self._total - self._done) * recent[len(recent) // 2]
+        parts = [
+            f"{row['arm']} seed {row['seed']} round {row['round'] + 1}",
+            f"loss {row['loss']:.3f}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "filter" in row:
+            parts.append(f"kept {row['filter']['kept']} dropped {row['filter']['dropped']}")
+        if "cai" in row:
+            parts.append(f"revisions {row['cai']['kept']}")
+        parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
+        self._show(" | ".join(parts))
+
+    def note(self, text: str) -> None:
+        """A line about something other than a round."""
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        share = self._done / max(self._total, 1)
+        if self._console.is_terminal:
+            filled = round(24 * share)
+            bar = "\u2588" * filled + "\u2591" * (24 - filled)
+            line = f"{bar} {share:4.0%} {text}"[: self._console.width - 1]
+            sys.stderr.write("\r\x1b[2K" + line)
+            sys.stderr.flush()
+        else:
+            print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
+
+    def table(self, results: dict) -> None:
+        """The paper's table, on standard output."""
+        if self._console.is_terminal:
+            sys.stderr.write("\r\x1b[2K")
+        print_table(results)
+
+
+def cell(mean: float, interval, digits: int = 1) -> str:
+    """`63.7 (59.0-68.1)`."""
+    return f"{mean:.{digits}f} ({interval[0]:.{digits}f}-{interval[1]:.{digits}f})"
+
+
+def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table, for terminal and report alike."""
+    packaged = "package/" in results.get("sources", {}).get("advbench", "")
+    header = [
+        "algorithm",
+        "arm",
+        "harmful refused % \u2191" if packaged else "AdvBench refused % \u2191",
+    ]
+    header += ["harmless refused % \u2193", "HHH % \u2191", "benign loss \u2193"]
+    rows = []
+    for arm_id, arm in results["arms"].items():
+        row = [arm.get("algorithm", ""), arm_id.split("/")[-1]]
+        for task, field, digits in (
+            ("advbench", "safety", 1),
+            ("over_refusal", "rate", 1),
+            ("hhh", "accuracy", 1),
+            ("utility", "nll", 3),
+        ):
+            found = arm.get(task)
+            row.append(cell(found[field], found["ci95"], digits) if found else "")
+        rows.append(row)
+    return header, rows
+
+
+def print_table(results: dict) -> None:
+    """Prints the table with 95% intervals and, where there is one, the filter's quality."""
+    header, rows = table_rows(results)
+    table = Table(title="mean (95% interval)", title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if "filter" in results:
+        f = results["filter"]
+        console.print(
+            f"filter: accuracy {f['accuracy']:.1f}, precision {f['precision']:.1f}, "
+            f"recall {f['recall']:.1f}, harmonic mean {f['hmean']:.1f}"
+        )

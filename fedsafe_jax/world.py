@@ -1,0 +1,139 @@
+"""Everything a run reads, loaded and checked before any training."""
+
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedsafe_jax.cai import constitution
+from fedsafe_jax.data import chat, overlap, partition, sources
+from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
+from fedsafe_jax.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.models import lora
+
+HELDOUT_SEED = 2025  # the evaluation sets are the same for every seed of the run
+
+
+class EvalSets(NamedTuple):
+    """What every arm is evaluated on."""
+
+    advbench: list[str]
+    over_refusal: list[str]
+    hhh: list[Choice]
+    heldout: list[Example]
+
+
+class World(NamedTuple):
+    """Model, pools and evaluation sets of a run."""
+
+    lm: LanguageModel
+    lora: lora.LoraConfig
+    safe: list[Example]
+    unsafe: list[Example]
+    filter_pairs: list[Example]
+    red_team: list[Example]
+    replay: list[Example]
+    principles: list[constitution.Principle]
+    evals: EvalSets
+    counts: dict  # examples read, kept and dropped, by role
+
+
+def _pool(names, data_dir, labels=None) -> list[Example]:
+    examples = [e for name in names for e in sources.load(name, data_dir)]
+    return [e for e in examples if labels is None or e.label in labels]
+
+
+def _limit(items: list, count: int) -> list:
+    if not count or len(items) <= count:
+        return items
+    order = np.random.default_rng(HELDOUT_SEED).permutation(len(items))[:count]
+    return [items[i] for i in sorted(order)]
+
+
+def load_eval_sets(c: ConfigDict, data_dir: str, heldout: list[Example]) -> EvalSets:
+    """The evaluation sets, each cut to `eval.max_prompts`."""
+    return EvalSets(
+        _limit([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
+        _limit([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
+        _limit(sources.load_choices(c.hhh, data_dir), c.max_prompts),
+        _limit(heldout, c.max_heldout),
+    )
+
+
+def load(config: ConfigDict) -> World:
+    """Reads model, data and constitution; drops training prompts that overlap an evaluation set.
+
+    Raises:
+      ConfigError, SourceError, PartitionError, ConstitutionError, ModelError: naming what is wrong.
+    """
+    roles = {
+        "client, safe": _pool(config.safe_sources, config.data_dir, (SAFE, sources.UNKNOWN)),
+        "client, unsafe": _pool(config.unsafe_sources, config.data_dir, (UNSAFE,)),
+        "filter": _pool(config.filter.sources, config.data_dir, (SAFE, UNSAFE)),
+        "CAI red team": _pool(config.cai.red_team_sources, config.data_dir),
+        "CAI replay": _pool(config.cai.benign_sources, config.data_dir, (SAFE, sources.UNKNOWN)),
+    }
+    if config.heldout_sources:
+        heldout = _pool(config.heldout_sources, config.data_dir)
+    else:
+        heldout = [e for e in roles["client, safe"] if sources.part_of(e.prompt) == "heldout"]
+    evals = load_eval_sets(config.eval, config.data_dir, [e for e in heldout if e.response])
+    forbidden = [*evals.advbench, *evals.over_refusal]
+    forbidden += [choice.messages[-1][1] for choice in evals.hhh]
+    exact = {overlap.normalise(e.prompt) for e in evals.heldout}
+    counts = {}
+    for role, pool in roles.items():
+        kept, near = overlap.drop_overlap(pool, forbidden)
+        # Held-out pairs come from the clients' distribution: templates make near-duplicates
+        # unavoidable there, so only the same prompt is dropped.
+        kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
+        counts[role] = {
+            "read": len(pool),
+            "dropped_near_evaluation": near,
+            "dropped_heldout": len(kept) - len(kept_exact),
+            "kept": len(kept_exact),
+        }
+        roles[role] = kept_exact
+        if not kept_exact:
+            raise sources.SourceError(f"{role} data: no example is left of {len(pool)} read.")
+    # The split itself is checked here, before the model loads.
+    partition.partition(
+        roles["client, safe"],
+        roles["client, unsafe"],
+        config.num_clients,
+        config.examples_per_client,
+        config.harmful_share,
+        config.partition,
+        np.random.default_rng(0),
+        config.dirichlet_alpha,
+    )
+    principles = constitution.load(config.cai.constitution)
+    targets = lora.expand_targets(config.lora_targets)
+    lora_config = lora.LoraConfig(config.lora_rank, config.lora_alpha, targets)
+    lm = load_pretrained(config.model, config.dtype)
+    lm.lora_scale = lora_config.scale
+    return World(
+        lm,
+        lora_config,
+        roles["client, safe"],
+        roles["client, unsafe"],
+        roles["filter"],
+        roles["CAI red team"],
+        roles["CAI replay"],
+        principles,
+        evals,
+        counts,
+    )
+
+
+def encode_all(
+    world: World, examples: list[Example], seq_len: int
+) -> tuple[list[chat.Encoded], int]:
+    """Encodes (prompt, response) dialogues.
+
+    Returns:
+      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has nothing to learn, and is lost.
+    """
+    encoded = [chat.encode(world.lm.tokenizer, e.messages, e.response, seq_len) for e in examples]
+    kept = [e for e in encoded if e is not None]
+    return kept, len(encoded) - len(kept)
