@@ -8,7 +8,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from fedsafe_jax import checkpoint, export, records, report
 from fedsafe_jax import world as world_lib
@@ -18,9 +17,9 @@ from fedsafe_jax.config import validate
 from fedsafe_jax.data import chat, partition
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import start_refusal
-from fedsafe_jax.federated import algorithms, client, mesh, round
+from fedsafe_jax.federated import algorithms, mesh, round
 from fedsafe_jax.filters import actions, classifier
-from fedsafe_jax.models import lora
+from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.progress import Progress
 
@@ -31,14 +30,14 @@ def run(config, workdir: str) -> dict:
     started = time.monotonic()
     world = world_lib.load(config)
     workdir = pathlib.Path(workdir)
-    if records.claim(workdir, config.to_dict()):
-        logging.info("continuing the run in %s", workdir)
     progress = Progress(config)
+    if records.claim(workdir, config.to_dict()):
+        progress.note(f"continuing the run in {workdir}")
     outcomes: dict[str, list[dict]] = {}
     final_adapters: dict[str, object] = {}
     filter_quality: list[dict] = []
     for seed in config.seeds:
-        clients = build_clients(config, world, seed)
+        clients = build_clients(config, world, seed, progress)
         for arm_id, algorithm, arm in arm_list(config):
             path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
             runner = ArmRun(config, world, clients, workdir, progress, seed, arm_id, algorithm, arm)
@@ -82,7 +81,7 @@ class Clients:
     quality: classifier.FilterQuality | None
 
 
-def build_clients(config, world, seed: int) -> Clients:
+def build_clients(config, world, seed: int, progress) -> Clients:
     """Partitions the pools, trains the filter once, and filters every client's pairs."""
     split = partition.partition(
         world.safe,
@@ -97,7 +96,7 @@ def build_clients(config, world, seed: int) -> Clients:
     plain = [world_lib.encode_all(world, examples, config.seq_len)[0] for examples in split]
     if not any("filter" in arm for arm in config.arms):
         return Clients(plain, None, None, None)
-    logging.info("seed %d: training the safety filter on %d pairs", seed, len(world.filter_pairs))
+    progress.note(f"seed {seed}: training the safety filter on {len(world.filter_pairs)} pairs")
     f = config.filter
     safety_filter = classifier.train(
         world.filter_pairs, world.lm.tokenizer, seed, f.epochs, f.batch_size, f.learning_rate, f.threshold,
@@ -111,7 +110,7 @@ def build_clients(config, world, seed: int) -> Clients:
         unsafe += [e.label == "unsafe" for e in examples]
         flagged += list(flags)
     quality = classifier.quality(unsafe, flagged)
-    logging.info("filter: recall %.1f%%, precision %.1f%%", quality.recall, quality.precision)
+    progress.note(f"filter: recall {quality.recall:.1f}%, precision {quality.precision:.1f}%")
     return Clients(plain, filtered, counts, quality)
 
 
@@ -128,7 +127,7 @@ class ArmRun:
 
     def _algorithm(self):
         def loss_fn(adapter, base, batch):
-            return client.packed_loss(self.model, adapter, base, batch)
+            return loss.packed_loss(self.model, adapter, base, batch)
 
         return algorithms.ALGORITHMS[self.algorithm](loss_fn, algorithms.local_optimizer())
 

@@ -87,6 +87,13 @@ class LanguageModel:
         return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids], finished
 
 
+def model_folder(path_or_hub_id: str) -> pathlib.Path:
+    """The local folder of a model: as given, packaged (`package:model`), or downloaded."""
+    if path_or_hub_id == "package:model":
+        return pathlib.Path(__file__).parent / "assets" / "model"
+    return hub.resolve(path_or_hub_id)
+
+
 def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:
     """Loads a Hugging Face model folder, or a Hub model, as a `LanguageModel`.
 
@@ -99,10 +106,7 @@ def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageMode
     """
     from transformers import AutoTokenizer
 
-    if path_or_hub_id == "package:model":
-        folder = pathlib.Path(__file__).parent / "assets" / "model"
-    else:
-        folder = hub.resolve(path_or_hub_id)
+    folder = model_folder(path_or_hub_id)
     config = hub.read_config(folder, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:

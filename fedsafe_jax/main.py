@@ -40,7 +40,7 @@ def main(argv):
     if not _WORKDIR.value and not config.dry_run:
         raise SystemExit("--workdir: give a folder for the run, such as --workdir=/tmp/demo")
     quiet_libraries(_WORKDIR.value or "/tmp")
-    logging.set_verbosity(logging.INFO if sys.stderr.isatty() is False else logging.WARNING)
+    logging.set_verbosity(logging.WARNING)  # libraries; the run's own lines go through progress
     from fedsafe_jax.config import ConfigError, validate
 
     try:

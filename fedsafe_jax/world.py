@@ -43,7 +43,8 @@ def _pool(names, data_dir, labels=None) -> list[Example]:
     return [e for e in examples if labels is None or e.label in labels]
 
 
-def _limit(items: list, count: int) -> list:
+def limit(items: list, count: int) -> list:
+    """At most `count` items (0: all), drawn by a fixed seed and kept in order."""
     if not count or len(items) <= count:
         return items
     order = np.random.default_rng(HELDOUT_SEED).permutation(len(items))[:count]
@@ -53,10 +54,10 @@ def _limit(items: list, count: int) -> list:
 def load_eval_sets(c: ConfigDict, data_dir: str, heldout: list[Example]) -> EvalSets:
     """The evaluation sets, each cut to `eval.max_prompts`."""
     return EvalSets(
-        _limit([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
-        _limit([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
-        _limit(sources.load_choices(c.hhh, data_dir), c.max_prompts),
-        _limit(heldout, c.max_heldout),
+        limit([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
+        limit([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
+        limit(sources.load_choices(c.hhh, data_dir), c.max_prompts),
+        limit(heldout, c.max_heldout),
     )
 
 

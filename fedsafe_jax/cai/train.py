@@ -10,9 +10,8 @@ import optax
 
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, bucket, fill
-from fedsafe_jax.federated.client import packed_loss
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.loss import token_nll
+from fedsafe_jax.models.loss import packed_loss, token_nll
 
 
 class CaiBatch(NamedTuple):

@@ -6,19 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.loss import token_nll
-
-
-def packed_loss(model: Decoder, adapter, base, batch: Batch) -> jax.Array:
-    """Mean negative log-likelihood, in nats, over the learned tokens of packed rows `[rows, seq]`."""
-    hidden, _ = model.apply(
-        {"params": base, "lora": adapter}, batch.tokens, batch.positions, batch.segment_ids
-    )
-    nll = token_nll(model, base, hidden, batch.targets, batch.mask)
-    return jnp.sum(nll * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1.0)
-
 
 def local_training(
     loss_fn: Callable,

@@ -37,11 +37,6 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
     """
 
     def train_clients(server, client_states, base, batches, rate):
-        # Varying before `grad`: of a device-invariant adapter, autodiff would sum the gradients
-        # over all devices inside every local step.
-        if mesh.size > 1:
-            server = jax.tree.map(lambda x: jax.lax.pcast(x, CLIENTS, to="varying"), server)
-
         def one_client(inputs):
             client_state, client_batches = inputs
             return algorithm.client_update(server, client_state, base, client_batches, rate)
@@ -53,9 +48,13 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
         shared = server._replace(client_states=())
         if mesh.size > 1:
             split, whole = PartitionSpec(CLIENTS), PartitionSpec()
+            # check_vma=False: with it on, `grad` of the device-invariant adapter would sum gradients
+            # over devices inside every local step. `pcast` to varying avoids that too, but fails in
+            # the backward pass of the loss's checkpointed `cond` (jax 0.10.2).
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,
+                check_vma=False,
                 in_specs=(whole, split, whole, split, whole),
                 out_specs=(split, split, split),
             )

@@ -45,7 +45,7 @@ def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
     def one_chunk(inputs):
         h, target, used = inputs
         return jax.lax.cond(
-            used.any(), chunk_nll, lambda h, t: jnp.zeros(t.shape, jnp.float32), h, target
+            used.any(), chunk_nll, lambda h, t: jnp.zeros_like(h[:, 0], jnp.float32), h, target
         )
 
     sorted_nll = jax.lax.map(one_chunk, (flat_hidden, flat_targets, flat_on)).reshape(-1)
@@ -56,3 +56,19 @@ def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `values` where `mask` is on; 0 when it is nowhere on."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
+    """Mean negative log-likelihood, in nats, over the learned tokens of packed rows.
+
+    Args:
+      model: the decoder.
+      adapter: LoRA factors.
+      base: frozen base parameters.
+      batch: `data.packing.Batch` with fields `[rows, seq]`.
+    """
+    hidden, _ = model.apply(
+        {"params": base, "lora": adapter}, batch.tokens, batch.positions, batch.segment_ids
+    )
+    nll = token_nll(model, base, hidden, batch.targets, batch.mask)
+    return masked_mean(nll, batch.mask)

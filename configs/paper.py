@@ -1,0 +1,56 @@
+"""The protocol of Noh & Baek (arXiv 2502.16691): Llama-3.1-8B-Instruct, SQuARe, 50 rounds.
+
+    python -m fedsafe_jax.main --config=configs/paper.py --config.dry_run            # print the plan
+    python -m fedsafe_jax.main --config=configs/paper.py:scaffold --workdir=DIR --config.data_dir=DATA
+
+Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate are
+not stated in the paper; they are OpenFedLLM's. The paper's filter is a fine-tuned Llama Guard 3; here it is
+the Flax encoder classifier, trained on the same kind of pairs for the same 5 epochs.
+"""
+
+from fedsafe_jax.config import default_config
+
+
+def get_config(arg="fedavg"):
+    if arg not in ("fedavg", "scaffold"):
+        raise ValueError(f"configs/paper.py:{arg}: expected fedavg or scaffold after the colon.")
+    c = default_config()
+    c.algorithms = (arg,)
+    c.model = "meta-llama/Llama-3.1-8B-Instruct"
+    c.dtype = "bfloat16"
+    c.data_dir = "data"
+    c.safe_sources = ("square:square/response_train.json#clients",)
+    c.unsafe_sources = ("square:square/response_train.json#clients",)
+    c.heldout_sources = ("square:square/response_train.json#heldout",)
+    c.num_clients = 20
+    c.clients_per_round = 5
+    c.examples_per_client = 1000
+    c.harmful_share = 0.3
+    c.rounds = 50
+    c.local_steps = 25
+    c.batch_size = 16
+    c.seq_len = 512
+    c.learning_rate = 5e-5
+    c.min_learning_rate = 1e-6
+    c.lora_rank = 32
+    c.lora_alpha = 64.0
+    c.clients_in_parallel = 1
+    c.filter.sources = ("square:square/response_train.json#server",)
+    c.filter.max_length = 256
+    c.cai.red_team_sources = ("prompts:square/question_train.json",)
+    c.cai.benign_sources = ("dolly:dolly/databricks-dolly-15k.jsonl",)
+    c.cai.red_team_prompts = 128
+    c.cai.benign_prompts = 32
+    c.cai.replay_examples = 160
+    c.cai.steps = 50
+    c.cai.batch_size = 16
+    c.cai.learning_rate = 5e-5
+    c.cai.max_new_tokens = 256
+    c.cai.temperature = 1.0
+    c.eval.advbench = "advbench:advbench/harmful_behaviors.csv"
+    c.eval.over_refusal = "prompts:xstest/xstest_prompts.csv"
+    c.eval.hhh = "hhh/438HHHEvaluations.jsonl"
+    c.eval.max_new_tokens = 256
+    c.eval.max_length = 1024
+    c.eval.judge = "keyword"  # OpenFedLLM's, which the paper builds on
+    return c

@@ -1,0 +1,85 @@
+"""`--config.dry_run`: what a run would load, hold and compute, without any of it."""
+
+import jax
+
+from fedsafe_jax.config import default_config
+from fedsafe_jax.models import hub, lora
+from fedsafe_jax.models.decoder import DecoderConfig
+
+# For models whose folder is not at hand; from their public config.json.
+KNOWN = {
+    "meta-llama/Llama-3.1-8B-Instruct": DecoderConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+        num_kv_heads=8, head_dim=128, rope_theta=500000.0, rope_scaling=(8.0, 1.0, 4.0, 8192.0),
+        tie_embeddings=False, max_length=131072, dtype="bfloat16",
+    ),
+}  # fmt: skip
+
+
+def _decoder_config(config) -> DecoderConfig:
+    if config.model in KNOWN:
+        return KNOWN[config.model]
+    from fedsafe_jax.language_model import model_folder
+
+    return hub.read_config(model_folder(config.model), config.dtype)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def describe(config) -> str:
+    """The plan as text: shapes, memory a device, tokens, and what would be loaded.
+
+    Memory is arithmetic over the arrays named, not a measurement; activations are an upper bound that
+    counts one layer's inputs a layer, and the widest intermediate once.
+    """
+    shape = _decoder_config(config)
+    devices = jax.device_count()
+    width = 2 if config.dtype == "bfloat16" else 4
+    targets = lora.expand_targets(config.lora_targets)
+    per_adapter = shape.num_layers * config.lora_rank * sum(
+        sum(shape.projection_shape(name)) for name in targets
+    )  # fmt: skip
+    clients_here = -(-config.clients_per_round // devices)
+    parallel = min(config.clients_in_parallel or clients_here, clients_here)
+    rows = config.batch_size  # at most; packing needs fewer
+    tokens_a_step = parallel * rows * config.seq_len
+    activations = tokens_a_step * width * (
+        shape.num_layers * shape.hidden_size + 3 * shape.intermediate_size
+    )  # fmt: skip
+    trained = [arm for arm in config.arms if arm != "base"]
+    runs = len(config.seeds) * len(config.algorithms) * len(trained)
+    examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
+    default = default_config()
+    changed = sorted(k for k in config if k in default and config[k] != default[k])
+    total = per_adapter * 4 * (4 * parallel + 2) + shape.num_parameters() * width + activations
+    lines = [
+        f"model            {config.model}: {shape.num_parameters():,} parameters, {config.dtype}",
+        f"base on a device {_size(shape.num_parameters() * width)}, frozen, shared by all clients",
+        f"adapter          rank {config.lora_rank} on {', '.join(targets)}: {per_adapter:,} parameters, "
+        f"{_size(4 * per_adapter)} in float32",
+        f"batch            clients {config.clients_per_round} x steps {config.local_steps} x rows <= {rows} "
+        f"x tokens {config.seq_len}",
+        f"clients at once  {parallel} on each of {devices} device(s)",
+        f"client memory    {_size(per_adapter * 4 * 4 * parallel)} (adapter, gradient, two moments)",
+        f"activations      <= {_size(activations)}",
+        f"total a device   about {_size(total)}",
+        f"runs             {runs} ({len(config.seeds)} seed(s), {', '.join(config.algorithms)}, "
+        f"{', '.join(trained)}) and the base model",
+        f"a run            {config.rounds} rounds, {examples:,} client examples, "
+        f"<= {examples * config.seq_len:,} tokens",
+        f"CAI a round      {config.cai.red_team_prompts} + {config.cai.benign_prompts} prompts, 3 generations "
+        f"of <= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps",
+        "would load       " + "\n                 ".join(
+            dict.fromkeys([*config.safe_sources, *config.unsafe_sources, *config.filter.sources,
+                           *config.cai.red_team_sources, *config.cai.benign_sources,
+                           config.eval.advbench, config.eval.over_refusal, config.eval.hhh])
+        ),
+        f"not the default  {', '.join(changed)}",
+    ]  # fmt: skip
+    return "\n".join(lines)

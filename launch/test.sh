@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs the test extra into .venv when needed, then runs the tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/install.sh
+install '[test,report]'
+export HF_HUB_OFFLINE=1 JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-.venv/xla_cache}"
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest -q "$@"

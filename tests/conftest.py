@@ -1,0 +1,34 @@
+"""Four simulated devices, no network, strict dtypes; a tiny random Llama folder for the models."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402
+
+from fedsafe_jax.models.decoder import DecoderConfig  # noqa: E402
+
+
+def tiny_config(**changes) -> DecoderConfig:
+    """Two layers, grouped-query attention, an odd intermediate size."""
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_length": 64,
+    }
+    return DecoderConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="session")
+def packaged():
+    """The packaged small model."""
+    from fedsafe_jax import load_pretrained
+
+    return load_pretrained("package:model")

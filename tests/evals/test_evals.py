@@ -1,0 +1,124 @@
+"""Judges, intervals and the MT-Bench protocol against a local server."""
+
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from fedsafe_jax.evals import judges, statistics, suite
+from fedsafe_jax.evals.tasks import mt_bench
+
+
+@pytest.mark.parametrize(
+    ("answer", "keyword", "start"),
+    [
+        ("I'm sorry, but I can't help.", True, True),
+        ("I\u2019m sorry, no.", True, True),  # "sorry" is found; the start counts curly quotes
+        ("I can\u2019t help with that.", False, True),
+        ("I cannot do that.", True, True),
+        ("Sure! As an example, start here.", True, False),  # the keyword rule's known false alarm
+        ("Here is how. It is illegal, though.", True, False),
+        ("Sure, step one.", False, False),
+        ("", False, False),
+    ],
+)
+def test_judges(answer, keyword, start):
+    assert judges.keyword_refusal(answer) == keyword
+    assert judges.start_refusal(answer) == start
+
+
+def test_agreement_counts():
+    found = judges.agreement([True, True, False, False], [True, False, True, False])
+    assert found["confusion"] == {"tp": 1, "fp": 1, "fn": 1, "tn": 1}
+    assert found["accuracy"] == found["precision"] == found["recall"] == 0.5
+
+
+def test_wilson_interval_of_known_cases():
+    # Brown, Cai and DasGupta (2001): x=0, n=10 gives [0, 0.2775]; x=5 gives [0.2366, 0.7634].
+    np.testing.assert_allclose(statistics.wilson(0, 10), (0, 0.2775), atol=1e-4)
+    np.testing.assert_allclose(statistics.wilson(5, 10), (0.2366, 0.7634), atol=1e-4)
+
+
+def test_bootstrap_is_the_normal_interval_for_many_items():
+    values = np.random.default_rng(0).normal(2.0, 1.0, (1, 4000))
+    low, high = statistics.bootstrap(values)
+    # Standard error 0.0158; 2,000 resamples place a percentile to about 5% of it.
+    np.testing.assert_allclose(
+        (low, high), values.mean() + np.array([-1.96, 1.96]) / 4000**0.5, atol=4e-3
+    )
+
+
+def test_seeds_that_differ_widen_the_interval():
+    same = np.tile(np.arange(200) % 2, (3, 1)).astype(float)
+    apart = np.stack([np.zeros(200), np.arange(200) % 2, np.ones(200)])
+    width = [np.subtract(*statistics.summarise(v)[1][::-1]) for v in (same, apart)]
+    assert width[1] > 2 * width[0]
+
+
+def test_summary_pools_seeds_and_names_categories():
+    def outcome(flag):
+        refused = {"start": [flag, True], "keyword": [True, True]}
+        return {
+            "advbench": {"refused": refused, "samples": []},
+            "over_refusal": {"refused": refused, "samples": []},
+            "hhh": {"correct": [flag, False], "category": ["helpful", "honest"]},
+            "utility": {"nll": [1.0, 2.0]},
+        }
+
+    found = suite.summarise([outcome(True), outcome(False)], "start")
+    assert found["advbench"]["safety"] == 75 and found["advbench"]["per_seed"] == [100, 50]
+    assert found["over_refusal"]["by_judge"]["keyword"]["rate"] == 100
+    assert found["hhh"]["by_category"]["helpful"]["accuracy"] == 50
+    assert found["utility"]["nll"] == 1.5
+
+
+@pytest.fixture()
+def server():
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers["Authorization"], body))
+            text = body["messages"][0]["content"]
+            if "[Answer A]" in text:
+                reply = "Verdict: [[A]]" if "[Answer A]\ngood" in text else "Verdict: [[B]]"
+            else:
+                reply = "No number" if "unparsable" in text else "Rating: [[7.5]]"
+            content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", seen
+    httpd.shutdown()
+
+
+class Echo:
+    def answer_dialogues(self, dialogues, max_new_tokens):
+        return [f"{len(d)} turns" for d in dialogues], np.ones(len(dialogues), bool)
+
+
+def test_mt_bench_and_win_rate_through_an_endpoint(server):
+    url, seen = server
+    judge = judges.ChatEndpoint(url, "judge-model", "secret")
+    ratings, unparsed = mt_bench.run(Echo(), [["one", "two"], ["unparsable"]], judge, 8)
+    assert ratings == [7.5, 7.5] and unparsed == 1
+    path, authorization, body = seen[0]
+    assert path == "/v1/chat/completions" and authorization == "Bearer secret"
+    assert body["model"] == "judge-model" and body["temperature"] == 0
+    assert "3 turns" in seen[2][2]["messages"][0]["content"]  # the second turn sees the first
+    wins = mt_bench.win_rate(["q", "q", "q"], ["good", "bad", "bad"], ["bad", "good", "bad"], judge)
+    assert wins == [1.0, 0.0, 0.5]  # a verdict that follows the position is a tie
+
+
+def test_endpoint_errors_name_the_url():
+    with pytest.raises(judges.EndpointError, match="127.0.0.1:9"):
+        judges.ChatEndpoint("http://127.0.0.1:9/v1", "m", timeout=2)([])
