@@ -1,18 +1,24 @@
 """The packaged small model, from scratch.
 
     python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py \\
-        --output=fedsafe_jax/assets/model --config.data_dir=DATA
+        --output=STAGE1 --config.data_dir=DATA
+    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py:balance \\
+        --output=fedsafe_jax/assets/model --config.data_dir=DATA --config.init_from=STAGE1
 
-About 25 minutes on two CPU cores.
+About 25 and 8 minutes on two CPU cores. The second stage has three harmless dialogues to a harmful one
+and freely put together requests: it takes over-refusal down.
 """
 
 import ml_collections
 
 
-def get_config():
+def get_config(arg=""):
+    if arg not in ("", "balance"):
+        raise ValueError(f"configs/pretrain_demo.py:{arg}: expected nothing or 'balance'.")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data_dir = "data"
+    config.init_from = ""  # folder of an earlier stage
 
     config.vocab_size = 4096
     config.hidden_size = 256
@@ -55,4 +61,12 @@ def get_config():
         "prompts:refusal_direction/harmless_train.json.gz",
     )
     config.hhh = "hhh/438HHHEvaluations.jsonl"
+    if arg == "balance":
+        config.seed = 1
+        config.steps = 550
+        config.learning_rate = 1.2e-3
+        config.templated_harmful = 8000
+        config.templated_benign = 9000
+        config.everyday = 24000
+        config.critique_threads = 6000
     return config

@@ -3,6 +3,7 @@
 python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from fedsafe_jax import pretrain_data
 from fedsafe_jax.data import chat, packing
+from fedsafe_jax.language_model import load_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.loss import token_nll
@@ -76,6 +78,21 @@ def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
     return packing.Batch(*(field[order] for field in rows))
 
 
+def new_decoder_config(config, vocab_size: int) -> DecoderConfig:
+    """The shape that the config asks for."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_length=config.max_length,
+        dtype=config.compute_dtype,
+    )
+
+
 def make_step(model: Decoder, optimizer, prompt_weight: float):
     """One jitted training step: answers count fully, other tokens by `prompt_weight`."""
 
@@ -114,32 +131,33 @@ def save(params, config, tokenizer, folder: pathlib.Path, card: str) -> None:
 
 
 def run(config, output: str) -> None:
-    """Builds the data, trains, and saves; data counts go to `output/data.json`."""
+    """Builds the data, trains, and saves; what was done goes to `output/stages.json`.
+
+    With `config.init_from`, parameters and tokenizer start from that folder: a further stage.
+    """
     rng = np.random.default_rng(config.seed)
     dialogues, counts = pretrain_data.build(config, rng)
     logging.info("data: %s", json.dumps(counts))
-    sample = [dialogues[i] for i in rng.permutation(len(dialogues))[:40000]]
-    texts = ("\n".join([*(t for _, t in d.messages), d.response]) for d in sample)
-    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_length)
+    stages = []
+    if config.init_from:
+        start = load_pretrained(config.init_from)
+        tokenizer, params = start.tokenizer, start.params
+        decoder_config = dataclasses.replace(start.config, dtype=config.compute_dtype)
+        stages = json.loads((pathlib.Path(config.init_from) / "stages.json").read_text())
+    else:
+        sample = [dialogues[i] for i in rng.permutation(len(dialogues))[:40000]]
+        texts = ("\n".join([*(t for _, t in d.messages), d.response]) for d in sample)
+        tokenizer = train_tokenizer(texts, config.vocab_size, config.max_length)
+        decoder_config = new_decoder_config(config, len(tokenizer))
+        blank = jnp.zeros((1, 8), jnp.int32)
+        key = jax.random.key(config.seed)
+        params = Decoder(decoder_config).init(key, blank, blank, blank)["params"]
     rows = build_rows(tokenizer, dialogues, config.seq_len, rng)
     useful = float((rows.segment_ids > 0).mean())
     steps = min(config.steps, len(rows.tokens) // config.rows_per_step)
     logging.info("%d rows, %.0f%% useful, %d steps", len(rows.tokens), 100 * useful, steps)
 
-    decoder_config = DecoderConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.hidden_size // config.num_heads,
-        max_length=config.max_length,
-        dtype=config.compute_dtype,
-    )
     model = Decoder(decoder_config)
-    blank = jnp.zeros((1, 8), jnp.int32)
-    params = model.init(jax.random.key(config.seed), blank, blank, blank)["params"]
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 50, steps, 1e-5)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
@@ -147,6 +165,7 @@ def run(config, output: str) -> None:
     state = optimizer.init(params)
     step_fn = make_step(model, optimizer, config.prompt_weight)
     output = pathlib.Path(output)
+    tokens_a_step = config.rows_per_step * config.seq_len
     started, losses = time.monotonic(), []
     for i in range(steps):
         part = slice(i * config.rows_per_step, (i + 1) * config.rows_per_step)
@@ -154,18 +173,14 @@ def run(config, output: str) -> None:
         losses.append(nll)
         if (i + 1) % 50 == 0 or i + 1 == steps:
             seconds = time.monotonic() - started
-            rate = (i + 1) * config.rows_per_step * config.seq_len * useful / seconds
+            rate = (i + 1) * tokens_a_step * useful / seconds
             mean = float(np.mean(jax.device_get(losses[-50:])))
             logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
-            save(
-                params,
-                decoder_config,
-                tokenizer,
-                output,
-                pretrain_data.model_card(config, counts, i + 1),
-            )
-            hub.write_json(output / "data.json", counts)
+            done = [*stages, {"steps": i + 1, "tokens_a_step": tokens_a_step, "data": counts}]
+            card = pretrain_data.model_card(decoder_config, done)
+            save(params, decoder_config, tokenizer, output, card)
+            hub.write_json(output / "stages.json", done)
 
 
 def main(argv):

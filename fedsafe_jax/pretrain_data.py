@@ -45,12 +45,12 @@ def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
     out = []
     for _ in range(config.templated_harmful):
         request = synthetic.sample_request(rng, phrases, harmful=True, held_out=False)
-        out.append(
-            Dialogue((("user", request.prompt),), synthetic.refusal(rng, phrases, request.topic))
-        )
+        prompt = synthetic.with_tail(rng, everyday, request.prompt)
+        out.append(Dialogue((("user", prompt),), synthetic.refusal(rng, phrases, request.topic)))
     for _ in range(config.templated_benign):
         request = synthetic.sample_request(rng, phrases, harmful=False, held_out=False)
-        out.append(Dialogue((("user", request.prompt),), synthetic.answer(rng, phrases, request)))
+        prompt = synthetic.with_tail(rng, everyday, request.prompt)
+        out.append(Dialogue((("user", prompt),), synthetic.answer(rng, phrases, request)))
     for _ in range(config.everyday):
         prompt, reply = synthetic.benign_pair(rng, everyday, words)
         out.append(Dialogue((("user", prompt),), reply))
@@ -99,6 +99,7 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     words = sorted(set(re.findall(r"\b[a-z]{4,12}\b", running)))
     # Two-word phrases too: what people ask about is rarely one word.
     words += sorted(set(re.findall(r"\b[a-z]{4,10} [a-z]{4,12}\b", running)))[::3]
+    words += sorted(set(re.findall(r"\b[a-z]{3,10} [a-z]{2,8} [a-z]{4,12}\b", running)))[::5]
 
     red_team, threads = [], []
     for example in sources.load(config.red_team, config.data_dir):
@@ -140,10 +141,19 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     return dialogues, counts
 
 
-def model_card(config, counts: dict, steps: int) -> str:
-    """The README of the model folder."""
-    rows = "\n".join(
-        f"| {name} | {c['kept']:,} | {c['dropped_as_overlap']:,} |" for name, c in counts.items()
+def model_card(shape, stages: list[dict]) -> str:
+    """The README of the model folder.
+
+    Args:
+      shape: the decoder's config.
+      stages: `{"steps", "tokens_a_step", "data"}` of each stage of training, in order.
+    """
+    rows = []
+    for number, stage in enumerate(stages, 1):
+        for name, c in stage["data"].items():
+            rows.append(f"| {number} | {name} | {c['kept']:,} | {c['dropped_as_overlap']:,} |")
+    lengths = ", then ".join(
+        f"{s['steps']:,} steps of {s['tokens_a_step']:,} tokens" for s in stages
     )
     return f"""---
 license: cc-by-sa-3.0
@@ -152,22 +162,24 @@ library_name: transformers
 ---
 # fedsafe-demo: a small instruct model for first runs
 
-A Llama-architecture model of {config.num_layers} layers x {config.hidden_size}, trained from scratch by
-`python -m fedsafe_jax.pretrain` for {steps:,} steps of {config.rows_per_step} x {config.seq_len} tokens. It is made for
-demonstrating and testing federated safety methods: it refuses harmful requests, answers simple ones
-in short English, and can criticise and revise its own answers. It knows next to nothing; do not
-use it for anything else.
+A Llama-architecture model of {shape.num_parameters():,} parameters ({shape.num_layers} layers x
+{shape.hidden_size}), trained from scratch by `fedsafe_jax.pretrain` for {lengths}.
+It is made for demonstrating and testing federated safety methods: it refuses harmful requests,
+answers simple ones in short English, and can criticise and revise its own answers. It knows next to
+nothing; do not use it for anything else.
 
 ## Training data
 
-| source | dialogues kept | dropped: near an evaluation prompt |
-|---|---|---|
-{rows}
+| stage | source | dialogues kept | dropped: near an evaluation prompt |
+|---|---|---|---|
+{chr(10).join(rows)}
 
 A prompt is dropped when its word bigrams have a Jaccard similarity of {overlap.NEAR} or more with a
 prompt of AdvBench, HHH, Do-Not-Answer, S-Eval, XSTest or the harmless instructions that measure
-over-refusal. Dolly is CC BY-SA 3.0, which this card's licence follows; GPTeacher, GSM8K and hh-rlhf
-are MIT; the harmful instructions are Apache-2.0. Answers to harmful prompts are refusals from this project's
+over-refusal; a tenth of each source is held out. Repeated dialogues count each time.
+
+Dolly is CC BY-SA 3.0, which this card's licence follows; GPTeacher, GSM8K and hh-rlhf are MIT; the
+harmful instructions are Apache-2.0. Answers to harmful prompts are refusals from this project's
 templates; hh-rlhf's less safe answers occur only as context that a learned critique rejects.
 Harmless instructions derived from Alpaca (CC BY-NC) were used for evaluation only.
 """

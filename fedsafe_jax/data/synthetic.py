@@ -156,6 +156,8 @@ def benign_pair(rng: np.random.Generator, everyday: dict, words: list[str] | Non
       everyday: from `load_everyday`.
       words: further topics, mixed in so that an unknown word is no reason to refuse.
     """
+    if words and rng.random() < 0.4:
+        return _free_form(rng, everyday, words)
     kind = rng.random()
     if kind < 0.4:
         frame, answers = everyday["two_topic_tasks"][rng.integers(len(everyday["two_topic_tasks"]))]
@@ -184,6 +186,27 @@ def _vary(rng, prompt: str) -> str:
     if draw < 0.4 and not prompt.endswith("?"):
         return "Please " + prompt[0].lower() + prompt[1:]
     return prompt
+
+
+def _free_form(rng, everyday, words):
+    """A request put together at random: any wording, any words, and still no reason to refuse."""
+    openers, links, answers = everyday["free_forms"][rng.integers(len(everyday["free_forms"]))]
+    parts = [rng.choice(openers), rng.choice(links), rng.choice(words)]
+    if rng.random() < 0.5:
+        parts += [rng.choice(("for", "in", "and", "about", "with", "of")), rng.choice(words)]
+    parts.append(rng.choice(everyday["tails"]))
+    prompt = " ".join(str(part) for part in parts if part)
+    question = prompt.startswith(("What", "Which", "How", "When", "Where"))
+    return prompt + ("?" if question else rng.choice((".", ""))), str(rng.choice(answers))
+
+
+def with_tail(rng: np.random.Generator, everyday: dict, prompt: str) -> str:
+    """The request with a tail such as "in a big city", for harmful and harmless ones alike."""
+    tail = str(rng.choice(everyday["tails"]))
+    if not tail:
+        return prompt
+    end = prompt[-1] if prompt[-1] in ".?" else ""
+    return f"{prompt.rstrip('.?')} {tail}{end}"
 
 
 def _capital(rng, everyday):

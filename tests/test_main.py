@@ -1,0 +1,187 @@
+"""The command line as a user meets it: errors, a whole tiny run, a kill in the middle, evaluation."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "TRANSFORMERS_VERBOSITY": "error"}
+SMALL = (
+    "rounds=3", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
+    "batch_size=2", "seq_len=64", "filter.epochs=1", "eval.max_prompts=4", "eval.max_heldout=4",
+    "eval.max_new_tokens=4", "eval.batch_size=4", "cai.red_team_prompts=2", "cai.benign_prompts=1",
+    "cai.steps=2", "cai.batch_size=2", "cai.pairs_per_step=1", "cai.replay_examples=4",
+    "cai.max_new_tokens=8", "arms=('base','fl','fl+filter+cai')",
+)  # fmt: skip
+
+
+def command(workdir, *settings):
+    flags = [f"--config.{s}" for s in (*SMALL, *settings)]
+    start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
+    return [*start, f"--workdir={workdir}", *flags]
+
+
+def run(workdir, *settings, check=True):
+    done = subprocess.run(
+        command(workdir, *settings),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def comparable(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    del results["seconds"]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "fedrated.rounds=3",
+            "--config.fedrated.rounds: no such field; did you mean --config.rounds?",
+        ),
+        ("arms=('fl+filtr',)", "arms: 'fl+filtr' is not one of"),
+        ("data_dir=/no/such/folder", None),
+        ("safe_sources=('chat:none.jsonl',)", "none.jsonl: no such file"),
+        ("unsafe_sources=('advbench:a.csv',)", "never trained on"),
+        ("clients_per_round=40", "clients_per_round=40 exceeds num_clients=4"),
+        ("num_clients=5000", "more clients than examples"),
+        ("model=/no/such/model", "no such folder"),
+        ("harmful_share=2.0", "harmful_share=2.0"),
+    ],
+)
+def test_mistakes_give_one_clear_line(tmp_path, setting, message):
+    if message is None:
+        settings = (setting, "safe_sources=('chat:mine.jsonl',)")
+        message = "/no/such/folder/mine.jsonl: no such file"
+    else:
+        settings = (setting,)
+    done = run(tmp_path, *settings, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode != 0 and len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"messages": []}\nnot json\n', "mine.jsonl line 2: not JSON"), ("", "is empty")],
+)
+def test_bad_data_is_named_before_any_training(tmp_path, text, message):
+    (tmp_path / "mine.jsonl").write_text(text)
+    settings = (f"data_dir={tmp_path}", "safe_sources=('chat:mine.jsonl',)")
+    done = run(tmp_path / "run", *settings, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, run(workdir)
+
+
+def test_a_run_writes_what_the_design_lists(finished):
+    workdir, done = finished
+    results = json.loads((workdir / "results.json").read_text())
+    assert list(results["arms"]) == ["base", "fl", "fl+filter+cai"]
+    for arm in results["arms"].values():
+        for task, field in (("advbench", "safety"), ("hhh", "accuracy"), ("over_refusal", "rate")):
+            low, high = arm[task]["ci95"]
+            assert 0 <= low <= arm[task][field] <= high <= 100
+    assert {"accuracy", "precision", "recall", "hmean"} <= results["filter"].keys()
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["arm"], r["round"]) for r in rows] == [
+        (a, t) for a in ("fl", "fl+filter+cai") for t in range(3)
+    ]
+    assert all(r["useful_tokens"] > 0 and r["seconds"] for r in rows)
+    record = json.loads((workdir / "cai" / "round_001.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "initial", "principle", "critique", "revision", "dropped"} <= record.keys()
+    assert "<table" in (workdir / "report.html").read_text()
+    assert (workdir / "figures" / "arms.png").stat().st_size > 1000
+    assert (workdir / "export" / "merged" / "model.safetensors").is_file()
+    assert (workdir / "export" / "adapter" / "adapter_config.json").is_file()
+    assert "fl+filter+cai" in done.stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path, how):
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    # The first round of the last arm is done: two arms are finished, one is in the middle.
+    while not (metrics.exists() and '"fl+filter+cai"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert "the same command continues" in errors and "Traceback" not in errors
+    assert not (tmp_path / "results.json").exists()
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(finished[0])
+
+    def losses(workdir):
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows]
+
+    assert losses(tmp_path) == losses(finished[0])  # to the bit
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    done = run(finished[0], "learning_rate=0.5", check=False)
+    assert (
+        done.returncode != 0 and "learning_rate" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_several_seeds_and_algorithms_make_one_table(tmp_path):
+    run(
+        tmp_path,
+        "seeds=(0,1)",
+        "algorithms=('fedavg','scaffold')",
+        "arms=('base','fl')",
+        "rounds=1",
+    )
+    results = comparable(tmp_path)
+    assert list(results["arms"]) == ["base", "fedavg/fl", "scaffold/fl"]
+    assert len(results["arms"]["scaffold/fl"]["advbench"]["per_seed"]) == 2
+
+
+def test_evaluate_prompts_and_adapter(finished, tmp_path):
+    (tmp_path / "p.csv").write_text("id,ask\n1,How do I bake bread?\n2,How do I rob a bank?\n")
+    start = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
+    flags = [f"--adapter={finished[0] / 'export' / 'adapter'}", f"--output={tmp_path / 'o.json'}"]
+    arguments = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    done = subprocess.run([*start, *flags, "--column=ask", "--max_new_tokens=8"], **arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "95% interval" in done.stdout and "bake bread" in done.stdout
+    assert len(json.loads((tmp_path / "o.json").read_text())["prompts"]) == 2
+    wrong = subprocess.run([*start, *flags], **arguments)
+    assert wrong.returncode != 0 and "no column 'prompt'" in wrong.stderr
+
+
+def test_dry_run_of_the_paper_counts_llama_8b():
+    start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/paper.py:scaffold"]
+    done = subprocess.run(
+        [*start, "--config.dry_run"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    # The model card's exact parameter count.
+    assert done.returncode == 0 and "8,030,261,248 parameters" in done.stdout
