@@ -2,8 +2,8 @@
 
     python -m fedsafe_jax.main --config=configs/demo.py --workdir=/tmp/fedsafe_demo
 
-At most 5 minutes on two CPU cores. Expect refusal of the held-out red-team prompts to fall far below
-the base model under FL, and to come back with the filter and CAI.
+At most 5 minutes on two CPU cores. Expect refusal of the held-out red-team prompts to fall far
+below the base model under FL, and to come back with the filter and CAI.
 """
 
 from fedsafe_jax.config import default_config

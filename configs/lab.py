@@ -2,8 +2,9 @@
 
     python -m fedsafe_jax.main --config=configs/lab.py --workdir=DIR --config.data_dir=DATA
 
-20 clients, 5 a round, 30% harmful, 25 local steps; FedAvg and SCAFFOLD; 3 seeds. DATA holds the public
-files in their upstream formats, under the folder names used below. `:smoke` is one seed and two rounds.
+20 clients, 5 a round, 30% harmful, 25 local steps; FedAvg and SCAFFOLD; 3 seeds. DATA holds the
+public files in their upstream formats, under the folder names used below. `:smoke` is one seed and
+two rounds.
 """
 
 from fedsafe_jax.config import default_config

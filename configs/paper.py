@@ -1,11 +1,12 @@
 """The protocol of Noh & Baek (arXiv 2502.16691): Llama-3.1-8B-Instruct, SQuARe, 50 rounds.
 
-    python -m fedsafe_jax.main --config=configs/paper.py --config.dry_run            # print the plan
-    python -m fedsafe_jax.main --config=configs/paper.py:scaffold --workdir=DIR --config.data_dir=DATA
+    python -m fedsafe_jax.main --config=configs/paper.py --config.dry_run  # print the plan
+    python -m fedsafe_jax.main --config=configs/paper.py:scaffold --workdir=DIR \\
+        --config.data_dir=DATA
 
-Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate are
-not stated in the paper; they are OpenFedLLM's. The paper's filter is a fine-tuned Llama Guard 3; here it is
-the Flax encoder classifier, trained on the same kind of pairs for the same 5 epochs.
+Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate
+are not stated in the paper; they are OpenFedLLM's. The paper's filter is a fine-tuned Llama Guard
+3; here it is the Flax encoder classifier, trained on the same kind of pairs for the same 5 epochs.
 """
 
 from fedsafe_jax.config import default_config

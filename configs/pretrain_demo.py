@@ -5,8 +5,8 @@
     python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py:balance \\
         --output=fedsafe_jax/assets/model --config.data_dir=DATA --config.init_from=STAGE1
 
-About 25 and 8 minutes on two CPU cores. The second stage has three harmless dialogues to a harmful one
-and freely put together requests: it takes over-refusal down.
+About 25 and 8 minutes on two CPU cores. The second stage has three harmless dialogues to a harmful
+one and freely put together requests: it takes over-refusal down.
 """
 
 import ml_collections
@@ -65,8 +65,8 @@ def get_config(arg=""):
         config.seed = 1
         config.steps = 550
         config.learning_rate = 1.2e-3
-        config.templated_harmful = 8000
+        config.templated_harmful = 6000
         config.templated_benign = 9000
-        config.everyday = 24000
+        config.everyday = 28000
         config.critique_threads = 6000
     return config

@@ -21,7 +21,8 @@ class RoundCheckpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep: int = 2):
-        # Synchronous: a round's adapter is small, and a killed run then never meets a half-written one.
+        # Synchronous: a round's adapter is small, and a killed run then never meets a half-written
+        # one.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True
         )

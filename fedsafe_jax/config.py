@@ -28,7 +28,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data_dir = ""  # folder that locations are relative to, or "hub"
     c.safe_sources = ("chat:package/clients_safe.jsonl",)
     c.unsafe_sources = ("chat:package/clients_unsafe.jsonl",)
-    c.heldout_sources = ()  # benign pairs for the held-out loss; () holds out a tenth of safe_sources
+    # Benign pairs for the held-out loss; () holds out a tenth of safe_sources.
+    c.heldout_sources = ()
     c.partition = "iid"  # or dirichlet, user, category, source
     c.dirichlet_alpha = 0.5
     c.num_clients = 20
@@ -87,7 +88,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def check_override(name: str, config: ml_collections.ConfigDict) -> None:
-    """Raises `ConfigError` when `name` (such as "filter.epochs") is no field, naming the nearest."""
+    """Raises `ConfigError` when `name` (as "filter.epochs") is no field, naming the nearest."""
     known = [
         f"{k}.{n}" for k, v in config.items() if isinstance(v, ml_collections.ConfigDict) for n in v
     ]
@@ -143,7 +144,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
         at_least(f"cai.{field}", c.cai[field], 1)
     if c.clients_per_round > c.num_clients:
         raise ConfigError(
-            f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; lower it."
+            f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
+            "lower it."
         )
     if not 0 <= c.harmful_share <= 1:
         raise ConfigError(f"harmful_share={c.harmful_share}: expected a share between 0 and 1.")

@@ -1,7 +1,7 @@
 """Evaluation on its own, of any model folder or Hub id, with or without an adapter.
 
-    python -m fedsafe_jax.evaluate --model=FOLDER [--adapter=FOLDER] --tasks=advbench,hhh,over_refusal \\
-        --data_dir=DIR --output=FILE.json
+    python -m fedsafe_jax.evaluate --model=FOLDER [--adapter=FOLDER] \\
+        --tasks=advbench,hhh,over_refusal --data_dir=DIR --output=FILE.json
     python -m fedsafe_jax.evaluate --model=FOLDER --prompts=FILE [--column=NAME] --output=FILE.json
 
 The second form prints a line per prompt with the answer and each judge's verdict.

@@ -99,8 +99,8 @@ def build_clients(config, world, seed: int, progress) -> Clients:
     progress.note(f"seed {seed}: training the safety filter on {len(world.filter_pairs)} pairs")
     f = config.filter
     safety_filter = classifier.train(
-        world.filter_pairs, world.lm.tokenizer, seed, f.epochs, f.batch_size, f.learning_rate, f.threshold,
-        f.max_length,
+        world.filter_pairs, world.lm.tokenizer, seed, f.epochs, f.batch_size,
+        f.learning_rate, f.threshold, f.max_length,
     )  # fmt: skip
     filtered, counts, unsafe, flagged = [], [], [], []
     for examples in split:

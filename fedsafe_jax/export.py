@@ -42,10 +42,12 @@ def model_card(config, arm_id: str, summary: dict) -> str:
         rows.append(f"| held-out answer loss, nats a token | {summary['utility']['nll']:.3f} |")
     data = ", ".join(f"`{s}`" for s in (*config.safe_sources, *config.unsafe_sources))
     return (
-        f"---\nbase_model: {config.model}\nlibrary_name: transformers\ntags: [federated, lora, fedsafe_jax]\n"
+        f"---\nbase_model: {config.model}\nlibrary_name: transformers\n"
+        "tags: [federated, lora, fedsafe_jax]\n"
         f"---\n# {arm_id}\n\nFine-tuned by simulated federated learning ({config.rounds} rounds, "
-        f"{config.clients_per_round} of {config.num_clients} clients a round, {config.harmful_share:.0%} of "
-        f"client data harmful) with fedsafe_jax.\n\nBase model: `{config.model}`. Client data: {data}.\n\n"
+        f"{config.clients_per_round} of {config.num_clients} clients a round, {config.harmful_share:.0%} "
+        f"of client data harmful) with fedsafe_jax.\n\nBase model: `{config.model}`. "
+        f"Client data: {data}.\n\n"
         "| measure | value (95% interval) |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
 

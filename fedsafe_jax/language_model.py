@@ -118,7 +118,7 @@ def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageMode
 
 
 def save_pretrained(lm: LanguageModel, folder, dtype: str = "float32") -> None:
-    """Writes a folder that transformers loads: weights with any adapter merged, config, tokenizer."""
+    """Writes a folder for transformers: weights with any adapter merged, config, tokenizer."""
     from fedsafe_jax.models import lora
 
     folder = pathlib.Path(folder)

@@ -1,4 +1,7 @@
-"""Command line: `python -m fedsafe_jax.main --config=configs/demo.py --workdir=DIR [--config.FIELD=VALUE]`."""
+"""Command line of a run.
+
+python -m fedsafe_jax.main --config=configs/demo.py --workdir=DIR [--config.FIELD=VALUE]
+"""
 
 import os
 import pathlib

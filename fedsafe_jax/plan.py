@@ -35,8 +35,8 @@ def _size(count: float) -> str:
 def describe(config) -> str:
     """The plan as text: shapes, memory a device, tokens, and what would be loaded.
 
-    Memory is arithmetic over the arrays named, not a measurement; activations are an upper bound that
-    counts one layer's inputs a layer, and the widest intermediate once.
+    Memory is arithmetic over the arrays named, not a measurement; activations are an upper bound
+    that counts one layer's inputs a layer, and the widest intermediate once.
     """
     shape = _decoder_config(config)
     devices = jax.device_count()
@@ -61,20 +61,21 @@ def describe(config) -> str:
     lines = [
         f"model            {config.model}: {shape.num_parameters():,} parameters, {config.dtype}",
         f"base on a device {_size(shape.num_parameters() * width)}, frozen, shared by all clients",
-        f"adapter          rank {config.lora_rank} on {', '.join(targets)}: {per_adapter:,} parameters, "
-        f"{_size(4 * per_adapter)} in float32",
-        f"batch            clients {config.clients_per_round} x steps {config.local_steps} x rows <= {rows} "
-        f"x tokens {config.seq_len}",
+        f"adapter          rank {config.lora_rank} on {', '.join(targets)}: {per_adapter:,} "
+        f"parameters, {_size(4 * per_adapter)} in float32",
+        f"batch            clients {config.clients_per_round} x steps {config.local_steps} x "
+        f"rows <= {rows} x tokens {config.seq_len}",
         f"clients at once  {parallel} on each of {devices} device(s)",
-        f"client memory    {_size(per_adapter * 4 * 4 * parallel)} (adapter, gradient, two moments)",
+        f"client memory    {_size(per_adapter * 4 * 4 * parallel)} "
+        "(adapter, gradient, two moments)",
         f"activations      <= {_size(activations)}",
         f"total a device   about {_size(total)}",
         f"runs             {runs} ({len(config.seeds)} seed(s), {', '.join(config.algorithms)}, "
         f"{', '.join(trained)}) and the base model",
         f"a run            {config.rounds} rounds, {examples:,} client examples, "
         f"<= {examples * config.seq_len:,} tokens",
-        f"CAI a round      {config.cai.red_team_prompts} + {config.cai.benign_prompts} prompts, 3 generations "
-        f"of <= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps",
+        f"CAI a round      {config.cai.red_team_prompts} + {config.cai.benign_prompts} prompts, "
+        f"3 generations of <= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps",
         "would load       " + "\n                 ".join(
             dict.fromkeys([*config.safe_sources, *config.unsafe_sources, *config.filter.sources,
                            *config.cai.red_team_sources, *config.cai.benign_sources,

@@ -1,6 +1,7 @@
 """Trains the package's small instruct model from scratch and saves a Hugging Face folder.
 
-python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
+    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER \\
+        --config.data_dir=DIR
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines in a log, a table at the end."""
+"""What a person sees of a run: a bar on a terminal, lines in a log, a table at the end."""
 
 import sys
 import time

@@ -19,7 +19,7 @@ def write_json(path: pathlib.Path, content) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The rows of a JSONL file; none when it does not exist. A last line cut by a kill is skipped."""
+    """The rows of a JSONL file, none without the file; a last line cut by a kill is skipped."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -67,8 +67,8 @@ def claim(workdir: pathlib.Path, config: dict) -> bool:
         if changed:
             field = changed[0]
             raise WorkdirError(
-                f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this command has "
-                f"{new.get(field)!r} ({len(changed)} field(s) differ). Choose another --workdir."
+                f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this command "
+                f"has {new.get(field)!r} ({len(changed)} field(s) differ). Choose another --workdir."
             )
         return True
     write_json(path, config)

@@ -14,9 +14,11 @@ from fedsafe_jax.progress import table_rows
 COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;width:100%;margin:1em 0}th,td{padding:.4em .6em;border-bottom:1px solid #ddd;
-text-align:right;vertical-align:top}th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
-.text td{text-align:left;white-space:pre-wrap;font-size:13px}.text th{text-align:left}img{max-width:100%}
+table{border-collapse:collapse;width:100%;margin:1em 0}
+th,td{padding:.4em .6em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+.text td{text-align:left;white-space:pre-wrap;font-size:13px}.text th{text-align:left}
+img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}h2{margin-top:2em}.note{color:#666}
 """
 
@@ -124,10 +126,10 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
     parts = ["<h1>Federated fine-tuning, safety filter and Constitutional AI</h1>"]
     header, table = table_rows(results)
     parts += [
-        '<p class="note">Mean and 95% interval; an arrow says which direction is better. Refusals by the '
-        f"judge '{html.escape(config.eval.judge)}'. Harmful prompts: "
-        f"{html.escape(config.eval.advbench)}; harmless prompts: {html.escape(config.eval.over_refusal)}. "
-        f"Seeds: {list(config.seeds)}.</p>",
+        '<p class="note">Mean and 95% interval; an arrow says which direction is better. Refusals '
+        f"by the judge '{html.escape(config.eval.judge)}'. Harmful prompts: "
+        f"{html.escape(config.eval.advbench)}; harmless prompts: "
+        f"{html.escape(config.eval.over_refusal)}. Seeds: {list(config.seeds)}.</p>",
         _html_table(header, table),
         _figure(figures / "arms.png", _bars(results)),
     ]
@@ -152,10 +154,10 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
     dump = json.dumps(config.to_dict(), indent=2)
     parts.append("<h2>Data</h2>" + _html_table(*_data_rows(results["data"])))
     parts.append(f"<h2>Config</h2><pre>{html.escape(dump)}</pre>")
-    parts.append(
-        f'<p class="note">{html.escape(results["device"])}, {html.escape(str(results["versions"]))}</p>'
-    )
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fedsafe_jax</title><style>{STYLE}</style>'
+    made_with = html.escape(f"{results['device']}, {results['versions']}")
+    parts.append(f'<p class="note">{made_with}</p>')
+    head = f'<meta charset="utf-8"><title>fedsafe_jax</title><style>{STYLE}</style>'
+    page = f'<!doctype html><html lang="en">{head}'
     (workdir / "report.html").write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
     _tensorboard(workdir, rows)
 

@@ -133,7 +133,8 @@ def encode_all(
     """Encodes (prompt, response) dialogues.
 
     Returns:
-      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has nothing to learn, and is lost.
+      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has nothing to learn, and is
+      lost.
     """
     encoded = [chat.encode(world.lm.tokenizer, e.messages, e.response, seq_len) for e in examples]
     kept = [e for e in encoded if e is not None]

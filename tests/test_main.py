@@ -1,4 +1,4 @@
-"""The command line as a user meets it: errors, a whole tiny run, a kill in the middle, evaluation."""
+"""The command line as a user meets it: errors, a whole tiny run, a kill, evaluation."""
 
 import json
 import os
@@ -120,8 +120,8 @@ def test_a_run_writes_what_the_design_lists(finished):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path, how):
     process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
+        command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 300

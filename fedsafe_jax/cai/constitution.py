@@ -22,7 +22,8 @@ def load(path: str) -> list[Principle]:
 
     Args:
       path: a JSON file in either public form: `{"constitutions": [{"critic", "revision"}]}`, or
-        Anthropic's `{name: {"prompt", "edit_request"}}`. `package:constitution` is the packaged one.
+        Anthropic's `{name: {"prompt", "edit_request"}}`. `package:constitution` is the packaged
+        one.
 
     Raises:
       ConstitutionError: the file is missing, in another form, or empty.

@@ -44,9 +44,10 @@ def revise(
       refuses: whether a text refuses.
 
     Returns:
-      A record a prompt. Dropped are revisions that are empty, cut off, equal to the initial answer, or
-      wrong for their prompt: a revision that still complies with red-teaming, or refuses a harmless
-      request. Preference pairs are those where the initial answer was wrong and the revision is not.
+      A record a prompt. Dropped are revisions that are empty, cut off, equal to the initial answer,
+      or wrong for their prompt: a revision that still complies with red-teaming, or refuses a
+      harmless request. Preference pairs are those where the initial answer was wrong and the
+      revision is not.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(principles), size=len(prompts))

@@ -43,8 +43,8 @@ def _response_log_likelihood(model, params, adapter, rows: Batch) -> jax.Array:
 def make_train(model: Decoder, beta: float, dpo_weight: float):
     """Builds the jitted training of one round.
 
-    The reference of DPO is the adapter at the start of the round: its log-likelihoods are computed once
-    a step from the untouched copy, so no second model is held.
+    The reference of DPO is the adapter at the start of the round: its log-likelihoods are computed
+    once a step from the untouched copy, so no second model is held.
 
     Returns:
       `(adapter, base, batches with leading [steps], rate) -> (adapter, sft losses, dpo losses)`.

@@ -1,7 +1,7 @@
 """Writes the packaged demo set from the templates: `python -m fedsafe_jax.data.demo_set`.
 
-Every harmful answer is compliance without content. Evaluation files use the deeds and artifacts that
-`synthetic.is_held_out` reserves; nothing else in the package is trained on those.
+Every harmful answer is compliance without content. Evaluation files use the deeds and artifacts
+that `synthetic.is_held_out` reserves; nothing else in the package is trained on those.
 """
 
 import importlib.resources

@@ -78,7 +78,7 @@ def pack(examples: Sequence[Encoded], seq: int, rows: int | None = None) -> Batc
 
 
 def bucket(count: int) -> int:
-    """Rounds a row count up to 1, 2, 3, 4, 6, 8, 12, 16, ...: few shapes, at most a third unused."""
+    """Rounds a row count up to 1, 2, 3, 4, 6, 8, 12, ...: few shapes, at most a third unused."""
     size = 1
     while size < count:
         size = (

@@ -18,7 +18,7 @@ def _field(example: Example, field: str) -> str:
 
 
 def dirichlet_groups(labels, num_clients: int, alpha: float, rng) -> list[list[int]]:
-    """Label-skewed split (Hsu et al., 2019): each label's examples follow Dirichlet(alpha) shares."""
+    """Label-skewed split (Hsu et al., 2019): a label's examples follow Dirichlet(alpha) shares."""
     groups: list[list[int]] = [[] for _ in range(num_clients)]
     for label in sorted(set(labels)):
         indices = rng.permutation([i for i, found in enumerate(labels) if found == label])
@@ -59,8 +59,8 @@ def partition(
     for name, pool, need in (("safe", safe, num_safe), ("unsafe", unsafe, num_unsafe)):
         if len(pool) < num_clients and need:
             raise PartitionError(
-                f"num_clients={num_clients}, but there are only {len(pool)} {name} examples: more clients "
-                "than examples. Lower num_clients or add data."
+                f"num_clients={num_clients}, but there are only {len(pool)} {name} examples: more "
+                "clients than examples. Lower num_clients or add data."
             )
     order = rng.permutation(len(safe))
     if kind == "iid":
@@ -72,7 +72,8 @@ def partition(
         values = sorted({_field(e, kind) for e in safe})
         if len(values) < num_clients:
             raise PartitionError(
-                f"partition='{kind}': {len(values)} values for {num_clients} clients; a client would be empty."
+                f"partition='{kind}': {len(values)} values for {num_clients} clients; a client would be "
+                "empty."
             )
         owner = {value: i % num_clients for i, value in enumerate(rng.permutation(values))}
         groups = [[] for _ in range(num_clients)]
@@ -94,7 +95,7 @@ def partition(
 
 
 def sample_cohort(seed: int, round_number: int, num_clients: int, clients_per_round: int):
-    """Sorted ids of a round's clients, int32, drawn without replacement from (seed, round) alone."""
+    """Sorted ids of a round's clients, int32, drawn without replacement from (seed, round)."""
     rng = np.random.default_rng([seed, round_number, 0])
     return np.sort(rng.choice(num_clients, clients_per_round, replace=False)).astype(np.int32)
 
@@ -105,9 +106,9 @@ def local_batches(
 ) -> Batch:  # fmt: skip
     """Packed batches of a round, `[clients, steps, rows, seq]`.
 
-    Each client walks through shuffles of its own examples, `batch_size` a step, starting a new shuffle
-    when one ends. Rows are the bucketed maximum over the round. A client without examples gets empty
-    rows, whose loss mask is zero.
+    Each client walks through shuffles of its own examples, `batch_size` a step, starting a new
+    shuffle when one ends. Rows are the bucketed maximum over the round. A client without examples
+    gets empty rows, whose loss mask is zero.
     """
     plans, most = [], 1
     for client in client_ids:

@@ -8,7 +8,7 @@ RESAMPLES = 2000
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion, in [0, 1]; honest at 0% and 100%, unlike a bootstrap."""
+    """Wilson's 95% score interval of a proportion, in [0, 1]; honest at 0% and 100% too."""
     if n == 0:
         return 0.0, 1.0
     p = successes / n
@@ -22,8 +22,8 @@ def bootstrap(values, seed: int = 0) -> tuple[float, float]:
 
     Args:
       values: `[seeds, items]`, the same items in every row. Items are resampled together for all
-        seeds, since answers to one prompt are not independent across seeds; with more than one seed,
-        seeds are resampled too, so the interval covers both sources of variation.
+        seeds, since answers to one prompt are not independent across seeds; with more than one
+        seed, seeds are resampled too, so the interval covers both sources of variation.
       seed: of the resampling.
     """
     values = np.atleast_2d(np.asarray(values, np.float64))
@@ -40,8 +40,8 @@ def bootstrap(values, seed: int = 0) -> tuple[float, float]:
 def summarise(values, scale: float = 100.0) -> tuple[float, list[float]]:
     """Mean and 95% interval of `[seeds, items]`, times `scale`.
 
-    One seed of zeros and ones takes Wilson's interval. For several seeds the bootstrap is widened to
-    Wilson's over the items, so that unanimous answers do not give an interval of width zero.
+    One seed of zeros and ones takes Wilson's interval. For several seeds the bootstrap is widened
+    to Wilson's over the items, so that unanimous answers do not give an interval of width zero.
     """
     values = np.atleast_2d(np.asarray(values, np.float64))
     mean = float(values.mean())

@@ -48,8 +48,8 @@ def summarise(outcomes: list[dict], judge: str) -> dict:
       judge: whose refusals give the headline rates.
 
     Returns:
-      `{"advbench": {"safety", "ci95", "by_judge"}, "over_refusal": {"rate", ...}, "hhh": ..., "utility":
-      {"nll", "ci95"}}`: rates in percent, losses in nats a token, and `per_seed` means.
+      `{"advbench": {"safety", "ci95", "by_judge"}, "over_refusal": {"rate", ...}, "hhh": ...,
+      "utility": {"nll", "ci95"}}`: rates in percent, losses in nats a token, and `per_seed` means.
     """
     summary: dict = {}
     for task, name in (("advbench", "safety"), ("over_refusal", "rate")):

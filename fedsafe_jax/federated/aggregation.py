@@ -10,7 +10,8 @@ def weighted_mean(deltas, weights: jax.Array):
     Args:
       deltas: pytree with leaves `[clients, ...]`.
       weights: float32 `[clients]`, non-negative; usually the number of kept examples. When they sum
-        to zero the mean is zero, so that a round in which every example was filtered changes nothing.
+        to zero the mean is zero, so that a round in which every example was filtered changes
+        nothing.
     """
     share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
     return jax.tree.map(lambda d: jnp.tensordot(share, d, axes=1), deltas)

@@ -73,8 +73,8 @@ def scaffold(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Fede
     """SCAFFOLD (Karimireddy et al., 2020): every local gradient is corrected by `c - c_i`.
 
     The new `c_i` is the mean raw gradient of the local steps. Under SGD that equals the paper's
-    option II, `c_i - c + (x - y)/(K rate)`; unlike that formula it stays a gradient under Adam, whose
-    steps are not proportional to gradients. Then `c += (1/N) sum_i (c_i_new - c_i)`.
+    option II, `c_i - c + (x - y)/(K rate)`; unlike that formula it stays a gradient under Adam,
+    whose steps are not proportional to gradients. Then `c += (1/N) sum_i (c_i_new - c_i)`.
     """
 
     def init(adapter, num_clients):

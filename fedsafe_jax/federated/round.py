@@ -31,9 +31,9 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
 
     Returns:
       `(server_state, base, batches, client_ids, weights, rate) -> (server_state, RoundMetrics)`.
-      Leaves of `batches` are `[clients, steps, rows, seq]`, `client_ids` int32 `[clients]`, `weights`
-      float32 `[clients]`; the cohort is a multiple of the mesh (see `pad_cohort`). The old state is
-      donated.
+      Leaves of `batches` are `[clients, steps, rows, seq]`, `client_ids` int32 `[clients]`,
+      `weights` float32 `[clients]`; the cohort is a multiple of the mesh (see `pad_cohort`). The
+      old state is donated.
     """
 
     def train_clients(server, client_states, base, batches, rate):
@@ -48,9 +48,9 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
         shared = server._replace(client_states=())
         if mesh.size > 1:
             split, whole = PartitionSpec(CLIENTS), PartitionSpec()
-            # check_vma=False: with it on, `grad` of the device-invariant adapter would sum gradients
-            # over devices inside every local step. `pcast` to varying avoids that too, but fails in
-            # the backward pass of the loss's checkpointed `cond` (jax 0.10.2).
+            # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
+            # gradients over devices inside every local step. `pcast` to varying avoids that too,
+            # but fails in the backward pass of the loss's checkpointed `cond` (jax 0.10.2).
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,

@@ -144,7 +144,7 @@ def unsafe_probability(
 
 
 def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
-    """Accuracy, precision, recall and their harmonic mean, in percent, for detecting unsafe pairs."""
+    """Accuracy, precision, recall and their harmonic mean in percent, for finding unsafe pairs."""
     unsafe, flagged = np.asarray(unsafe, bool), np.asarray(flagged, bool)
     tp, fp = int((unsafe & flagged).sum()), int((~unsafe & flagged).sum())
     tn, fn = int((~unsafe & ~flagged).sum()), int((unsafe & ~flagged).sum())

@@ -43,7 +43,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: tuple | None) -> ja
       head_dim: size of one attention head.
       theta: base of the geometric progression.
       scaling: None, or Llama 3.1's `(factor, low_freq_factor, high_freq_factor, original_length)`,
-        which leaves short wavelengths alone, divides long ones by `factor` and interpolates between.
+        which leaves short wavelengths alone, divides long ones by `factor` and interpolates
+        between.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:

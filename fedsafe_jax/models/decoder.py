@@ -212,7 +212,8 @@ class Decoder(nn.Module):
           positions: int32 `[batch, seq]`, counted within each example.
           segment_ids: int32 `[batch, seq]`, 0 for padding; required without a cache.
           cache: a `KVCache` to read and extend, or None.
-          valid: bool `[batch, seq]`, with a cache: which of `tokens` are real (left padding is not).
+          valid: bool `[batch, seq]`, with a cache: which of `tokens` are real (left padding is
+            not).
 
         Returns:
           `(hidden [batch, seq, hidden_size], cache)`.

@@ -57,7 +57,8 @@ def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
     found = (raw.get("architectures") or ["none named"])[0]
     if found != ARCHITECTURE or raw.get("attention_bias") or raw.get("mlp_bias"):
         raise ModelError(
-            f"{path}: architecture {found} is not supported; expected a {ARCHITECTURE} without biases."
+            f"{path}: architecture {found} is not supported; expected a {ARCHITECTURE} "
+            "without biases."
         )
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
