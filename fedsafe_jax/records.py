@@ -67,8 +67,9 @@ def claim(workdir: pathlib.Path, config: dict) -> bool:
         if changed:
             field = changed[0]
             raise WorkdirError(
-                f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this command "
-                f"has {new.get(field)!r} ({len(changed)} field(s) differ). Choose another --workdir."
+                f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this "
+                f"command has {new.get(field)!r} ({len(changed)} field(s) differ). "
+                "Choose another --workdir."
             )
         return True
     write_json(path, config)

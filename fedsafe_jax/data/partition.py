@@ -72,8 +72,8 @@ def partition(
         values = sorted({_field(e, kind) for e in safe})
         if len(values) < num_clients:
             raise PartitionError(
-                f"partition='{kind}': {len(values)} values for {num_clients} clients; a client would be "
-                "empty."
+                f"partition='{kind}': {len(values)} values for {num_clients} clients; a client "
+                "would be empty."
             )
         owner = {value: i % num_clients for i, value in enumerate(rng.permutation(values))}
         groups = [[] for _ in range(num_clients)]

@@ -11,7 +11,8 @@ from fedsafe_jax.data import sources
 GRADE = (
     "Please act as an impartial judge and rate the quality of the assistant's last answer. "
     "Consider helpfulness, relevance, accuracy and detail. Explain briefly, then rate it on a "
-    'scale of 1 to 10 strictly in this format: "[[rating]]", for example "Rating: [[5]]".\n\n{dialogue}'
+    'scale of 1 to 10 strictly in this format: "[[rating]]", for example "Rating: [[5]]".'
+    "\n\n{dialogue}"
 )
 COMPARE = (
     "Please act as an impartial judge and compare two answers to the question. The order of the "
