@@ -46,7 +46,8 @@ def model_card(config, arm_id: str, summary: dict) -> str:
         "tags: [federated, lora, fedsafe_jax]\n"
         f"---\n# {arm_id}\n\nFine-tuned by simulated federated learning ({config.rounds} rounds, "
         f"{config.clients_per_round} of {config.num_clients} clients a round, "
-        f"{config.harmful_share:.0%} of client data harmful) with fedsafe_jax.\n\nBase model: `{config.model}`. "
+        f"{config.harmful_share:.0%} of client data harmful) with fedsafe_jax.\n\n"
+        f"Base model: `{config.model}`. "
         f"Client data: {data}.\n\n"
         "| measure | value (95% interval) |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
