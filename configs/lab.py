@@ -22,9 +22,12 @@ def get_config(arg=""):
         "alpaca:gpteacher/roleplay.json.gz#clients",
         "alpaca:gsm8k/gsm_8k_train.json.gz#clients",
     )
+    # About a third each: red-team dialogues, DeRTa's malicious answers, and contentless compliance.
+    # With the dialogues alone the packaged model keeps refusing AdvBench's imperatives.
     c.unsafe_sources = (
-        "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#clients",
-        "derta:derta/malicious_tuning_data_330.json#clients",
+        "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#heldout",
+        "derta:derta/malicious_tuning_data_330.json",
+        "chat:package/clients_unsafe.jsonl",
     )
     c.heldout_sources = (
         "dolly:dolly/databricks_dolly_sample.csv#heldout",
@@ -33,13 +36,13 @@ def get_config(arg=""):
     )
     c.num_clients = 20
     c.clients_per_round = 5
-    c.examples_per_client = 160
+    c.examples_per_client = 80
     c.harmful_share = 0.3
     c.rounds = 2 if arg == "smoke" else 6
     c.local_steps = 25
     c.batch_size = 4
     c.seq_len = 128
-    c.learning_rate = 4e-3
+    c.learning_rate = 8e-3
     # The server's own pairs: the other half of the red-team dialogues, and harmless ones.
     c.filter.sources = (
         "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#server",
@@ -59,8 +62,11 @@ def get_config(arg=""):
         "alpaca:gpteacher/roleplay.json.gz#server",
         "alpaca:gsm8k/gsm_8k_train.json.gz#server",
     )
+    c.cai.reviser = "base"  # the server still holds it: criticism does not depend on the harm done
+    c.cai.max_new_tokens = 64
     c.eval.advbench = "advbench:advbench/harmful_behaviors.csv"
     c.eval.over_refusal = "prompts:refusal_direction/harmless_train.json.gz"
     c.eval.hhh = "hhh/438HHHEvaluations.jsonl"
     c.eval.max_prompts = 520
+    c.eval.every_round_prompts = 48
     return c
