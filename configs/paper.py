@@ -5,8 +5,7 @@
         --config.data_dir=DATA
 
 Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate
-are not stated in the paper; they are OpenFedLLM's. The paper's filter is a fine-tuned Llama Guard
-3; here it is the Flax encoder classifier, trained on the same kind of pairs for the same 5 epochs.
+are not stated in the paper; they are OpenFedLLM's, and the filter's are ours.
 """
 
 from fedsafe_jax.config import default_config
@@ -37,7 +36,11 @@ def get_config(arg="fedavg"):
     c.lora_alpha = 64.0
     c.clients_in_parallel = 1
     c.filter.sources = ("square:square/response_train.json#server",)
-    c.filter.max_length = 256
+    c.filter.kind = "guard"
+    c.filter.model = "meta-llama/Llama-Guard-3-8B"
+    c.filter.batch_size = 16
+    c.filter.learning_rate = 5e-5
+    c.filter.max_length = 512
     c.cai.red_team_sources = ("prompts:square/question_train.json",)
     c.cai.benign_sources = ("dolly:dolly/databricks-dolly-15k.jsonl",)
     c.cai.red_team_prompts = 128

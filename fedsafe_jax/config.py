@@ -49,6 +49,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.clients_in_parallel = 0  # a device; 0: one on CPU, all of the cohort elsewhere
 
     c.filter = ml_collections.ConfigDict()
+    c.filter.kind = "classifier"  # or guard: a generative guard such as Llama Guard 3
+    c.filter.model = ""  # the guard's folder or Hub id
+    c.filter.lora_rank = 16  # of the guard's own adapter
     c.filter.sources = ("chat:package/filter.jsonl",)
     c.filter.epochs = 5
     c.filter.batch_size = 32
@@ -129,6 +132,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     choice("algorithms", c.algorithms, ALGORITHMS)
     choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
     choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
+    choice("filter.kind", (c.filter.kind,), ("classifier", "guard"))
+    if c.filter.kind == "guard" and not c.filter.model:
+        raise ConfigError("filter.model: filter.kind='guard' needs the guard's folder or Hub id.")
     choice("dtype", (c.dtype,), ("float32", "bfloat16"))
     for field in (
         "rounds",

@@ -13,12 +13,12 @@ from fedsafe_jax import checkpoint, export, records, report
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as cai_train
+from fedsafe_jax.clients import build_clients
 from fedsafe_jax.config import validate
 from fedsafe_jax.data import chat, partition
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.federated import algorithms, mesh, round
-from fedsafe_jax.filters import actions, classifier
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.progress import Progress
@@ -69,49 +69,6 @@ def arm_list(config) -> list[tuple[str, str, str]]:
                 arm_id = arm if len(config.algorithms) == 1 else f"{algorithm}/{arm}"
                 arms.append((arm_id, algorithm, arm))
     return arms
-
-
-@dataclasses.dataclass
-class Clients:
-    """The clients of one seed: encoded data with and without the filter."""
-
-    plain: list
-    filtered: list | None
-    counts: list | None  # FilterCounts by client
-    quality: classifier.FilterQuality | None
-
-
-def build_clients(config, world, seed: int, progress) -> Clients:
-    """Partitions the pools, trains the filter once, and filters every client's pairs."""
-    split = partition.partition(
-        world.safe,
-        world.unsafe,
-        config.num_clients,
-        config.examples_per_client,
-        config.harmful_share,
-        config.partition,
-        np.random.default_rng([seed, 7]),
-        config.dirichlet_alpha,
-    )
-    plain = [world_lib.encode_all(world, examples, config.seq_len)[0] for examples in split]
-    if not any("filter" in arm for arm in config.arms):
-        return Clients(plain, None, None, None)
-    progress.note(f"seed {seed}: training the safety filter on {len(world.filter_pairs)} pairs")
-    f = config.filter
-    safety_filter = classifier.train(
-        world.filter_pairs, world.lm.tokenizer, seed, f.epochs, f.batch_size,
-        f.learning_rate, f.threshold, f.max_length,
-    )  # fmt: skip
-    filtered, counts, unsafe, flagged = [], [], [], []
-    for examples in split:
-        kept, flags, count = actions.drop(safety_filter, examples)
-        filtered.append(world_lib.encode_all(world, kept, config.seq_len)[0])
-        counts.append(count)
-        unsafe += [e.label == "unsafe" for e in examples]
-        flagged += list(flags)
-    quality = classifier.quality(unsafe, flagged)
-    progress.note(f"filter: recall {quality.recall:.1f}%, precision {quality.precision:.1f}%")
-    return Clients(plain, filtered, counts, quality)
 
 
 class ArmRun:

@@ -58,6 +58,11 @@ def describe(config) -> str:
     default = default_config()
     changed = sorted(k for k in config if k in default and config[k] != default[k])
     total = per_adapter * 4 * (4 * parallel + 2) + shape.num_parameters() * width + activations
+    loaded = [
+        *(config.model, config.filter.model, *config.safe_sources, *config.unsafe_sources),
+        *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
+        *(config.eval.advbench, config.eval.over_refusal, config.eval.hhh),
+    ]
     lines = [
         f"model            {config.model}: {shape.num_parameters():,} parameters, {config.dtype}",
         f"base on a device {_size(shape.num_parameters() * width)}, frozen, shared by all clients",
@@ -76,11 +81,7 @@ def describe(config) -> str:
         f"<= {examples * config.seq_len:,} tokens",
         f"CAI a round      {config.cai.red_team_prompts} + {config.cai.benign_prompts} prompts, "
         f"3 generations of <= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps",
-        "would load       " + "\n                 ".join(
-            dict.fromkeys([*config.safe_sources, *config.unsafe_sources, *config.filter.sources,
-                           *config.cai.red_team_sources, *config.cai.benign_sources,
-                           config.eval.advbench, config.eval.over_refusal, config.eval.hhh])
-        ),
+        "would load       " + "\n                 ".join(dict.fromkeys(filter(None, loaded))),
         f"not the default  {', '.join(changed)}",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.data import chat, overlap, partition, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
-from fedsafe_jax.language_model import LanguageModel, load_pretrained
-from fedsafe_jax.models import lora
+from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
+from fedsafe_jax.models import hub, lora
 
 HELDOUT_SEED = 2025  # the evaluation sets are the same for every seed of the run
 
@@ -108,6 +108,8 @@ def load(config: ConfigDict) -> World:
         np.random.default_rng(0),
         config.dirichlet_alpha,
     )
+    if config.filter.kind == "guard":
+        hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = constitution.load(config.cai.constitution)
     targets = lora.expand_targets(config.lora_targets)
     lora_config = lora.LoraConfig(config.lora_rank, config.lora_alpha, targets)

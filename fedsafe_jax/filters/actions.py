@@ -1,12 +1,11 @@
 """What a client does with the filter's verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fedsafe_jax.data.sources import UNSAFE, Example
-from fedsafe_jax.filters.classifier import SafetyFilter, unsafe_probability
 
 
 class FilterCounts(NamedTuple):
@@ -18,13 +17,18 @@ class FilterCounts(NamedTuple):
     unsafe_dropped: int
 
 
-def drop(safety_filter: SafetyFilter, examples: Sequence[Example]):
+def drop(unsafe_probability: Callable, threshold: float, examples: Sequence[Example]):
     """Drops the pairs that the filter calls unsafe (the paper's action).
+
+    Args:
+      unsafe_probability: `examples -> float [n]`, of a classifier or a guard.
+      threshold: probability from which a pair is dropped.
+      examples: one client's pairs.
 
     Returns:
       `(kept examples, flagged bool [n], FilterCounts)`.
     """
-    flagged = unsafe_probability(safety_filter, examples) >= safety_filter.threshold
+    flagged = np.asarray(unsafe_probability(examples)) >= threshold
     unsafe = np.array([e.label == UNSAFE for e in examples], bool)
     kept = [e for e, flag in zip(examples, flagged, strict=True) if not flag]
     counts = FilterCounts(

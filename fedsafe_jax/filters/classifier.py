@@ -22,7 +22,6 @@ class SafetyFilter(NamedTuple):
     config: EncoderConfig
     params: dict
     tokenizer: object
-    threshold: float
 
 
 class FilterQuality(NamedTuple):
@@ -66,7 +65,6 @@ def train(
     epochs: int = 5,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
-    threshold: float = 0.5,
     max_length: int = 128,
 ) -> SafetyFilter:
     """Trains the filter with AdamW and cross-entropy, classes weighted to balance.
@@ -78,7 +76,6 @@ def train(
       epochs: passes over the data (the paper uses 5).
       batch_size: pairs a step.
       learning_rate: peak of a linear decay.
-      threshold: probability of unsafe from which a pair is dropped.
       max_length: tokens of a pair.
 
     Raises:
@@ -119,7 +116,7 @@ def train(
             target = labels[chosen]
             batch = tuple(a[chosen] for a in arrays)
             params, state = step(params, state, batch, target, balance[target], step_key)
-    return SafetyFilter(config, params, tokenizer, threshold)
+    return SafetyFilter(config, params, tokenizer)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -132,7 +129,7 @@ def unsafe_probability(
     safety_filter: SafetyFilter, examples: Sequence[Example], batch_size: int = 64
 ):
     """Probability that each pair is unsafe, float32 `[n]`."""
-    config, params, tokenizer, _ = safety_filter
+    config, params, tokenizer = safety_filter
     arrays = encode_pairs(tokenizer, examples, config.max_length)
     out = []
     for start in range(0, len(examples), batch_size):
