@@ -86,6 +86,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval.max_length = 256  # tokens of an HHH dialogue
     c.eval.batch_size = 64
     c.eval.judge = "start"  # of the headline rates: start or keyword; both are reported
+    c.eval.judge_url = ""  # OpenAI-compatible endpoint for win rates against the base; "" for none
+    c.eval.judge_model = ""  # its model name; a key is read from OPENAI_API_KEY
     c.eval.every_round_prompts = 0  # prompts evaluated after each round, for curves
     return c
 
@@ -135,6 +137,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
     choice("filter.kind", (c.filter.kind,), ("classifier", "guard"))
     if c.filter.kind == "guard" and not c.filter.model:
         raise ConfigError("filter.model: filter.kind='guard' needs the guard's folder or Hub id.")
+    if bool(c.eval.judge_url) != bool(c.eval.judge_model):
+        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
     choice("dtype", (c.dtype,), ("float32", "bfloat16"))
     for field in (
         "rounds",

@@ -44,7 +44,10 @@ _UTILITY = flags.DEFINE_string(
     "utility", "dolly:dolly/databricks_dolly_sample.csv#heldout", "Source of held-out answers."
 )
 _MT = flags.DEFINE_string("mt_bench", "mt_bench/question.jsonl", "Location of the questions.")
-_ENDPOINT = flags.DEFINE_string("judge_url", "", "OpenAI-compatible base URL, for mt_bench.")
+_BASE = flags.DEFINE_string(
+    "base", None, "Model to compare answers with, for the utility task's win rate (--judge_url)."
+)
+_ENDPOINT = flags.DEFINE_string("judge_url", "", "OpenAI-compatible base URL.")
 _JUDGE_MODEL = flags.DEFINE_string("judge_model", "", "Model name at --judge_url.")
 
 
@@ -107,7 +110,7 @@ def run_prompts(lm, path: str, column: str, settings: Settings) -> dict:
 
 def run_tasks(lm, tasks, settings: Settings) -> dict:
     """Runs the named tasks and prints their rates."""
-    from fedsafe_jax import world
+    from fedsafe_jax import load_pretrained, world
     from fedsafe_jax.data import sources
     from fedsafe_jax.evals import judges, statistics, suite
     from fedsafe_jax.evals.tasks import mt_bench
@@ -123,20 +126,24 @@ def run_tasks(lm, tasks, settings: Settings) -> dict:
         raise sources.SourceError(
             f"--tasks: {unknown} unknown; expected some of {', '.join(TASKS)}."
         )
-    if "mt_bench" in tasks and not (_ENDPOINT.value and _JUDGE_MODEL.value):
-        raise sources.SourceError("--tasks=mt_bench needs --judge_url and --judge_model.")
+    judged = "mt_bench" in tasks or _BASE.value or _ENDPOINT.value
+    if judged and not (_ENDPOINT.value and _JUDGE_MODEL.value):
+        raise sources.SourceError("a judge is asked for: give both --judge_url and --judge_model.")
     sets = Sets(
         prompts(_ADVBENCH.value) if "advbench" in tasks else [],
         prompts(_OVER.value) if "over_refusal" in tasks else [],
         limited(sources.load_choices(_HHH.value, _DATA_DIR.value)) if "hhh" in tasks else [],
         limited(sources.load(_UTILITY.value, _DATA_DIR.value)) if "utility" in tasks else [],
     )
-    outcome = suite.evaluate(lm, sets, settings)
+    judge = base = None
+    if _ENDPOINT.value:
+        key = os.environ.get("OPENAI_API_KEY", "")
+        judge = judges.ChatEndpoint(_ENDPOINT.value, _JUDGE_MODEL.value, key)
+        base = load_pretrained(_BASE.value, _DTYPE.value) if _BASE.value else None
+    outcome = suite.evaluate(lm, sets, settings, judge, base)
     summary = suite.summarise([outcome], _JUDGE.value)
     if "mt_bench" in tasks:
         questions = limited(mt_bench.load_questions(_MT.value, _DATA_DIR.value))
-        key = os.environ.get("OPENAI_API_KEY", "")
-        judge = judges.ChatEndpoint(_ENDPOINT.value, _JUDGE_MODEL.value, key)
         ratings, unparsed = mt_bench.run(lm, questions, judge, settings.max_new_tokens)
         mean, interval = statistics.summarise([ratings], scale=1.0)
         summary["mt_bench"] = {"rating": mean, "ci95": interval, "unparsed": unparsed}
@@ -144,6 +151,9 @@ def run_tasks(lm, tasks, settings: Settings) -> dict:
         value = next(v for k, v in found.items() if isinstance(v, float))
         low, high = found["ci95"]
         print(f"{task}: {value:.2f} (95% interval {low:.2f} to {high:.2f})")
+        if "win_rate" in found:
+            low, high = found["win_rate_ci95"]
+            print(f"win rate: {found['win_rate']:.1f}% ({low:.1f} to {high:.1f})")
     return {"summary": summary, "outcomes": outcome}
 
 
@@ -152,6 +162,7 @@ def main(argv):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from fedsafe_jax import load_adapter, load_pretrained, records
     from fedsafe_jax.data.sources import SourceError
+    from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.models.hub import ModelError
 
     started = time.monotonic()
@@ -165,7 +176,7 @@ def main(argv):
             result = run_prompts(lm, _PROMPTS.value, _COLUMN.value, settings)
         else:
             result = run_tasks(lm, _TASKS.value, settings)
-    except (SourceError, ModelError) as error:
+    except (SourceError, EndpointError, ModelError) as error:
         raise SystemExit(f"error: {error}") from None
     result |= {"model": _MODEL.value, "adapter": _ADAPTER.value}
     result["seconds"] = time.monotonic() - started

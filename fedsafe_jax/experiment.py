@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -17,7 +18,7 @@ from fedsafe_jax.clients import build_clients
 from fedsafe_jax.config import validate
 from fedsafe_jax.data import chat, partition
 from fedsafe_jax.evals import suite
-from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
 from fedsafe_jax.federated import algorithms, mesh, round
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
@@ -270,7 +271,12 @@ class ArmRun:
         """Per-item outcomes of the finished arm."""
         self.progress.note(f"{self.arm_id} seed {self.seed}: evaluating")
         started = time.monotonic()
-        outcome = suite.evaluate(self._language_model(adapter), self.world.evals, self.config.eval)
+        c, judge = self.config.eval, None
+        if c.judge_url and self.arm != "base":
+            judge = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+        outcome = suite.evaluate(
+            self._language_model(adapter), self.world.evals, c, judge, self._language_model(None)
+        )
         outcome["seconds"] = time.monotonic() - started
         return outcome
 

@@ -68,11 +68,13 @@ def _border_errors():
     from fedsafe_jax.cai.constitution import ConstitutionError
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.data.sources import SourceError
+    from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.filters.guard import GuardError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.records import WorkdirError
 
-    return ConstitutionError, PartitionError, SourceError, GuardError, ModelError, WorkdirError
+    data = ConstitutionError, PartitionError, SourceError, WorkdirError
+    return *data, EndpointError, GuardError, ModelError
 
 
 if __name__ == "__main__":

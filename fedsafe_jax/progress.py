@@ -73,6 +73,8 @@ def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
         "harmful refused % \u2191" if packaged else "AdvBench refused % \u2191",
     ]
     header += ["harmless refused % \u2193", "HHH % \u2191", "benign loss \u2193"]
+    compared = any("win_rate" in arm.get("utility", {}) for arm in results["arms"].values())
+    header += ["win rate % \u2191"] * compared
     rows = []
     for arm_id, arm in results["arms"].items():
         row = [arm.get("algorithm", ""), arm_id.split("/")[-1]]
@@ -84,6 +86,10 @@ def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
         ):
             found = arm.get(task)
             row.append(cell(found[field], found["ci95"], digits) if found else "")
+        if compared:
+            found = arm["utility"]
+            known = "win_rate" in found
+            row.append(cell(found["win_rate"], found["win_rate_ci95"]) if known else "")
         rows.append(row)
     return header, rows
 

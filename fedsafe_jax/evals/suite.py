@@ -3,12 +3,12 @@
 import numpy as np
 
 from fedsafe_jax.evals import statistics
-from fedsafe_jax.evals.tasks import hhh, refusal, utility
+from fedsafe_jax.evals.tasks import hhh, mt_bench, refusal, utility
 
 SHOWN = 12  # answers kept for the report, of each refusal task
 
 
-def evaluate(lm, sets, settings) -> dict:
+def evaluate(lm, sets, settings, judge=None, base=None) -> dict:
     """Per-item outcomes of every task, ready for JSON.
 
     Args:
@@ -16,6 +16,9 @@ def evaluate(lm, sets, settings) -> dict:
       sets: object with `advbench`, `over_refusal` (prompts), `hhh` (choices), `heldout` (examples);
         an empty one is skipped.
       settings: `max_new_tokens`, `max_length`, `batch_size`.
+      judge: messages to text, such as `judges.ChatEndpoint`; with `base`, a model, it compares
+        both models' answers to the held-out prompts.
+      base: see `judge`.
 
     Returns:
       A dict by task: verdicts by judge, HHH outcomes with categories, held-out losses, and answers.
@@ -37,6 +40,13 @@ def evaluate(lm, sets, settings) -> dict:
         }
     if sets.heldout:
         out["utility"] = {"nll": utility.run(lm, sets.heldout, settings.max_length).tolist()}
+        if judge is not None and base is not None:
+            prompts = [e.prompt for e in sets.heldout]
+            ours, theirs = (
+                refusal.run(m, prompts, settings.max_new_tokens, settings.batch_size).answers
+                for m in (lm, base)
+            )
+            out["utility"]["wins"] = mt_bench.win_rate(prompts, ours, theirs, judge)
     return out
 
 
@@ -91,4 +101,8 @@ def summarise(outcomes: list[dict], judge: str) -> dict:
             "n": values.shape[1],
             "per_seed": values.mean(1).tolist(),
         }
+        if "wins" in outcomes[0]["utility"]:
+            wins = np.array([o["utility"]["wins"] for o in outcomes])
+            mean, interval = statistics.summarise(wins)
+            summary["utility"] |= {"win_rate": mean, "win_rate_ci95": interval}
     return summary

@@ -3,10 +3,12 @@
 import http.server
 import json
 import threading
+import types
 
 import numpy as np
 import pytest
 
+from fedsafe_jax.data import sources
 from fedsafe_jax.evals import judges, statistics, suite
 from fedsafe_jax.evals.tasks import mt_bench
 
@@ -117,6 +119,17 @@ def test_mt_bench_and_win_rate_through_an_endpoint(server):
     assert "3 turns" in seen[2][2]["messages"][0]["content"]  # the second turn sees the first
     wins = mt_bench.win_rate(["q", "q", "q"], ["good", "bad", "bad"], ["bad", "good", "bad"], judge)
     assert wins == [1.0, 0.0, 0.5]  # a verdict that follows the position is a tie
+
+
+def test_win_rate_joins_the_utility_summary(server, packaged):
+    judge = judges.ChatEndpoint(server[0], "judge-model")
+    held = [e for e in sources.load("chat:package/clients_safe.jsonl", "") if e.response][:3]
+    sets = types.SimpleNamespace(advbench=[], over_refusal=[], hhh=[], heldout=held)
+    settings = types.SimpleNamespace(max_new_tokens=4, max_length=128, batch_size=4)
+    outcome = suite.evaluate(packaged, sets, settings, judge, packaged)
+    # The fake judge always prefers the second answer here, in both orders: ties.
+    assert outcome["utility"]["wins"] == [0.5, 0.5, 0.5]
+    assert suite.summarise([outcome], "start")["utility"]["win_rate"] == 50
 
 
 def test_endpoint_errors_name_the_url():
