@@ -60,7 +60,6 @@ def get_config(arg=""):
         "chat:package/cai_benign.jsonl",
         "dolly:dolly/databricks_dolly_sample.csv#server",
         "alpaca:gpteacher/roleplay.json.gz#server",
-        "alpaca:gsm8k/gsm_8k_train.json.gz#server",
     )
     c.cai.reviser = "base"  # the server still holds it: criticism does not depend on the harm done
     c.cai.max_new_tokens = 64

@@ -70,7 +70,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.steps = 10
     c.cai.batch_size = 8
     c.cai.pairs_per_step = 4
-    c.cai.learning_rate = 1e-3
+    c.cai.learning_rate = 1e-3  # decays over rounds as the clients' does
     c.cai.dpo_weight = 0.5
     c.cai.beta = 0.1
     c.cai.max_new_tokens = 48

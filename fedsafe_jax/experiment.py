@@ -243,7 +243,10 @@ class ArmRun:
             (self.seed, t, 5),
         )
         adapter, sft_losses, dpo_losses = cai_fn(
-            state.adapter, world.lm.params, batches, jnp.float32(c.learning_rate)
+            state.adapter,
+            world.lm.params,
+            batches,
+            jnp.float32(c.learning_rate * decay(self.config, t)),
         )
         counts |= {
             "pairs": len(pairs),
@@ -303,6 +306,12 @@ def rate(config, t: int) -> float:
     """Cosine over rounds from `learning_rate` to `min_learning_rate` (OpenFedLLM's schedule)."""
     low, high = config.min_learning_rate, config.learning_rate
     return low + 0.5 * (high - low) * (1 + np.cos(np.pi * t / config.rounds))
+
+
+def decay(config, t: int) -> float:
+    """The clients' rate as a share of its start. CAI follows it: at a constant rate its last
+    rounds outweigh what the clients still learn, and over-refusal grows."""
+    return rate(config, t) / config.learning_rate
 
 
 def summarise(config, world, workdir, outcomes, filter_quality) -> dict:

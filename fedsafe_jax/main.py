@@ -69,12 +69,12 @@ def _border_errors():
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError
-    from fedsafe_jax.filters.guard import GuardError
+    from fedsafe_jax.filters.classifier import FilterError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.records import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, EndpointError, GuardError, ModelError
+    return *data, EndpointError, FilterError, ModelError
 
 
 if __name__ == "__main__":

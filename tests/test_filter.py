@@ -32,7 +32,7 @@ def test_filter_learns_and_drops(packaged):
 
 def test_one_label_is_refused(packaged):
     pairs = [e for e in sources.load("chat:package/filter.jsonl", "") if e.label == "safe"]
-    with pytest.raises(ValueError, match="both safe and unsafe"):
+    with pytest.raises(classifier.FilterError, match="both safe and unsafe"):
         classifier.train(pairs, packaged.tokenizer, seed=0)
 
 
@@ -58,5 +58,5 @@ def test_guard_reads_the_verdict_and_learns_it(packaged):
 
 def test_guard_says_when_its_template_leaves_no_room(packaged):
     pairs = sources.load("chat:package/filter.jsonl", "")[:2]
-    with pytest.raises(guard.GuardError, match="filter.max_length=16.*use at least"):
+    with pytest.raises(classifier.FilterError, match="filter.max_length=16.*use at least"):
         guard.encode_pairs(packaged.tokenizer, pairs, 16)

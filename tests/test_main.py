@@ -22,7 +22,9 @@ SMALL = (
 
 
 def command(workdir, *settings):
-    flags = [f"--config.{s}" for s in (*SMALL, *settings)]
+    # The last word on a field counts: absl would join a tuple given twice.
+    fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
     start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
     return [*start, f"--workdir={workdir}", *flags]
 
@@ -61,6 +63,8 @@ def comparable(workdir):
         ("clients_per_round=40", "clients_per_round=40 exceeds num_clients=4"),
         ("num_clients=5000", "more clients than examples"),
         ("model=/no/such/model", "no such folder"),
+        ("lora_targets=('q_prj',)", "lora_targets: ['q_prj']; expected"),
+        ("filter.kind=guard", "filter.model: filter.kind='guard' needs"),
         ("harmful_share=2.0", "harmful_share=2.0"),
     ],
 )

@@ -16,6 +16,10 @@ from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 
 
+class FilterError(ValueError):
+    """The filter cannot be trained, or cannot read pairs, as configured."""
+
+
 class SafetyFilter(NamedTuple):
     """A trained classifier; class 1 is unsafe."""
 
@@ -79,12 +83,12 @@ def train(
       max_length: tokens of a pair.
 
     Raises:
-      ValueError: one of the labels is missing.
+      FilterError: one of the labels is missing.
     """
     labelled = [e for e in examples if e.label in (SAFE, UNSAFE)]
     labels = np.array([e.label == UNSAFE for e in labelled], np.int32)
     if len(set(labels.tolist())) < 2:
-        raise ValueError("filter data: needs both safe and unsafe pairs; one of them is missing.")
+        raise FilterError("filter data: needs both safe and unsafe pairs; one of them is missing.")
     arrays = encode_pairs(tokenizer, labelled, max_length)
     config = EncoderConfig(len(tokenizer), max_length=max_length)
     model = Classifier(config)

@@ -16,14 +16,11 @@ import optax
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
+from fedsafe_jax.filters.classifier import FilterError
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 
 SHORTEST = 8  # tokens of request and response each, below which a verdict means nothing
-
-
-class GuardError(ValueError):
-    """The guard cannot read pairs as configured."""
 
 
 class Guard(NamedTuple):
@@ -41,13 +38,13 @@ def verdict_ids(tokenizer) -> tuple[int, int]:
     """First token of "safe" and of "unsafe".
 
     Raises:
-      GuardError: the tokenizer gives both the same first token.
+      FilterError: the tokenizer gives both the same first token.
     """
     safe, unsafe = (
         tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("safe", "unsafe")
     )
     if safe == unsafe:
-        raise GuardError("filter.model: 'safe' and 'unsafe' begin with the same token.")
+        raise FilterError("filter.model: 'safe' and 'unsafe' begin with the same token.")
     return safe, unsafe
 
 
@@ -64,7 +61,7 @@ def encode_pairs(tokenizer, examples: Sequence[Example], max_length: int, lead: 
       `(tokens int32 [n, max_length], lengths int32 [n])`.
 
     Raises:
-      GuardError: the template leaves too little room.
+      FilterError: the template leaves too little room.
     """
     lead_ids = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
 
@@ -75,7 +72,7 @@ def encode_pairs(tokenizer, examples: Sequence[Example], max_length: int, lead: 
     # Cut texts may re-tokenise to a few tokens more than they were cut to.
     half = (max_length - len(wrap("", ""))) // 2 - 4
     if half < SHORTEST:
-        raise GuardError(
+        raise FilterError(
             f"filter.max_length={max_length}: the guard's template leaves no room for the pair; "
             f"use at least {max_length + 2 * (SHORTEST - half)}."
         )
@@ -127,12 +124,12 @@ def train(
       max_length: tokens of a row, template included.
 
     Raises:
-      GuardError: one of the labels is missing, or the template leaves no room.
+      FilterError: one of the labels is missing, or the template leaves no room.
     """
     labelled = [e for e in examples if e.label in (SAFE, UNSAFE)]
     unsafe = np.array([e.label == UNSAFE for e in labelled], np.int32)
     if len(set(unsafe.tolist())) < 2:
-        raise GuardError("filter data: needs both safe and unsafe pairs; one of them is missing.")
+        raise FilterError("filter data: needs both safe and unsafe pairs; one of them is missing.")
     verdicts = verdict_ids(lm.tokenizer)
     tokens, lengths = encode_pairs(lm.tokenizer, labelled, max_length)
     targets = np.asarray(verdicts, np.int32)[unsafe]

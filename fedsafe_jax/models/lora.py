@@ -38,13 +38,16 @@ def expand_targets(targets: Sequence[str] | str) -> tuple[str, ...]:
     """Projection names; "all-linear" means all seven.
 
     Raises:
-      ValueError: an unknown projection.
+      ModelError: an unknown projection.
     """
     if targets == "all-linear" or tuple(targets) == ("all-linear",):
         return tuple(BLOCK_OF)
     unknown = sorted(set(targets) - set(BLOCK_OF))
     if unknown or not targets:
-        raise ValueError(f"lora targets {unknown or targets}: expected some of {sorted(BLOCK_OF)}.")
+        raise ModelError(
+            f"lora_targets: {unknown or targets}; expected 'all-linear' or some of "
+            f"{', '.join(sorted(BLOCK_OF))}."
+        )
     return tuple(targets)
 
 

@@ -1,0 +1,120 @@
+"""Useful tokens a second of one federated round, against a PyTorch + PEFT loop on the same data.
+
+    python benchmarks/federated_round.py --data_dir=DATA --peer=peft_loop.py
+
+The peer is a script that trains the clients one after another and prints a JSON object with
+`useful_tokens_per_s`. Both sides get the same model folder, examples, clients, steps, batch, rank
+and targets; ours packs, the peer pads, and only tokens that are not padding count. Runs alternate,
+so that noise on a shared machine meets both; medians are reported, compilation apart.
+"""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import fedsafe_jax as fs
+from fedsafe_jax.data import chat, partition, sources
+from fedsafe_jax.federated import algorithms, mesh, round
+from fedsafe_jax.language_model import model_folder
+from fedsafe_jax.models import lora, loss
+
+_MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
+_SOURCE = flags.DEFINE_string("source", "dolly:dolly/databricks_dolly_sample.csv", "Training data.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of the data.")
+_PEER = flags.DEFINE_string("peer", None, "The peer's script.", required=True)
+_CLIENTS = flags.DEFINE_integer("clients", 5, "Clients a round.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Local steps.")
+_BATCH = flags.DEFINE_integer("batch", 16, "Examples a step.")
+_SEQ = flags.DEFINE_integer("seq", 512, "Longest example, in tokens.")
+_RANK = flags.DEFINE_integer("rank", 8, "LoRA rank, on q and v.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed rounds of each side.")
+
+
+def our_round(lm, examples):
+    """Returns a function that runs one timed round, and the seconds that compiling took."""
+    encoded = [chat.encode(lm.tokenizer, e.messages, e.response, _SEQ.value) for e in examples]
+    encoded = [e for e in encoded if e is not None]
+    clients = [encoded[i :: _CLIENTS.value] for i in range(_CLIENTS.value)]
+    ids = np.arange(_CLIENTS.value, dtype=np.int32)
+    config = lora.LoraConfig(_RANK.value, 2.0 * _RANK.value, ("q_proj", "v_proj"))
+    lm.lora_scale = config.scale
+
+    def loss_fn(adapter, base, batch):
+        return loss.packed_loss(lm.model, adapter, base, batch)
+
+    algorithm = algorithms.fedavg(loss_fn, algorithms.local_optimizer())
+    adapter = lora.init(jax.random.key(0), lm.config, config)
+    parallel = 1 if jax.default_backend() == "cpu" else _CLIENTS.value
+    round_fn = round.make_round(algorithm, mesh.make_mesh(jax.devices()[:1]), parallel)
+    batches = partition.local_batches(clients, 0, 0, ids, _STEPS.value, _BATCH.value, _SEQ.value)
+    useful = int((batches.segment_ids > 0).sum())
+    weights = np.ones(_CLIENTS.value, np.float32)
+
+    def timed():
+        state = algorithm.init(jax.tree.map(jnp.array, adapter), _CLIENTS.value)
+        started = time.perf_counter()
+        done = round_fn(state, lm.params, batches, ids, weights, jnp.float32(5e-5))
+        jax.block_until_ready(done)
+        seconds = time.perf_counter() - started
+        return seconds, useful / seconds
+
+    first, _ = timed()
+    return timed, first
+
+
+def peer_round(rows_file: pathlib.Path) -> float:
+    """Useful tokens a second of the peer's timed round."""
+    folder = model_folder(_MODEL.value)
+    sizes = {"clients": _CLIENTS, "steps": _STEPS, "batch": _BATCH, "seq": _SEQ, "rank": _RANK}
+    command = [sys.executable, _PEER.value, "--model", str(folder), "--data", str(rows_file)]
+    for name, flag in sizes.items():
+        command += [f"--{name}", str(flag.value)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])["useful_tokens_per_s"]
+
+
+def main(argv):
+    del argv
+    examples = [e for e in sources.load(_SOURCE.value, _DATA_DIR.value) if e.response]
+    lm = fs.load_pretrained(_MODEL.value)
+    timed, first = our_round(lm, examples)
+    ours, peers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        rows = pathlib.Path(folder) / "rows.jsonl"
+        lines = [json.dumps({"prompt": e.prompt, "response": e.response}) for e in examples]
+        rows.write_text("\n".join(lines), encoding="utf-8")
+        for _ in range(_REPEATS.value):
+            ours.append(timed()[1])
+            peers.append(peer_round(rows))
+    middle, peer = statistics.median(ours), statistics.median(peers)
+    print(
+        json.dumps(
+            {
+                "useful_tokens_per_s": round_to(middle),
+                "peer_useful_tokens_per_s": round_to(peer),
+                "ratio": middle / peer,
+                "all": [ours, peers],
+                "first_round_with_compilation_s": first,
+                "device": jax.devices()[0].device_kind,
+            },
+            indent=2,
+        )
+    )
+
+
+def round_to(value: float) -> float:
+    """Tokens a second to one digit after the point."""
+    return float(f"{value:.1f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
