@@ -16,13 +16,20 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def quiet_libraries(workdir: str) -> None:
-    """Environment that must be set before jax and transformers are imported."""
+def prepare_libraries(workdir: str) -> None:
+    """Quiet libraries, and compiled programs kept under the workdir for arms and resumed runs.
+
+    An environment variable of the same purpose wins. The cache is set through `jax.config`: the
+    package has imported jax by now, and jax reads its environment only then.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cache = str(pathlib.Path(workdir) / "compilation_cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = str(pathlib.Path(workdir).resolve() / "compilation_cache")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def check_flags(argv: list[str]) -> None:
@@ -42,7 +49,8 @@ def main(argv):
     config = _CONFIG.value
     if not _WORKDIR.value and not config.dry_run:
         raise SystemExit("--workdir: give a folder for the run, such as --workdir=/tmp/demo")
-    quiet_libraries(_WORKDIR.value or "/tmp")
+    if _WORKDIR.value:
+        prepare_libraries(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)  # libraries; the run's own lines go through progress
     from fedsafe_jax.config import ConfigError, validate
 

@@ -182,6 +182,17 @@ def test_evaluate_prompts_and_adapter(finished, tmp_path):
     assert wrong.returncode != 0 and "no column 'prompt'" in wrong.stderr
 
 
+def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
+    code = f"""import jax
+from fedsafe_jax.main import prepare_libraries
+prepare_libraries({str(tmp_path)!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x @ x.T)(jax.numpy.ones((64, 64))).block_until_ready()"""
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert list((tmp_path / "compilation_cache").iterdir())
+
+
 def test_dry_run_of_the_paper_counts_llama_8b():
     start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/paper.py:scaffold"]
     done = subprocess.run(
