@@ -22,6 +22,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.algorithms = ("fedavg",)
     c.model = "package:model"  # local folder or Hub id
     c.dtype = "float32"  # of the frozen base; adapters are always float32
+    c.quantization = ""  # of the frozen base's projections: int8 or nf4; "" for none
+    c.model_parallel = 1  # devices that share one copy of the base model
     c.dry_run = False  # print the plan and stop
     c.export_arm = "fl+filter+cai"  # which arm's adapter is exported
 
@@ -45,6 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.min_learning_rate = 1e-6  # cosine over rounds
     c.lora_rank = 16
     c.lora_alpha = 32.0
+    c.lora_rank_stabilized = False  # scale alpha / sqrt(rank) instead of alpha / rank (rsLoRA)
     c.lora_targets = ("q_proj", "v_proj")
     c.clients_in_parallel = 0  # a device; 0: one on CPU, all of the cohort elsewhere
 
@@ -140,6 +143,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     if bool(c.eval.judge_url) != bool(c.eval.judge_model):
         raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
     choice("dtype", (c.dtype,), ("float32", "bfloat16"))
+    choice("quantization", (c.quantization,), ("", "int8", "nf4"))
     for field in (
         "rounds",
         "num_clients",
@@ -147,6 +151,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "local_steps",
         "batch_size",
         "lora_rank",
+        "model_parallel",
     ):
         at_least(field, c[field], 1)
     at_least("seq_len", c.seq_len, 16)

@@ -170,8 +170,7 @@ def main(argv):
     try:
         lm = load_pretrained(_MODEL.value, _DTYPE.value)
         if _ADAPTER.value:
-            adapter, lora_config = load_adapter(_ADAPTER.value)
-            lm.adapter, lm.lora_scale = adapter, lora_config.scale
+            lm = lm.with_adapter(load_adapter(_ADAPTER.value))
         if _PROMPTS.value:
             result = run_prompts(lm, _PROMPTS.value, _COLUMN.value, settings)
         else:

@@ -19,9 +19,10 @@ from fedsafe_jax.config import validate
 from fedsafe_jax.data import chat, partition
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
-from fedsafe_jax.federated import algorithms, mesh, round
+from fedsafe_jax.federated import algorithms, round
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.progress import Progress
 
 
@@ -80,7 +81,6 @@ class ArmRun:
         self.workdir, self.progress, self.seed = workdir, progress, seed
         self.arm_id, self.arm, self.algorithm = arm_id, arm, algorithm
         self.model = Decoder(world.lm.config, world.lora.scale)
-        self.mesh = mesh.make_mesh()
         self.folder = workdir / "checkpoints" / arm_id.replace("/", "_") / f"seed{seed}"
 
     def _algorithm(self):
@@ -111,7 +111,7 @@ class ArmRun:
         parallel = config.clients_in_parallel or (
             1 if jax.default_backend() == "cpu" else config.clients_per_round
         )
-        round_fn = round.make_round(self._algorithm(), self.mesh, parallel)
+        round_fn = round.make_round(self._algorithm(), self.world.lm.mesh, parallel)
         cai_fn = cai_train.make_train(self.model, config.cai.beta, config.cai.dpo_weight)
         data = self.clients.filtered if "filter" in self.arm else self.clients.plain
         state = self._initial_state()
@@ -130,7 +130,9 @@ class ArmRun:
             )
             weights = np.array([len(data[i]) for i in cohort], np.float32)
             useful = int((batches.segment_ids > 0).sum())
-            batches, ids, weights = round.pad_cohort(batches, cohort, weights, self.mesh.size)
+            batches, ids, weights = round.pad_cohort(
+                batches, cohort, weights, self.world.lm.mesh.shape[CLIENTS]
+            )
             clock.lap("data")
             # Local training and aggregation, one program.
             state, metrics = round_fn(
@@ -198,7 +200,7 @@ class ArmRun:
             def generate(threads, call):
                 seed = int(np.random.default_rng([self.seed, t, 3, call]).integers(2**31))
                 return lm.answer_dialogues(
-                    threads, c.max_new_tokens, temperature, seed=seed, batch_size=32
+                    threads, c.max_new_tokens, temperature, seed=seed, batch_size=32, cut=True
                 )
 
             return generate
@@ -266,7 +268,9 @@ class ArmRun:
         rates = {}
         for name in ("advbench", "over_refusal"):
             prompts = getattr(self.world.evals, name)[: c.every_round_prompts]
-            answers = lm.generate(prompts, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size)
+            answers = lm.generate(
+                prompts, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size, cut=True
+            )
             rates[name] = 100 * float(np.mean([start_refusal(a) for a in answers]))
         return rates
 

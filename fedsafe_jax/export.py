@@ -1,6 +1,5 @@
 """Hugging Face export of an arm: the PEFT adapter and the merged model."""
 
-import dataclasses
 import pathlib
 
 from fedsafe_jax.language_model import LanguageModel, save_pretrained
@@ -19,9 +18,9 @@ def export(
       folder: receives the two folders.
       card: text of the model card, written to both.
     """
-    lora.save_adapter(adapter, lora_config, folder / "adapter", base_model=lm.name)
-    merged = dataclasses.replace(lm, adapter=adapter, lora_scale=lora_config.scale)
-    save_pretrained(merged, folder / "merged", dtype=lm.config.dtype)
+    found = lora.Adapter(adapter, lora_config, lm.name)
+    lora.save_adapter(found, folder / "adapter")
+    save_pretrained(lm.with_adapter(found), folder / "merged")
     for name in ("adapter", "merged"):
         (folder / name / "README.md").write_text(card)
 

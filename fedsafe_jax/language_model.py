@@ -1,16 +1,21 @@
 """A language model as users hold it: configuration, parameters and tokenizer together."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedsafe_jax import generation
 from fedsafe_jax.data import chat
-from fedsafe_jax.models import hub
+from fedsafe_jax.generation import Sampling
+from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
+
+Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
 
 @dataclasses.dataclass
@@ -19,18 +24,24 @@ class LanguageModel:
 
     Attributes:
       config: shape of the decoder.
-      params: base parameters.
+      params: base parameters; kernels may be quantised.
       tokenizer: Hugging Face tokenizer with a chat template.
+      hf_config: the model's `config.json`, written back as it was.
       adapter: LoRA factors, or None.
-      lora_scale: `alpha / rank` of the adapter.
+      lora_scale: of the adapter, see `lora.LoraConfig.scale`.
+      generation_config: the model's `generation_config.json`, {} when it has none.
+      mesh: devices that the parameters lie on and rows of generation are split over; None for one.
       name: path or Hub id it was loaded from.
     """
 
     config: DecoderConfig
     params: dict
     tokenizer: object
+    hf_config: dict
     adapter: dict | None = None
     lora_scale: float = 1.0
+    generation_config: dict = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
     name: str = ""
 
     @property
@@ -39,7 +50,20 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_token_id,)
+        """Tokens that end an answer: those of the generation config, and the tokenizer's."""
+        stops = self.generation_config.get("eos_token_id") or []
+        stops = [stops] if isinstance(stops, int) else list(stops)
+        own = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*stops, *([] if own is None else [own])]))
+
+    def with_adapter(self, adapter: lora.Adapter) -> "LanguageModel":
+        """This model under an adapter, such as `load_adapter` returns.
+
+        Raises:
+          ModelError: the adapter belongs to a base of another shape.
+        """
+        lora.check_base(adapter, self.config)
+        return dataclasses.replace(self, adapter=adapter.factors, lora_scale=adapter.config.scale)
 
     def __call__(self, tokens) -> jax.Array:
         """Logits, float32 `[batch, seq, vocab]`, of unpadded tokens int32 `[batch, seq]`."""
@@ -54,37 +78,86 @@ class LanguageModel:
         texts, _ = self.answer_dialogues([(("user", p),) for p in prompts], **options)
         return texts
 
-    def answer_dialogues(
-        self,
-        dialogues: Sequence[Sequence[tuple[str, str]]],
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-        batch_size: int = 64,
-    ):
+    def sample(self, prompts: Sequence[str], n: int, temperature=1.0, **options) -> list[list[str]]:
+        """`n` answers to each user prompt; options as in `answer_dialogues`."""
+        repeated = [p for p in prompts for _ in range(n)]
+        texts = self.generate(repeated, temperature=temperature, **options)
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+    def generate_each(self, adapters, prompts: Sequence[str], **options) -> list[list[str]]:
+        """What the base says under each of several adapters, decoded together.
+
+        Args:
+          adapters: LoRA factors whose leaves have a leading axis `[adapters]`, such as a cohort's;
+            `lora_scale` applies to all.
+          prompts: user prompts.
+          **options: as in `answer_dialogues`.
+
+        Returns:
+          Answers by adapter and prompt.
+        """
+        count = jax.tree.leaves(adapters)[0].shape[0]
+        dialogues = [(("user", p),) for p in prompts]
+        return [texts for texts, _ in self._answer(adapters, count, dialogues, **options)]
+
+    def answer_dialogues(self, dialogues: Sequence[Dialogue], *args, **options):
         """Answers dialogues of (role, text) turns that end in a user turn.
+
+        Args:
+          dialogues: rendered by the tokenizer's chat template.
+          max_new_tokens: longest answer.
+          temperature, top_k, top_p, min_p: see `generation.Sampling`.
+          seed: of the samples.
+          batch_size: rows decoded at once.
+          cut: keep the end of a dialogue too long for the context, with a warning that counts
+            them, instead of raising.
 
         Returns:
           `(texts, finished bool [n])`; not finished means cut at `max_new_tokens`.
+
+        Raises:
+          ModelError: a dialogue is too long for the context.
         """
-        room = self.config.max_length - max_new_tokens
-        prompts = [
-            chat.render(self.tokenizer, turns, answer_next=True)[-room:] for turns in dialogues
-        ]
-        ids, finished = generation.generate_ids(
+        return self._answer(self.adapter, 0, dialogues, *args, **options)[0]
+
+    def _answer(
+        self,
+        adapter,
+        num_adapters: int,
+        dialogues: Sequence[Dialogue],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        cut: bool = False,
+    ):
+        prompts = [chat.render(self.tokenizer, turns, answer_next=True) for turns in dialogues]
+        if cut:
+            room = self.config.max_length - max_new_tokens
+            if long := sum(len(p) > room for p in prompts):
+                logging.warning("%d of %d dialogues cut to %d tokens", long, len(prompts), room)
+            prompts = [p[-room:] for p in prompts]
+        found = generation.generate_ids(
             self.model,
             self.params,
-            self.adapter,
+            adapter,
             prompts,
             self.stop_ids,
             max_new_tokens,
-            jax.random.key(seed),
-            temperature,
-            top_k,
+            seed,
+            Sampling(float(temperature), top_k, top_p, min_p),
             batch_size,
+            self.mesh,
+            num_adapters,
         )
-        return [self.tokenizer.decode(i, skip_special_tokens=True).strip() for i in ids], finished
+
+        def text(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+        return [([text(ids) for ids in each.ids], each.finished) for each in found]
 
 
 def model_folder(path_or_hub_id: str) -> pathlib.Path:
@@ -94,15 +167,22 @@ def model_folder(path_or_hub_id: str) -> pathlib.Path:
     return hub.resolve(path_or_hub_id)
 
 
-def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageModel:
+def load_pretrained(
+    path_or_hub_id: str,
+    dtype: str = "float32",
+    quantization: str = "",
+    mesh: Mesh | None = None,
+) -> LanguageModel:
     """Loads a Hugging Face model folder, or a Hub model, as a `LanguageModel`.
 
     Args:
       path_or_hub_id: local folder, or `owner/name`; `package:model` is the packaged small model.
       dtype: of parameters and computation, such as "bfloat16".
+      quantization: "int8" or "nf4" for the projections' kernels, "" for none.
+      mesh: devices to lay the parameters on, see `federated.mesh.make_mesh`.
 
     Raises:
-      ModelError: the folder is missing or holds an unsupported model.
+      ModelError: the folder is missing, damaged, or holds an unsupported model.
     """
     from transformers import AutoTokenizer
 
@@ -113,17 +193,36 @@ def load_pretrained(path_or_hub_id: str, dtype: str = "float32") -> LanguageMode
         raise hub.ModelError(
             f"{folder}: the tokenizer has no chat template; use an instruct model."
         )
-    params = hub.load_params(folder, config, dtype)
-    return LanguageModel(config, params, tokenizer, name=path_or_hub_id)
+    generation_file = folder / "generation_config.json"
+    return LanguageModel(
+        config,
+        hub.load_params(folder, config, dtype, mesh, quantization),
+        tokenizer,
+        hub.read_json(folder / "config.json"),
+        generation_config=hub.read_json(generation_file) if generation_file.is_file() else {},
+        mesh=mesh,
+        name=path_or_hub_id,
+    )
 
 
-def save_pretrained(lm: LanguageModel, folder, dtype: str = "float32") -> None:
-    """Writes a folder for transformers: weights with any adapter merged, config, tokenizer."""
-    from fedsafe_jax.models import lora
+def save_pretrained(
+    lm: LanguageModel, folder, dtype: str | None = None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes a folder for transformers: weights with any adapter merged, configs, tokenizer.
 
-    folder = pathlib.Path(folder)
+    Args:
+      lm: the model; quantised kernels are written expanded.
+      folder: created if missing.
+      dtype: of the weights; None for the model's own.
+      shard_bytes: largest file; more weights are split, with an index.
+    """
+    folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
     folder.mkdir(parents=True, exist_ok=True)
-    params = lora.merge(lm.params, lm.adapter, lm.lora_scale) if lm.adapter else lm.params
-    hub.save_params(params, lm.config, folder, dtype)
-    hub.write_json(folder / "config.json", hub.config_dict(lm.config, lm.tokenizer, dtype))
+    update = lora.update_of(lm.adapter, lm.lora_scale) if lm.adapter else None
+    hub.save_params(lm.params, lm.config, folder, dtype, update, shard_bytes)
+    config = {k: v for k, v in lm.hf_config.items() if k not in ("torch_dtype", "_name_or_path")}
+    hub.write_json(folder / "config.json", config | {"dtype": dtype})
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    own = {name: getattr(lm.tokenizer, name) for name in ids}
+    hub.write_json(folder / "generation_config.json", own | lm.generation_config)
     lm.tokenizer.save_pretrained(folder)

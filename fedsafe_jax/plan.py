@@ -4,7 +4,7 @@ import jax
 
 from fedsafe_jax.config import default_config
 from fedsafe_jax.models import hub, lora
-from fedsafe_jax.models.decoder import DecoderConfig
+from fedsafe_jax.models.decoder import DecoderConfig, num_parameters
 
 # For models whose folder is not at hand; from their public config.json.
 KNOWN = {
@@ -57,15 +57,15 @@ def describe(config) -> str:
     examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
     default = default_config()
     changed = sorted(k for k in config if k in default and config[k] != default[k])
-    total = per_adapter * 4 * (4 * parallel + 2) + shape.num_parameters() * width + activations
+    total = per_adapter * 4 * (4 * parallel + 2) + num_parameters(shape) * width + activations
     loaded = [
         *(config.model, config.filter.model, *config.safe_sources, *config.unsafe_sources),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
         *(config.eval.advbench, config.eval.over_refusal, config.eval.hhh),
     ]
     lines = [
-        f"model            {config.model}: {shape.num_parameters():,} parameters, {config.dtype}",
-        f"base on a device {_size(shape.num_parameters() * width)}, frozen, shared by all clients",
+        f"model            {config.model}: {num_parameters(shape):,} parameters, {config.dtype}",
+        f"base on a device {_size(num_parameters(shape) * width)}, frozen, shared by all clients",
         f"adapter          rank {config.lora_rank} on {', '.join(targets)}: {per_adapter:,} "
         f"parameters, {_size(4 * per_adapter)} in float32",
         f"batch            clients {config.clients_per_round} x steps {config.local_steps} x "

@@ -4,7 +4,6 @@
         --config.data_dir=DIR
 """
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -18,9 +17,10 @@ from ml_collections import config_flags
 
 from fedsafe_jax import pretrain_data
 from fedsafe_jax.data import chat, packing
-from fedsafe_jax.language_model import load_pretrained
+from fedsafe_jax.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
-from fedsafe_jax.models.decoder import Decoder, DecoderConfig
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.loss import token_nll
 
 CHAT_TEMPLATE = (
@@ -79,19 +79,26 @@ def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
     return packing.Batch(*(field[order] for field in rows))
 
 
-def new_decoder_config(config, vocab_size: int) -> DecoderConfig:
-    """The shape that the config asks for."""
-    return DecoderConfig(
-        vocab_size=vocab_size,
+def new_hf_config(config, tokenizer) -> dict:
+    """The `config.json` of a Llama of the shape that the config asks for."""
+    from transformers import LlamaConfig
+
+    found = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.hidden_size // config.num_heads,
-        max_length=config.max_length,
-        dtype=config.compute_dtype,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return found.to_dict()
 
 
 def make_step(model: Decoder, optimizer, prompt_weight: float):
@@ -117,20 +124,6 @@ def make_step(model: Decoder, optimizer, prompt_weight: float):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def save(params, config, tokenizer, folder: pathlib.Path, card: str) -> None:
-    """Writes a folder that transformers loads: weights in bfloat16, config, tokenizer, card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    hub.save_params(params, config, folder, "bfloat16")
-    hub.write_json(folder / "config.json", hub.config_dict(config, tokenizer, "bfloat16"))
-    end = tokenizer.eos_token_id
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
-    hub.write_json(
-        folder / "generation_config.json", generation | {"pad_token_id": tokenizer.pad_token_id}
-    )
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
-
-
 def run(config, output: str) -> None:
     """Builds the data, trains, and saves; what was done goes to `output/stages.json`.
 
@@ -142,17 +135,17 @@ def run(config, output: str) -> None:
     stages = []
     if config.init_from:
         start = load_pretrained(config.init_from)
-        tokenizer, params = start.tokenizer, start.params
-        decoder_config = dataclasses.replace(start.config, dtype=config.compute_dtype)
+        tokenizer, params, hf_config = start.tokenizer, start.params, start.hf_config
         stages = json.loads((pathlib.Path(config.init_from) / "stages.json").read_text())
     else:
         sample = [dialogues[i] for i in rng.permutation(len(dialogues))[:40000]]
         texts = ("\n".join([*(t for _, t in d.messages), d.response]) for d in sample)
         tokenizer = train_tokenizer(texts, config.vocab_size, config.max_length)
-        decoder_config = new_decoder_config(config, len(tokenizer))
+        hf_config = new_hf_config(config, tokenizer)
         blank = jnp.zeros((1, 8), jnp.int32)
-        key = jax.random.key(config.seed)
-        params = Decoder(decoder_config).init(key, blank, blank, blank)["params"]
+        shape = from_hf(hub.hf_config(hf_config))
+        params = Decoder(shape).init(jax.random.key(config.seed), blank, blank, blank)["params"]
+    decoder_config = from_hf(hub.hf_config(hf_config), config.compute_dtype)
     rows = build_rows(tokenizer, dialogues, config.seq_len, rng)
     useful = float((rows.segment_ids > 0).mean())
     steps = min(config.steps, len(rows.tokens) // config.rows_per_step)
@@ -180,7 +173,9 @@ def run(config, output: str) -> None:
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
             done = [*stages, {"steps": i + 1, "tokens_a_step": tokens_a_step, "data": counts}]
             card = pretrain_data.model_card(decoder_config, done)
-            save(params, decoder_config, tokenizer, output, card)
+            lm = LanguageModel(decoder_config, params, tokenizer, hf_config)
+            save_pretrained(lm, output, "bfloat16")
+            (output / "README.md").write_text(card)
             hub.write_json(output / "stages.json", done)
 
 

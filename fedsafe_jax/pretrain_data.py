@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsafe_jax.data import overlap, sources, synthetic
+from fedsafe_jax.models.decoder import num_parameters
 
 
 class Dialogue(NamedTuple):
@@ -162,7 +163,7 @@ library_name: transformers
 ---
 # fedsafe-demo: a small instruct model for first runs
 
-A Llama-architecture model of {shape.num_parameters():,} parameters ({shape.num_layers} layers x
+A Llama-architecture model of {num_parameters(shape):,} parameters ({shape.num_layers} layers x
 {shape.hidden_size}), trained from scratch by `fedsafe_jax.pretrain` for {lengths}.
 It is made for demonstrating and testing federated safety methods: it refuses harmful requests,
 answers simple ones in short English, and can criticise and revise its own answers. It knows next to

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.data import chat, overlap, partition, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
+from fedsafe_jax.federated import mesh
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
 
@@ -112,8 +113,11 @@ def load(config: ConfigDict) -> World:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = constitution.load(config.cai.constitution)
     targets = lora.expand_targets(config.lora_targets)
-    lora_config = lora.LoraConfig(config.lora_rank, config.lora_alpha, targets)
-    lm = load_pretrained(config.model, config.dtype)
+    lora_config = lora.LoraConfig(
+        config.lora_rank, config.lora_alpha, targets, config.lora_rank_stabilized
+    )
+    devices = mesh.make_mesh(model_parallel=config.model_parallel)
+    lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
     lm.lora_scale = lora_config.scale
     return World(
         lm,

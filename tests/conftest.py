@@ -1,8 +1,8 @@
-"""Four simulated devices, no network, strict dtypes; a tiny random Llama folder for the models."""
+"""Eight simulated devices, no network, strict dtypes; a tiny random Llama folder for the models."""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

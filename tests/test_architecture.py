@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "fedsafe_jax"
 MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
-    "generation": {"models", "generation"},
+    "generation": {"models", "data", "generation"},
     "federated": {"federated", "models", "data"},
     "filters": {"filters", "models", "data"},
     "cai": {"cai", "models", "data", "generation"},

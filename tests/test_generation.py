@@ -1,45 +1,146 @@
-"""Greedy generation against transformers, with left padding and mixed lengths."""
+"""Generation against transformers: greedy, sampled, several adapters, several devices."""
 
 import jax
 import numpy as np
 import pytest
+import scipy.stats
+from families import FAMILIES, VOCAB, checkpoint
 
 from fedsafe_jax import generation, language_model
 from fedsafe_jax.data import chat
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.generation import Sampling
+from fedsafe_jax.models import hub, lora
+from fedsafe_jax.models.decoder import Decoder
 
 PROMPTS = ("Hello!", "What is the capital of France?", "Write a short poem about the ocean.")
 
 
-def test_greedy_equals_transformers(tmp_path, packaged):
+def expected_greedy(reference, prompt, stop_id, count):
+    import torch
+
+    with torch.no_grad():
+        out = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    ids = out[0, len(prompt) :].tolist()
+    return ids[: ids.index(stop_id)] if stop_id in ids else ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_in_every_family(tmp_path, family):
+    pytest.importorskip("torch")
+    reference = checkpoint(family, tmp_path)
+    config = hub.read_config(tmp_path)
+    params, rng = hub.load_params(tmp_path, config, "float32"), np.random.default_rng(0)
+    # Unequal lengths, over the windows; 64 tokens outgrow the cache twice.
+    prompts = [rng.integers(3, VOCAB, n).tolist() for n in (3, 30, 17, 17, 9)]
+    (found,) = generation.generate_ids(Decoder(config), params, None, prompts, (2,), 64)
+    for prompt, ids in zip(prompts, found.ids, strict=True):
+        assert ids == expected_greedy(reference, prompt, 2, 64)
+
+
+def test_scanned_layers_generate_the_same(monkeypatch, packaged):
+    expected = packaged.generate(PROMPTS, max_new_tokens=40)
+    monkeypatch.setattr("fedsafe_jax.models.decoder.UNROLLED_LAYERS", 0)
+    generation._programs.cache_clear()
+    assert packaged.generate(PROMPTS, max_new_tokens=40) == expected
+    generation._programs.cache_clear()
+
+
+def test_the_packaged_model_answers_as_in_transformers(tmp_path, packaged):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     language_model.save_pretrained(packaged, tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    prompts = [chat.render(packaged.tokenizer, (("user", p),), True) for p in PROMPTS]
-    ours, _ = generation.generate_ids(
-        packaged.model, packaged.params, None, prompts, packaged.stop_ids, 20, jax.random.key(0)
-    )
-    for prompt, found in zip(prompts, ours, strict=True):
-        with torch.no_grad():
-            out = reference.generate(
-                torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0
-            )
-        expected = out[0, len(prompt) :].tolist()
-        if packaged.tokenizer.eos_token_id in expected:
-            expected = expected[: expected.index(packaged.tokenizer.eos_token_id)]
-        assert found == expected
+    answers = packaged.generate(PROMPTS, max_new_tokens=64)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = chat.render(packaged.tokenizer, (("user", prompt),), True)
+        expected = expected_greedy(reference, ids, packaged.tokenizer.eos_token_id, 64)
+        assert answer == packaged.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
-def test_batching_does_not_change_answers_and_sampling_follows_the_seed(packaged):
-    together = packaged.generate(PROMPTS, max_new_tokens=16)
-    assert together == [packaged.generate([p], max_new_tokens=16)[0] for p in PROMPTS]
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(1.3, 5), Sampling(0.9, 0, 0.6), Sampling(1.1, 0, 1.0, 0.1)]
+)
+def test_filters_equal_those_of_transformers(sampling):
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as theirs
 
-    def sampled(seed):
-        return packaged.generate(PROMPTS, max_new_tokens=16, temperature=1.5, top_k=50, seed=seed)
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+    expected = theirs.TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(logits))
+    if sampling.top_k:
+        expected = theirs.TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = theirs.TopPLogitsWarper(sampling.top_p)(None, expected)
+    if sampling.min_p:
+        expected = theirs.MinPLogitsWarper(sampling.min_p)(None, expected)
+    found = np.asarray(generation.restrict(logits, sampling))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
-    assert sampled(1) == sampled(1)
-    assert sampled(1) != sampled(2)
+
+def test_sampled_tokens_follow_the_softmax(packaged):
+    prompt = chat.render(packaged.tokenizer, (("user", "Hello!"),), True)
+    count, temperature = 4000, 5.0
+    (found,) = generation.generate_ids(
+        packaged.model, packaged.params, None, [prompt] * count, (-1,), 1,
+        sampling=Sampling(temperature), batch_size=500,
+    )  # fmt: skip
+    logits = np.asarray(packaged(np.array([prompt])))[0, -1].astype(np.float64) / temperature
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    # Cells of like probability, some of one token and some of thousands.
+    order = np.argsort(-p)
+    cells = np.minimum(np.floor(np.cumsum(p[order]) * 25), 24)
+    _, cell_of = np.unique(cells, return_inverse=True)
+    expected = count * np.bincount(cell_of, p[order])
+    counts = np.bincount([ids[0] for ids in found.ids], minlength=len(p))
+    observed = np.bincount(cell_of, counts[order])
+    assert len(expected) > 15 and expected.min() > 5
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_samples_follow_the_seed_and_not_the_batch(packaged):
+    options = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50}
+    first = packaged.generate(PROMPTS, seed=1, **options)
+    assert first == packaged.generate(PROMPTS, seed=1, batch_size=2, **options)
+    assert first != packaged.generate(PROMPTS, seed=2, **options)
+    several = packaged.sample(PROMPTS[:2], 3, max_new_tokens=12, temperature=1.5)
+    assert [len(answers) for answers in several] == [3, 3]
+    assert len(set(several[1])) > 1
+
+
+def test_several_adapters_at_once_answer_as_one_by_one(packaged):
+    config = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj", "down_proj"))
+    rng = np.random.default_rng(0)
+
+    def drawn(x):
+        return x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+
+    fresh = lora.init(jax.random.key(0), packaged.config, config)
+    adapters = [jax.tree.map(drawn, fresh) for _ in range(3)]
+    singly = [
+        packaged.with_adapter(lora.Adapter(a, config)).generate(PROMPTS, max_new_tokens=40)
+        for a in adapters
+    ]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *adapters)
+    under = packaged.with_adapter(lora.Adapter(adapters[0], config))  # for the scale
+    assert under.generate_each(stacked, PROMPTS, max_new_tokens=40) == singly
+    assert singly[0] != singly[1] != singly[2]
+
+
+@pytest.mark.parametrize("model_parallel", [1, 4])
+def test_devices_share_the_rows(packaged, model_parallel):
+    mesh = make_mesh(model_parallel=model_parallel)
+    split = language_model.load_pretrained("package:model", mesh=mesh)
+    prompts = [*PROMPTS, "Tell me a joke.", "Name three colours."]
+    options = {"max_new_tokens": 24, "batch_size": 5}
+    assert split.generate(prompts, **options) == packaged.generate(prompts, **options)
+    if model_parallel == 1:
+        sampled = {"temperature": 1.0, "seed": 3} | options
+        assert split.generate(prompts, **sampled) == packaged.generate(prompts, **sampled)
 
 
 def test_finished_tells_a_stop_from_a_cut(packaged):
@@ -47,3 +148,11 @@ def test_finished_tells_a_stop_from_a_cut(packaged):
     _, cut = packaged.answer_dialogues([(("user", "Hello!"),)], max_new_tokens=1)
     np.testing.assert_array_equal(finished, [True])
     np.testing.assert_array_equal(cut, [False])
+
+
+def test_long_prompts_are_refused_unless_they_may_be_cut(packaged, caplog):
+    prompts = ["Hello!", "word " * 2000]
+    with pytest.raises(hub.ModelError, match=r"prompt 1 has \d+ tokens.*room for 1016"):
+        packaged.generate(prompts, max_new_tokens=8)
+    assert len(packaged.generate(prompts, max_new_tokens=8, cut=True)) == 2
+    assert "1 of 2 dialogues cut to 1016 tokens" in caplog.text

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.aggregation import global_norm
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
-from fedsafe_jax.federated.mesh import CLIENTS
+from fedsafe_jax.models.sharding import CLIENTS
 
 
 class RoundMetrics(NamedTuple):
@@ -26,13 +26,13 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
 
     Args:
       algorithm: FedAvg, SCAFFOLD, ...
-      mesh: devices along `clients`; the cohort is split over them.
+      mesh: devices along `clients`, which split the cohort, and `model`, which split the base.
       clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn.
 
     Returns:
       `(server_state, base, batches, client_ids, weights, rate) -> (server_state, RoundMetrics)`.
       Leaves of `batches` are `[clients, steps, rows, seq]`, `client_ids` int32 `[clients]`,
-      `weights` float32 `[clients]`; the cohort is a multiple of the mesh (see `pad_cohort`). The
+      `weights` float32 `[clients]`; the cohort is a multiple of that axis (see `pad_cohort`). The
       old state is donated.
     """
 
@@ -46,7 +46,7 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
     def round_fn(server: ServerState, base, batches: Batch, client_ids, weights, rate):
         cohort_states = jax.tree.map(lambda s: s[client_ids], server.client_states)
         shared = server._replace(client_states=())
-        if mesh.size > 1:
+        if mesh.shape[CLIENTS] > 1:
             split, whole = PartitionSpec(CLIENTS), PartitionSpec()
             # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
@@ -54,6 +54,7 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,
+                axis_names={CLIENTS},  # `model` stays automatic
                 check_vma=False,
                 in_specs=(whole, split, whole, split, whole),
                 out_specs=(split, split, split),
@@ -80,7 +81,7 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
 
 
 def pad_cohort(batches: Batch, client_ids: np.ndarray, weights: np.ndarray, multiple: int):
-    """Adds clients of weight zero until the cohort is a multiple of the mesh size."""
+    """Adds clients of weight zero until the cohort is a multiple of the mesh axis `clients`."""
     missing = -len(client_ids) % multiple
     if not missing:
         return batches, client_ids, weights

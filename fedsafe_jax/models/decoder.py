@@ -1,111 +1,148 @@
-"""The Llama-family decoder: one Flax linen module, scanned over stacked layers.
+"""The decoder of every supported family: one Flax linen module, scanned over stacked layers.
 
 Parameters mirror Hugging Face names (`layers/self_attn/q_proj/kernel`), with every per-layer leaf
 stacked on a leading `[layers]` axis. LoRA factors live in a separate `lora` collection of the same
 structure, so `model.apply({"params": base, "lora": adapter}, ...)` can be vmapped over adapters
-alone while the base is shared.
+alone while the base is shared. `DecoderConfig` holds what differs between families.
 """
 
-import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedsafe_jax.models import attention
+from fedsafe_jax.models.attention import Visibility
+from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.models.quantize import matmul
 
-PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder; hashable, so that it can be a static argument of `jax.jit`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rope_scaling: tuple | None = None
-    rms_norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    max_length: int = 2048
-    dtype: str = "float32"
-    remat: bool = False
-
-    def projection_shape(self, name: str) -> tuple[int, int]:
-        """`(in, out)` of one linear projection, by its Hugging Face name."""
-        hidden, heads = self.hidden_size, self.num_heads * self.head_dim
-        kv, wide = self.num_kv_heads * self.head_dim, self.intermediate_size
-        shapes = {
-            "q_proj": (hidden, heads),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (heads, hidden),
-            "gate_proj": (hidden, wide),
-            "up_proj": (hidden, wide),
-            "down_proj": (wide, hidden),
-        }
-        return shapes[name]
-
-    def num_parameters(self) -> int:
-        """Parameter count; a tied embedding counts once."""
-        linear = sum(
-            a * b
-            for group in PROJECTIONS.values()
-            for a, b in (self.projection_shape(name) for name in group)
-        )
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        norms = self.hidden_size * (2 * self.num_layers + 1)
-        return self.num_layers * linear + embeddings + norms
+UNROLLED_LAYERS = 16  # decoders of at most so many layers are unrolled on CPU while generating
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far."""
+    """Keys and values of what was read so far.
 
-    key: jax.Array  # [layers, batch, cache_len, kv_heads, head_dim]
-    value: jax.Array  # [layers, batch, cache_len, kv_heads, head_dim]
-    valid: jax.Array  # bool [batch, cache_len]: slot holds a real token
-    length: jax.Array  # int32 scalar: next slot to write
+    Stacked, `[layers, batch, kv_heads, cache_len, head_dim]`; but on CPU and for few layers tuples
+    of an array a layer, keys with `head_dim` before `cache_len`. The decoder is then unrolled:
+    slicing a layer out of a stacked cache copies it there, and products with keys laid out so take
+    half the time.
+    """
+
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
+    valid: jax.Array  # bool [batch, cache_len]; False on left padding
+    length: jax.Array  # int32 scalar: slots written so far, the same for every row
+
+
+def unrolls(config: DecoderConfig) -> bool:
+    """Whether generation unrolls the layers, see `KVCache`."""
+    return jax.default_backend() == "cpu" and config.num_layers <= UNROLLED_LAYERS
+
+
+def unstack(variables, num_layers: int, axis: int = 0):
+    """Parameters or LoRA factors laid out for an unrolled decoder.
+
+    Layers lie apart, `layers/0/...`, `layers/1/...`, and a tied output matrix is transposed once.
+
+    Args:
+      variables: with stacked layers.
+      num_layers: their number.
+      axis: that the layers are stacked on.
+    """
+    index = (slice(None),) * axis
+    apart = {
+        str(i): jax.tree.map(lambda leaf, i=i: leaf[(*index, i)], variables["layers"])
+        for i in range(num_layers)
+    }
+    new = {"layers": apart}
+    if "embed_tokens" in variables and "lm_head" not in variables:
+        new["lm_head"] = variables["embed_tokens"].T
+    # Without the barrier XLA would move the copies into the loop over tokens.
+    return variables | jax.lax.optimization_barrier(new)
 
 
 def empty_cache(config: DecoderConfig, batch: int, cache_len: int) -> KVCache:
-    """A cache of `cache_len` slots without a token in it."""
-    shape = (config.num_layers, batch, cache_len, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.dtype)
-    valid = jnp.zeros((batch, cache_len), bool)
-    return KVCache(zeros, zeros, valid, jnp.zeros((), jnp.int32))
+    """A stacked cache of `cache_len` slots."""
+    shape = (config.num_layers, batch, config.num_kv_heads, cache_len, config.head_dim)
+    store, valid = jnp.zeros(shape, config.dtype), jnp.zeros((batch, cache_len), bool)
+    return KVCache(store, store, valid, jnp.zeros((), jnp.int32))
+
+
+def grow_cache(cache: KVCache, cache_len: int) -> KVCache:
+    """The same content with room for `cache_len` slots."""
+
+    def widen(x, axis):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, cache_len - x.shape[axis])
+        return jnp.pad(x, padding)
+
+    key_axis = -1 if isinstance(cache.key, tuple) else -2
+    return KVCache(
+        jax.tree.map(lambda x: widen(x, key_axis), cache.key),
+        jax.tree.map(lambda x: widen(x, -2), cache.value),
+        widen(cache.valid, -1),
+        cache.length,
+    )
+
+
+def spread_cache(
+    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array
+) -> KVCache:
+    """The cache of left-padded rows, in the form that generation goes on with.
+
+    Args:
+      config: says whether generation unrolls.
+      cache: of packed rows `[packed_rows, seq]`, stacked and full.
+      source: int32 `[rows, width]`, flat positions in the packed rows.
+      valid: bool `[rows, width]`, False on padding.
+    """
+
+    def take(x):  # [layers, packed_rows, kv_heads, seq, head_dim]
+        x = x.swapaxes(2, 3)
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        return x[:, source].swapaxes(2, 3)
+
+    key, value = take(cache.key), take(cache.value)
+    if unrolls(config):
+        key, value = tuple(key.swapaxes(-1, -2)), tuple(value)
+    return KVCache(key, value, valid, jnp.asarray(valid.shape[1], jnp.int32))
 
 
 class RMSNorm(nn.Module):
     epsilon: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        initial = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", initial, (x.shape[-1],))
         # float32 inside: the mean of squares loses precision in bfloat16.
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+        return (wide * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class Projection(nn.Module):
-    """`x @ kernel`, plus `lora_scale * x @ a @ b` where the `lora` collection has factors."""
+    """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors."""
 
     features: int
     lora_scale: float
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")  # an array, or quantised
+        else:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = matmul(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + self.lora_scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
@@ -117,31 +154,103 @@ class Attention(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x, layer, positions, mask, cache):
+    def __call__(self, x, layer, rotation, sight, cache):
         config = self.config
         batch, seq, _ = x.shape
+        number, table, windowed = layer
+        rotation = rotation.table(table)
 
         def project(name, heads):
-            y = Projection(heads * config.head_dim, self.lora_scale, name=name)(x)
+            width = heads * config.head_dim
+            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(x)
             return y.reshape(batch, seq, heads, config.head_dim)
 
-        frequency = attention.rotary_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling
-        )
-        query = attention.rotate(project("q_proj", config.num_heads), positions, frequency)
-        key = attention.rotate(project("k_proj", config.num_kv_heads), positions, frequency)
+        def turned(name, heads):
+            y = project(f"{name}_proj", heads)
+            if config.qk_norm:
+                y = RMSNorm(config.rms_norm_eps, config.norm_offset, name=f"{name}_norm")(y)
+            return attention.rotate(y, rotation)
+
+        query, key = turned("q", config.num_heads), turned("k", config.num_kv_heads)
         value = project("v_proj", config.num_kv_heads)
-        if cache is not None:
-            start = (layer, 0, cache.length, 0, 0)
-            cache = cache._replace(
-                key=jax.lax.dynamic_update_slice(cache.key, key[None], start),
-                value=jax.lax.dynamic_update_slice(cache.value, value[None], start),
-            )
-            key = jax.lax.dynamic_index_in_dim(cache.key, layer, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(cache.value, layer, keepdims=False)
-        out = attention.attend(query, key, value, mask)
+        if cache is None:
+            out = _attend(config, query, key, value, sight, windowed)
+        else:
+            cache, *mine = _write(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
+            if mine[0].shape[-2] == seq:  # nothing was read before
+                out = _attend(config, query, key, value, sight, windowed)
+            else:
+                mask, scale = _pick(sight, windowed), config.attention_scale
+                out = attention.attend_cache(query, *mine, mask, scale, config.attention_softcap)
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
-        return Projection(config.hidden_size, self.lora_scale, name="o_proj")(out), cache
+        o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
+        return o_proj(out), cache
+
+
+def _write(cache: KVCache, number, key, value):
+    """Writes keys and values `[batch, kv_heads, seq, head_dim]` of a layer behind what is there.
+
+    Args:
+      cache: of all layers, or of the layer alone where the decoder is unrolled.
+      number: of the layer.
+      key, value: new ones.
+
+    Returns:
+      `(cache, all keys, all values)`, of this layer.
+    """
+    if cache.value.ndim == 4:
+        key = jax.lax.dynamic_update_slice(cache.key, key.swapaxes(-1, -2), (0, 0, 0, cache.length))
+        value = jax.lax.dynamic_update_slice(cache.value, value, (0, 0, cache.length, 0))
+        return cache._replace(key=key, value=value), key.swapaxes(-1, -2), value
+    start = (number, 0, 0, cache.length, 0)
+    key = jax.lax.dynamic_update_slice(cache.key, key[None], start)
+    value = jax.lax.dynamic_update_slice(cache.value, value[None], start)
+    mine = [jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in (key, value)]
+    return cache._replace(key=key, value=value), *mine
+
+
+def _backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:
+    return attention.choose_backend(
+        config.attention, q_len, kv_len, config.head_dim, config.dtype, config.attention_softcap
+    )
+
+
+def _windows(config: DecoderConfig) -> tuple[int, ...]:
+    """The windows that occur, 0 for none: of layers without first."""
+    count = len(config.windowed_layers)
+    if count in (0, config.num_layers):
+        return (config.window if count else 0,)
+    return (0, config.window)
+
+
+def _sight(config: DecoderConfig, visibility: Visibility):
+    """What the layers look through: segments for splash, else a mask for each window."""
+    q_len, kv_len = (segments.shape[1] for segments in visibility[:2])
+    if _backend(config, q_len, kv_len) == "splash":
+        return visibility.query_segments
+    return tuple(visibility.mask(window) for window in _windows(config))
+
+
+def _pick(masks, windowed):
+    """A layer's mask among those of `_sight`."""
+    return masks[0] if len(masks) == 1 else jnp.where(windowed, masks[1], masks[0])
+
+
+def _attend(config: DecoderConfig, query, key, value, sight, windowed):
+    scale, softcap = config.attention_scale, config.attention_softcap
+    backend = _backend(config, query.shape[1], key.shape[1])
+    if backend != "splash":
+        mask = _pick(sight, windowed)
+        return attention.attend(query, key, value, mask, scale, softcap, backend)
+    inputs = (query, key, value, sight)
+    kernels = [
+        functools.partial(attention.splash, window=window, scale=scale, softcap=softcap)
+        for window in _windows(config)
+    ]
+    if len(kernels) == 1:
+        return kernels[0](*inputs)
+    # A kernel is built for one window, so a layer branches between the two.
+    return jax.lax.cond(windowed, kernels[1], kernels[0], *inputs)
 
 
 class MLP(nn.Module):
@@ -150,11 +259,16 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        wide = self.config.intermediate_size
-        gate = Projection(wide, self.lora_scale, name="gate_proj")(x)
-        up = Projection(wide, self.lora_scale, name="up_proj")(x)
-        hidden = jax.nn.silu(gate) * up
-        return Projection(self.config.hidden_size, self.lora_scale, name="down_proj")(hidden)
+        config = self.config
+
+        def project(name, features, y):
+            return Projection(features, self.lora_scale, config.mlp_bias, name=name)(y)
+
+        gate = project("gate_proj", config.intermediate_size, x)
+        up = project("up_proj", config.intermediate_size, x)
+        gelu = functools.partial(jax.nn.gelu, approximate=True)
+        activation = gelu if config.activation == "gelu_tanh" else jax.nn.silu
+        return project("down_proj", config.hidden_size, activation(gate) * up)
 
 
 class Layer(nn.Module):
@@ -162,15 +276,24 @@ class Layer(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, carry, layer, positions, mask):
+    def __call__(self, carry, layer, rotation, sight):
+        config = self.config
         x, cache = carry
-        epsilon = self.config.rms_norm_eps
-        attended, cache = Attention(self.config, self.lora_scale, name="self_attn")(
-            RMSNorm(epsilon, name="input_layernorm")(x), layer, positions, mask, cache
+
+        def norm(name, y):
+            return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)(y)
+
+        attended, cache = Attention(config, self.lora_scale, name="self_attn")(
+            norm("input_layernorm", x), layer, rotation, sight, cache
         )
-        x = x + attended
-        normed = RMSNorm(epsilon, name="post_attention_layernorm")(x)
-        x = x + MLP(self.config, self.lora_scale, name="mlp")(normed)
+        mlp = MLP(config, self.lora_scale, name="mlp")
+        if config.sandwich_norms:
+            x = x + norm("post_attention_layernorm", attended)
+            out = mlp(norm("pre_feedforward_layernorm", x))
+            x = x + norm("post_feedforward_layernorm", out)
+        else:
+            x = x + attended
+            x = x + mlp(norm("post_attention_layernorm", x))
         return (x, cache), None
 
 
@@ -179,7 +302,7 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the shape.
-      lora_scale: `alpha / rank` applied to the factors in the `lora` collection.
+      lora_scale: applied to the products of the factors in the `lora` collection.
     """
 
     config: DecoderConfig
@@ -202,7 +325,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )(config, self.lora_scale)
-        self.norm = RMSNorm(config.rms_norm_eps)
+        self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
 
     def __call__(self, tokens, positions, segment_ids=None, cache=None, valid=None):
         """Hidden states after the final norm.
@@ -210,7 +333,8 @@ class Decoder(nn.Module):
         Args:
           tokens: int32 `[batch, seq]`.
           positions: int32 `[batch, seq]`, counted within each example.
-          segment_ids: int32 `[batch, seq]`, 0 for padding; required without a cache.
+          segment_ids: int32 `[batch, seq]`, 0 for padding; with a cache only for packed rows that
+            fill an empty cache of their length.
           cache: a `KVCache` to read and extend, or None.
           valid: bool `[batch, seq]`, with a cache: which of `tokens` are real (left padding is
             not).
@@ -218,29 +342,69 @@ class Decoder(nn.Module):
         Returns:
           `(hidden [batch, seq, hidden_size], cache)`.
         """
-        seq = tokens.shape[1]
-        if cache is None:
-            mask = attention.packed_causal_mask(segment_ids)
-        else:
+        config, seq = self.config, tokens.shape[1]
+        if cache is not None:
             cache = cache._replace(
                 valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
             )
-            slots = jnp.arange(cache.valid.shape[1])
-            causal = slots[None, :] <= cache.length + jnp.arange(seq)[:, None]
-            mask = (cache.valid[:, None, :] & causal[None])[:, None]
-        x = self.embed_tokens[tokens].astype(self.config.dtype)
-        layers = jnp.arange(self.config.num_layers)
-        (x, cache), _ = self.layers((x, cache), layers, positions, mask)
+        if segment_ids is not None:
+            visibility = Visibility(segment_ids, segment_ids, 0)
+        else:
+            new, seen = (x.astype(jnp.int32) for x in (valid, cache.valid))
+            visibility = Visibility(new, seen, cache.length)
+        sight, rotation = _sight(config, visibility), attention.rotation(config, positions)
+        x = self.embed_tokens[tokens].astype(config.dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        numbers = np.arange(config.num_layers)
+        windowed = np.isin(numbers, config.windowed_layers)
+        layers = (numbers, attention.frequency_tables(config)[1], windowed)
+        if cache is not None and isinstance(cache.key, tuple):
+            x, cache = self._unrolled(x, cache, layers, rotation, sight)
+        else:
+            layers = jax.tree.map(jnp.asarray, layers)
+            (x, cache), _ = self.layers((x, cache), layers, rotation, sight)
         if cache is not None:
             cache = cache._replace(length=cache.length + seq)
         return self.norm(x), cache
 
+    def _unrolled(self, x, cache, layers, rotation, sight):
+        """The layers in turn, each with variables (see `unstack`) and a cache of its own."""
+        layer_fn = Layer(self.config, self.lora_scale, parent=None)
+        keys, values = [], []
+        for i, (_, table, windowed) in enumerate(zip(*layers, strict=True)):
+            mine = {
+                kind: tree["layers"][str(i)]
+                for kind, tree in self.variables.items()
+                if "layers" in tree
+            }
+            one = cache._replace(key=cache.key[i], value=cache.value[i])
+            (x, one), _ = layer_fn.apply(mine, (x, one), (0, table, windowed), rotation, sight)
+            keys.append(one.key)
+            values.append(one.value)
+        return x, cache._replace(key=tuple(keys), value=tuple(values))
+
     def unembed(self, hidden):
         """Logits, float32 `[..., vocab]`, of hidden states `[..., hidden_size]`."""
-        table = self.embed_tokens.T if self.config.tie_embeddings else self.lm_head
-        return jnp.dot(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        params = self.variables["params"]
+        table = params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
+        logits = jnp.dot(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def logits(self, tokens, positions, segment_ids):
         """Float32 `[batch, seq, vocab]`; for short inputs, as every logit is materialised."""
         hidden, _ = self(tokens, positions, segment_ids)
         return self.unembed(hidden)
+
+
+@functools.lru_cache
+def param_shapes(config: DecoderConfig) -> dict:
+    """The pytree of parameters as `jax.ShapeDtypeStruct`s, float32."""
+    blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), blank, blank, blank)["params"]
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Parameter count; a tied embedding counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))

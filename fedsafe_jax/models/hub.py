@@ -1,22 +1,30 @@
-"""Hugging Face folders to pytrees and back, tensor by tensor."""
+"""Hugging Face folders to pytrees and back, tensor by tensor.
+
+Names are derived, not listed: the leaf `layers/self_attn/q_proj/kernel` of `decoder.param_shapes`
+is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, transposed.
+"""
 
 import json
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.flax import save_file
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from fedsafe_jax.models.decoder import PROJECTIONS, DecoderConfig
+from fedsafe_jax.models.decoder import param_shapes
+from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
+from fedsafe_jax.models.quantize import dequantize, quantize
+from fedsafe_jax.models.sharding import leaf_sharding
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
-ARCHITECTURE = "LlamaForCausalLM"
-
-
-class ModelError(ValueError):
-    """A model folder cannot be used; the message says what was found and what is supported."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# Buffers that old checkpoints carry and every loader recomputes.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 def resolve(path_or_hub_id: str) -> pathlib.Path:
@@ -44,167 +52,260 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
         ) from error
 
 
-def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
-    """Reads `config.json` in the spelling of transformers 4 or 5.
+def read_json(path: pathlib.Path) -> dict:
+    """An object from a JSON file of a model folder.
 
     Raises:
-      ModelError: no config, another architecture, or an unknown kind of rope scaling.
+      ModelError: no such file, or not JSON.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; a Hugging Face model folder holds a {path.name}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}).") from error
+
+
+def hf_config(raw: dict):
+    """The transformers config of a `config.json`, which fills in what the file leaves out.
+
+    Raises:
+      ModelError: a family that is not supported.
+    """
+    from transformers import AutoConfig
+
+    family = raw.get("model_type", "none given")
+    if family not in FAMILIES:
+        raise ModelError(
+            f"model_type '{family}' is not supported; supported are {', '.join(sorted(FAMILIES))}."
+        )
+    return AutoConfig.for_model(**raw)
+
+
+def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
+    """Reads `config.json`, in the spelling of transformers 4 or 5.
+
+    Raises:
+      ModelError: no config, or a model that the decoder does not cover.
     """
     path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; a Hugging Face model folder holds a config.json.")
-    raw = json.loads(path.read_text())
-    found = (raw.get("architectures") or ["none named"])[0]
-    if found != ARCHITECTURE or raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise ModelError(
-            f"{path}: architecture {found} is not supported; expected a {ARCHITECTURE} "
-            "without biases."
-        )
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        parameters = None
-    elif kind == "llama3":
-        names = (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        parameters = tuple(float(scaling[name]) for name in names)
-    else:
-        raise ModelError(
-            f"{path}: rope scaling '{kind}' is not supported; expected default or llama3."
-        )
-    return DecoderConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=parameters,
-        rms_norm_eps=raw["rms_norm_eps"],
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        max_length=raw["max_position_embeddings"],
-        dtype=dtype,
-    )
+    raw = read_json(path)
+    try:
+        return from_hf(hf_config(raw), dtype)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
-def config_dict(config: DecoderConfig, tokenizer, dtype: str) -> dict:
-    """The `config.json` that transformers reads."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        names = (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling, strict=True))
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_parameters": rope,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_length,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": dtype,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+class Leaf(NamedTuple):
+    """Where a leaf of the pytree lies in a Hugging Face folder."""
+
+    path: tuple[str, ...]  # in the pytree
+    shape: tuple[int, ...]  # of the leaf: [layers, in, out], or without layers
+    names: tuple[str, ...]  # of its tensors: one for each layer, or one
+    stacked: bool  # whether there is a leading axis of layers
+    transposed: bool  # torch keeps linear weights as [out, in]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the folder."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
 
 
-def tensor_names(config: DecoderConfig) -> dict[tuple[str, ...], str]:
-    """From a leaf's path in our pytree to its Hugging Face name; `{}` stands for the layer."""
-    names = {("embed_tokens",): "model.embed_tokens.weight", ("norm", "scale"): "model.norm.weight"}
-    if not config.tie_embeddings:
-        names[("lm_head",)] = "lm_head.weight"
-    for norm in NORMS:
-        names[("layers", norm, "scale")] = f"model.layers.{{}}.{norm}.weight"
-    for block, projections in PROJECTIONS.items():
-        for projection in projections:
-            names[("layers", block, projection, "kernel")] = (
-                f"model.layers.{{}}.{block}.{projection}.weight"
-            )
-    return names
+def leaves(config: DecoderConfig) -> list[Leaf]:
+    """Every leaf of the base parameters."""
+    found = []
+    for keys, shape in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        path = tuple(key.key for key in keys)
+        stacked = path[0] == "layers"
+        last = LEAF_NAMES.get(path[-1])
+        if stacked:
+            stem = ".".join((*path[1:-1], last))
+            names = tuple(f"model.layers.{i}.{stem}" for i in range(config.num_layers))
+        elif path == ("lm_head",):
+            names = ("lm_head.weight",)
+        else:
+            names = (".".join(("model", path[0], "weight")),)
+        transposed = path[-1] in ("kernel", "lm_head")
+        found.append(Leaf(path, shape.shape, names, stacked, transposed))
+    return found
 
 
-def _transposed(path: tuple[str, ...]) -> bool:
-    return path[-1] in ("kernel", "lm_head")  # torch linears are [out, in]
-
-
-def load_params(folder: pathlib.Path, config: DecoderConfig, dtype: str):
-    """Base parameters from single or sharded safetensors, one stacked leaf at a time.
+class Tensors:
+    """The safetensors of a folder, single or sharded by an index, read lazily.
 
     Raises:
-      ModelError: no safetensors (pickled weights are not loaded), or a tensor is missing.
+      ModelError: no safetensors, a missing or damaged file, a tensor that is not where it should
+        be.
     """
-    folder = pathlib.Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="flax") as file:
-            where = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        raise ModelError(f"{folder}: no model.safetensors; pickled weights are not loaded.")
-    files = {
-        name: safe_open(folder / name, framework="flax") for name in sorted(set(where.values()))
-    }
 
-    def read(name, transpose):
-        if name not in where:
-            raise ModelError(f"{folder}: tensor '{name}' is missing.")
-        tensor = files[where[name]].get_tensor(name).astype(dtype)
-        return tensor.T if transpose else tensor
-
-    params: dict = {}
-    for path, name in tensor_names(config).items():
-        if "{}" in name:
-            layers = range(config.num_layers)
-            leaf = jnp.stack([read(name.format(i), _transposed(path)) for i in layers])
+    def __init__(self, folder: pathlib.Path):
+        self.folder = pathlib.Path(folder)
+        if (self.folder / INDEX).is_file():
+            self._file_of = read_json(self.folder / INDEX)["weight_map"]
+        elif (self.folder / SINGLE).is_file():
+            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            leaf = read(name, _transposed(path))
+            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
+            hint = (
+                f" It has {pickled[0]}: pickled weights are not loaded, as they may run code. "
+                "Convert them where you trust them: load the model in transformers and "
+                "save_pretrained it."
+                if pickled
+                else ""
+            )
+            raise ModelError(f"{self.folder}: no {SINGLE} and no {INDEX}.{hint}")
+        self._files = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
+        for name, file in self._file_of.items():
+            if name not in self._keys(file):
+                raise ModelError(f"{self.folder / INDEX}: '{name}' is not in {file}.")
+
+    def _open(self, name: str):
+        path = self.folder / name
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file, though {INDEX} names it; download it again.")
+        try:
+            return safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise ModelError(f"{path}: damaged or cut off ({error}); download it again.") from error
+
+    def _keys(self, file: str) -> set[str]:
+        return set(self._files[file].keys())
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._view(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor; only its bytes are read."""
+        return self._view(name)[index]
+
+    def _view(self, name: str):
+        return self._files[self._file_of[name]].get_slice(name)
+
+
+def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
+    """Checks that a folder has the tensors of its config, no more, in their shapes.
+
+    Raises:
+      ModelError: naming the first that are missing, unknown or of another shape.
+    """
+    wanted = {name: leaf for leaf in leaves(config) for name in leaf.names}
+    ignored = IGNORED_SUFFIXES + (("lm_head.weight",) if config.tie_embeddings else ())
+    extra = {n for n in tensors.names() if not n.endswith(ignored)} - set(wanted)
+    missing = set(wanted) - tensors.names()
+    for what, names in (("missing", missing), ("not of this model", extra)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelError(
+                f"{tensors.folder}: {len(names)} tensors are {what}: {some}. "
+                "The weights do not belong to this config.json."
+            )
+    for name, leaf in wanted.items():
+        if (found := tensors.shape(name)) != leaf.tensor_shape:
+            raise ModelError(
+                f"{tensors.folder}: tensor '{name}' has shape {list(found)}, config.json "
+                f"asks for {list(leaf.tensor_shape)}."
+            )
+
+
+def load_params(
+    folder: pathlib.Path,
+    config: DecoderConfig,
+    dtype: str,
+    mesh: Mesh | None = None,
+    quantization: str = "",
+):
+    """Base parameters, a leaf at a time, each part of it read by the device that holds it.
+
+    Host memory beyond the parameters themselves never exceeds one stacked leaf.
+
+    Args:
+      folder: holds safetensors.
+      config: from `read_config`.
+      dtype: of the parameters.
+      mesh: its axis `model` splits the leaves as in `sharding`; None for one device.
+      quantization: "", or a kind of `quantize.KINDS` for the projections' kernels.
+
+    Raises:
+      ModelError: the files do not hold the tensors of this config.
+    """
+    tensors = Tensors(folder)
+    check_tensors(tensors, config)
+    params: dict = {}
+    for leaf in leaves(config):
+        sharding = leaf_sharding(leaf.path, leaf.shape, mesh)
+        array = jax.make_array_from_callback(leaf.shape, sharding, _reader(tensors, leaf, dtype))
+        if quantization and leaf.path[-1] == "kernel":
+            array = quantize(array, quantization)
         node = params
-        for key in path[:-1]:
+        for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = leaf
+        node[leaf.path[-1]] = array
     return params
 
 
-def save_params(params, config: DecoderConfig, folder: pathlib.Path, dtype: str) -> None:
-    """Writes `model.safetensors` under Hugging Face names."""
-    tensors = {}
-    for path, name in tensor_names(config).items():
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        leaf = jnp.asarray(leaf, dtype)
-        if "{}" in name:
-            for i in range(config.num_layers):
-                tensors[name.format(i)] = leaf[i].T if _transposed(path) else leaf[i]
-        else:
-            tensors[name] = leaf.T if _transposed(path) else leaf
-    tensors = {
-        name: jnp.asarray(np.ascontiguousarray(jax.device_get(t))) for name, t in tensors.items()
-    }
-    save_file(tensors, pathlib.Path(folder) / "model.safetensors", metadata={"format": "pt"})
+def _reader(tensors: Tensors, leaf: Leaf, dtype: str) -> Callable:
+    def read(index):
+        layers, inner = (index[0], index[1:]) if leaf.stacked else (slice(None), index)
+        inner = inner[::-1] if leaf.transposed else inner
+        parts = [tensors.read(name, inner).astype(jnp.dtype(dtype)) for name in leaf.names[layers]]
+        parts = [part.T for part in parts] if leaf.transposed else parts
+        return np.stack(parts) if leaf.stacked else np.ascontiguousarray(parts[0])
+
+    return read
+
+
+def save_params(
+    params,
+    config: DecoderConfig,
+    folder: pathlib.Path,
+    dtype: str,
+    update: Callable | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes safetensors under Hugging Face names, with an index when one file is too small.
+
+    Args:
+      params: base parameters; quantised kernels are expanded.
+      config: their shape.
+      folder: exists.
+      dtype: of the written tensors.
+      update: `(path, layer) -> float32 array or None`, added to a stacked leaf's layer: an adapter
+        to merge, see `lora.update_of`. Nothing but the tensor at hand is held merged.
+      shard_bytes: largest file, 5 GB as in transformers.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    folder, item = pathlib.Path(folder), jnp.dtype(dtype).itemsize
+    where = {n: (leaf, i) for leaf in leaves(config) for i, n in enumerate(leaf.names)}
+    plan = split_state_dict_into_shards_factory(
+        {name: leaf for name, (leaf, _) in where.items()},
+        get_storage_size=lambda leaf: int(np.prod(leaf.tensor_shape)) * item,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+
+    def tensor(name):
+        leaf, i = where[name]
+        node = params
+        for key in leaf.path:
+            node = node[key]
+        if leaf.stacked:
+            node = jax.tree.map(lambda x: x[i], node)
+        extra = update(leaf.path, i) if update and leaf.stacked else None
+        if extra is not None:
+            node = dequantize(node, jnp.float32) + extra
+        host = np.asarray(jax.device_get(dequantize(node, dtype)))
+        return np.ascontiguousarray(host.T if leaf.transposed else host)
+
+    for file, names in plan.filename_to_tensors.items():
+        save_file({n: tensor(n) for n in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / INDEX, index)
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

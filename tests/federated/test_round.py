@@ -11,6 +11,7 @@ from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import aggregation, algorithms, mesh, round
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.sharding import leaf_sharding
 
 CLIENTS, STEPS, ROWS, SEQ = 4, 3, 2, 12
 LORA = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
@@ -43,11 +44,21 @@ IDS = np.arange(CLIENTS, dtype=np.int32)
 WEIGHTS = np.array([10.0, 20.0, 30.0, 0.0], np.float32)
 
 
-def run(setup, name, devices, optimizer=None, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS):
+def run(
+    setup, name, devices, optimizer=None, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS, model=1
+):
     loss_fn, base, adapter, batches = setup
+    devices = mesh.make_mesh(jax.devices()[:devices], model)
+    if model > 1:
+        base = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.device_put(
+                x, leaf_sharding([key.key for key in path], x.shape, devices)
+            ),
+            base,
+        )
     algorithm = algorithms.ALGORITHMS[name](loss_fn, optimizer or algorithms.local_optimizer())
     state = algorithm.init(jax.tree.map(jnp.copy, adapter), 6)
-    fn = round.make_round(algorithm, mesh.make_mesh(jax.devices()[:devices]), parallel)
+    fn = round.make_round(algorithm, devices, parallel)
     for _ in range(rounds):
         state, metrics = fn(state, base, batches, ids, weights, jnp.float32(0.01))
     return state, metrics
@@ -64,6 +75,8 @@ def test_devices_and_vmap_give_what_one_device_gives(setup, name):
     close(run(setup, name, 4)[0], one)
     close(run(setup, name, 2, parallel=2)[0], one)
     close(run(setup, name, 1, parallel=4)[0], one)
+    close(run(setup, name, 8, model=2)[0], one)  # clients 4, the base split over pairs
+    close(run(setup, name, 2, model=2)[0], one)
 
 
 def test_fedavg_with_sgd_equals_a_loop_in_numpy(setup):
@@ -125,7 +138,7 @@ def test_order_of_clients_does_not_matter(setup):
 def test_no_collective_inside_local_training(setup):
     loss_fn, base, adapter, batches = setup
     algorithm = algorithms.fedavg(loss_fn, algorithms.local_optimizer())
-    fn = round.make_round(algorithm, mesh.make_mesh(), 1)
+    fn = round.make_round(algorithm, mesh.make_mesh(jax.devices()[:4]), 1)
     state = algorithm.init(adapter, 6)
     text = fn.lower(state, base, batches, IDS, WEIGHTS, jnp.float32(0.01)).compile().as_text()
     blocks = text.split("\n\n")

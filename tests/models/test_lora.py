@@ -1,12 +1,15 @@
 """Adapters against peft, and against merging by hand."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from families import VOCAB, checkpoint
 
 from fedsafe_jax import language_model
-from fedsafe_jax.models import lora
+from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
 
 
@@ -16,25 +19,23 @@ def random_adapter(config, lora_config):
     return jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), adapter)
 
 
-def test_fresh_adapter_changes_nothing_and_merge_equals_applying(packaged):
-    lora_config = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"))
-    config = packaged.config
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 20))
-    positions, ones = np.arange(20)[None], np.ones((1, 20), np.int32)
-
-    def logits(params, adapter):
-        model = Decoder(config, lora_config.scale)
-        variables = {"params": params} | ({"lora": adapter} if adapter else {})
-        return model.apply(variables, tokens, positions, ones, method="logits")
-
-    fresh = lora.init(jax.random.key(0), config, lora_config)
-    np.testing.assert_array_equal(logits(packaged.params, fresh), logits(packaged.params, None))
-    adapter = random_adapter(config, lora_config)
-    merged = lora.merge(packaged.params, adapter, lora_config.scale)
-    applied = logits(packaged.params, adapter)
-    assert np.abs(applied - logits(packaged.params, None)).max() > 0.1
-    # Merging rounds a*b into the kernel once; logits here are of size 10.
-    np.testing.assert_allclose(logits(merged, None), applied, atol=1e-3)
+def test_fresh_adapter_changes_nothing_and_merging_equals_applying(tmp_path, packaged):
+    tokens = np.random.default_rng(0).integers(0, packaged.config.vocab_size, (1, 20))
+    plain = np.asarray(packaged(tokens))
+    for stabilized in (False, True):
+        config = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"), stabilized)
+        assert config.scale == (4.0 if stabilized else 2.0)
+        fresh = lora.Adapter(lora.init(jax.random.key(0), packaged.config, config), config)
+        np.testing.assert_array_equal(packaged.with_adapter(fresh)(tokens), plain)
+        adapter = lora.Adapter(random_adapter(packaged.config, config), config)
+        adapted = packaged.with_adapter(adapter)
+        applied = adapted(tokens)
+        assert np.abs(applied - plain).max() > 0.1
+        folder = tmp_path / str(stabilized)
+        language_model.save_pretrained(adapted, folder)
+        merged = language_model.load_pretrained(str(folder))
+        # Merging rounds a*b into the kernel once; logits here are of size 10.
+        np.testing.assert_allclose(merged(tokens), applied, atol=1e-3)
 
 
 def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
@@ -49,23 +50,21 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
     export.export(packaged, adapter, lora_config, tmp_path, "card")
     language_model.save_pretrained(packaged, tmp_path / "base")
 
-    lm = language_model.load_pretrained(str(tmp_path / "base"))
-    lm.adapter, read = lora.load_adapter(tmp_path / "adapter")
-    lm.lora_scale = read.scale
-    assert read == lora_config
+    read = lora.load_adapter(tmp_path / "adapter")
+    lm = language_model.load_pretrained(str(tmp_path / "base")).with_adapter(read)
+    assert read.config == lora_config and read.base_model == "package:model"
     tokens = np.array([lm.tokenizer("How do I bake bread?")["input_ids"]])
     ours = np.asarray(lm(tokens))
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         theirs = merged(torch.tensor(tokens)).logits.numpy()
-    # The issue's bound for float32; measured differences are below 1e-4.
-    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         theirs = adapted(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     messages = [{"role": "user", "content": "Hello!"}]
     assert tokenizer.apply_chat_template(
@@ -73,9 +72,67 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
     ) == packaged.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_unknown_targets_and_adapters_are_named(tmp_path):
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "gemma3"])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_adapters_made_by_peft_load(tmp_path, family, stabilized):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    base = checkpoint(family, tmp_path / "base")
+    targets = ["q_proj", "o_proj", "down_proj"]
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules=targets,
+            use_rslora=stabilized,
+            init_lora_weights=False,  # b random too
+        ),
+    ).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    adapter = lora.load_adapter(tmp_path / "adapter")
+    assert set(adapter.config.targets) == set(targets)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    config = hub.read_config(tmp_path / "base")
+    lora.check_base(adapter, config)
+    params = hub.load_params(tmp_path / "base", config, "float32")
+    positions = np.broadcast_to(np.arange(20), tokens.shape)
+    found = Decoder(config, adapter.config.scale).apply(
+        {"params": params, "lora": adapter.factors},
+        tokens,
+        positions,
+        np.ones_like(tokens),
+        method="logits",
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_adapters_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="qproj"):
         lora.expand_targets(("qproj",))
-    with pytest.raises(Exception, match="adapter_config.json"):
+    with pytest.raises(lora.ModelError, match="adapter_config.json: no such file"):
         lora.load_adapter(tmp_path)
-    assert tiny_config().projection_shape("k_proj") == (32, 16)
+    config = lora.LoraConfig(4, 8.0, ("q_proj",))
+    adapter = lora.Adapter(lora.init(jax.random.key(0), tiny_config(), config), config, "a/base")
+    lora.save_adapter(adapter, tmp_path)
+    lora.check_base(lora.load_adapter(tmp_path), tiny_config())
+    with pytest.raises(lora.ModelError, match=r"another base \(a/base\).*q_proj"):
+        lora.check_base(adapter, tiny_config(hidden_size=64))
+    with pytest.raises(lora.ModelError, match=r"another base.*\(2, 32, 4\).*needs \(3, 32, 4\)"):
+        lora.check_base(adapter, tiny_config(num_layers=3))
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field, value in (("use_dora", True), ("peft_type", "IA3"), ("rank_pattern", {"q": 2})):
+        hub.write_json(tmp_path / "adapter_config.json", raw | {field: value})
+        with pytest.raises(lora.ModelError, match=f"{field}=.* is not supported"):
+            lora.load_adapter(tmp_path)
+    hub.write_json(tmp_path / "adapter_config.json", raw)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(lora.ModelError, match="damaged or cut off"):
+        lora.load_adapter(tmp_path)
+    weights.unlink()
+    with pytest.raises(lora.ModelError, match="pickled adapters"):
+        lora.load_adapter(tmp_path)

@@ -50,7 +50,7 @@ def run(lm, questions: Sequence[Sequence[str]], judge: Callable, max_new_tokens:
         active = [i for i, q in enumerate(questions) if turn < len(q)]
         for i in active:
             threads[i].append(("user", questions[i][turn]))
-        answers, _ = lm.answer_dialogues([threads[i] for i in active], max_new_tokens)
+        answers, _ = lm.answer_dialogues([threads[i] for i in active], max_new_tokens, cut=True)
         for i, answer in zip(active, answers, strict=True):
             threads[i].append(("assistant", answer))
             dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in threads[i])

@@ -1,0 +1,161 @@
+"""New tokens a second of greedy generation, against transformers' `generate`.
+
+    python benchmarks/generate.py --shape=demo --batch=16 --peer=hf_generate.py
+
+The peer is a script that generates for every prompt, each row to the full length, and prints a JSON
+object with `new_tokens_per_s`. Both sides get the same model folder, prompts, batch and number of
+new tokens; neither stops early. Runs alternate, so that noise on a shared machine meets both; the
+last line is a JSON object of medians, compilation apart.
+
+Shapes: `demo` is the packaged model, `small` 26M parameters with random weights, `8b` Llama-3.1-8B
+with random bfloat16 weights, which reports its share of the memory bandwidth given by
+`--gigabytes_per_s` instead of a ratio.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import fedsafe_jax as fs
+from fedsafe_jax import generation
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.models import hub
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_config import from_hf
+from fedsafe_jax.models.quantize import num_bytes
+
+_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "small", "8b"], "Which model.")
+_PEER = flags.DEFINE_string("peer", None, "The peer's script; none for `8b`.")
+_BATCH = flags.DEFINE_integer("batch", 16, "Rows decoded at once.")
+_NEW = flags.DEFINE_integer("new_tokens", 64, "Of every answer.")
+_PROMPTS = flags.DEFINE_integer("prompts", 64, "How many.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
+_BANDWIDTH = flags.DEFINE_float("gigabytes_per_s", 3350.0, "Of the accelerator (H100 SXM: 3350).")
+
+SHAPES = {
+    "small": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
+        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+TOPICS = ("the harbour", "a spreadsheet", "winter tyres", "sourdough", "a choir", "the night sky")
+TASKS = (
+    "Explain {} to a child in two sentences.",
+    "Write a short story about {} and how it changed a small town over many years.",
+    "List five facts about {}.",
+    "What should I know about {} before I begin, and which mistakes are common?",
+)
+
+
+def prompts() -> list[str]:
+    """Prompts of unequal length, in a fixed order."""
+    made = [task.format(topic) for topic in TOPICS for task in TASKS]
+    return [made[i % len(made)] for i in range(_PROMPTS.value)]
+
+
+def random_model(hf_config: dict, tokenizer, dtype: str) -> fs.LanguageModel:
+    """A model with random weights."""
+    config = from_hf(hub.hf_config(hf_config), dtype)
+    blank = jnp.zeros((1, 1), jnp.int32)
+
+    @jax.jit
+    def init(key):
+        params = Decoder(config).init(key, blank, blank, blank)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config)
+
+
+def model(folder: pathlib.Path) -> fs.LanguageModel:
+    """The model of the shape asked for; unless it is 8b, also as a folder for the peer."""
+    packaged = fs.load_pretrained("package:model", mesh=make_mesh())
+    if _SHAPE.value == "8b":
+        return random_model(SHAPES["8b"], packaged.tokenizer, "bfloat16")
+    if _SHAPE.value == "demo":
+        fs.save_pretrained(packaged, folder, "float32")
+        return packaged
+    fs.save_pretrained(random_model(SHAPES["small"], packaged.tokenizer, "float32"), folder)
+    return fs.load_pretrained(str(folder), mesh=make_mesh())
+
+
+def timer(lm, ids):
+    """A function that times one pass over all prompts, and the seconds of its first call."""
+
+    def run():
+        started = time.perf_counter()
+        generation.generate_ids(
+            lm.model, lm.params, None, ids, (-1,), _NEW.value, batch_size=_BATCH.value, mesh=lm.mesh
+        )
+        return time.perf_counter() - started
+
+    first = run()
+    return run, first
+
+
+def peer_speed(folder: pathlib.Path, texts: list[str]) -> float:
+    """New tokens a second of the peer."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(texts) + "\n")
+    command = [sys.executable, _PEER.value, "--model", str(folder), "--prompts", str(file)]
+    command += ["--batch", str(_BATCH.value), "--new-tokens", str(_NEW.value)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])["new_tokens_per_s"]
+
+
+def main(argv):
+    del argv
+    if _SHAPE.value != "8b" and not _PEER.value:
+        raise app.UsageError("--peer: give the script to compare with.")
+    # On CPU one device a core: each decodes its rows without waiting for the other at every op.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        lm, texts = model(folder), prompts()
+        # As the peer reads them: without a chat template.
+        ids = [lm.tokenizer(text)["input_ids"] for text in texts]
+        run, first = timer(lm, ids)
+        new_tokens = len(ids) * _NEW.value
+        ours, peers = [], []
+        for _ in range(_REPEATS.value):
+            ours.append(new_tokens / run())
+            if _PEER.value and _SHAPE.value != "8b":
+                peers.append(peer_speed(folder, texts))
+    middle = statistics.median(ours)
+    result = {
+        "new_tokens_per_s": round(middle, 1),
+        "all": [round(v) for v in ours],
+        "compile_s": round(first - new_tokens / middle, 1),
+        "parameters": sum(x.size for x in jax.tree.leaves(lm.params)),
+        "batch": _BATCH.value,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    if peers:
+        peer = statistics.median(peers)
+        result |= {"peer_new_tokens_per_s": peer, "peer_all": [round(v) for v in peers]}
+        result |= {"ratio": round(middle / peer, 2)}
+    else:
+        # Every step reads all weights once; the cache is small beside them.
+        read = num_bytes(lm.params) * (middle / _BATCH.value) / 1e9
+        result |= {"share_of_bandwidth": round(read / _BANDWIDTH.value, 3)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app.run(main)
