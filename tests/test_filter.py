@@ -20,7 +20,7 @@ def test_quality_counts_and_rates():
 
 def test_filter_learns_and_drops(packaged):
     pairs = sources.load("chat:package/filter.jsonl", "")
-    trained = classifier.train(pairs[::2], packaged.tokenizer, seed=0, epochs=3)
+    trained = classifier.train(pairs[::2], packaged.tokenizer, seed=0, epochs=8)
     probability = functools.partial(classifier.unsafe_probability, trained)
     kept, flagged, counts = actions.drop(probability, 0.5, pairs[1::2])
     assert len(kept) == counts.kept == int((~flagged).sum())

@@ -1,65 +1,205 @@
-"""A bidirectional transformer encoder with a classification head."""
+"""Bidirectional encoders with a classification head: BERT, RoBERTa, ModernBERT, and a small own.
+
+One Flax linen module; a family is a row of differences in `EncoderConfig`, which
+`encoder_hub.from_hf` reads from a transformers config.
+"""
 
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "relu": nn.relu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of the encoder; hashable."""
+    """Shape of an encoder; hashable. The defaults are a small one, trained from scratch.
+
+    Attributes:
+      vocab_size, hidden_size, num_layers, num_heads, intermediate_size: sizes.
+      max_length: longest input, in tokens.
+      num_types: token types that are told apart (request and response); 0 for none.
+      num_labels: classes.
+      dropout: of hidden states while training.
+      pre_norm: norms before attention and MLP, and one at the end; else after each (BERT).
+      embedding_norm: a norm over embeddings.
+      first_norm: whether the first layer has a norm before attention (ModernBERT has not).
+      norm_epsilon: added to the variance.
+      use_bias, norm_bias: whether projections and norms have biases.
+      gated_mlp: `activation(x W) * (x V)` instead of `activation(x W)`.
+      activation: one of `ACTIVATIONS`.
+      rotary_thetas: bases of rotary positions in global and local layers; None for learned
+        positions.
+      window: local layers see tokens at most so far away.
+      local_layers: which layers are local.
+      position_offset: index of the first learned position (RoBERTa: 2).
+      pooling: `mean` over tokens, or `first`.
+      head: between pooling and classes: `linear` (nothing), `tanh` (a layer with tanh), or `norm`
+        (a layer with the activation and a norm).
+      head_bias: whether the head's last layer has a bias.
+    """
 
     vocab_size: int
     hidden_size: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    intermediate_size: int = 512
     max_length: int = 128
+    num_types: int = 2
     num_labels: int = 2
     dropout: float = 0.1
+    pre_norm: bool = True
+    embedding_norm: bool = False
+    first_norm: bool = True
+    norm_epsilon: float = 1e-6
+    use_bias: bool = True
+    norm_bias: bool = True
+    gated_mlp: bool = False
+    activation: str = "gelu_tanh"
+    rotary_thetas: tuple[float, float] | None = None
+    window: int = 0
+    local_layers: tuple[int, ...] = ()
+    position_offset: int = 0
+    pooling: str = "mean"
+    head: str = "linear"
+    head_bias: bool = True
+
+
+def _norm(config: EncoderConfig, name: str):
+    return nn.LayerNorm(epsilon=config.norm_epsilon, use_bias=config.norm_bias, name=name)
+
+
+def _turn(x, positions, theta: float):
+    """Rotary positions, on `[batch, seq, heads, head_dim]`."""
+    half = x.shape[-1] // 2
+    frequency = theta ** -(np.arange(half, dtype=np.float32) / half)
+    angle = positions[:, :, None, None] * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class SelfAttention(nn.Module):
+    config: EncoderConfig
+    local: bool
+
+    @nn.compact
+    def __call__(self, x, mask, positions):
+        config = self.config
+        batch, seq, width = x.shape
+
+        def project(name):
+            y = nn.Dense(width, use_bias=config.use_bias, name=name)(x)
+            return y.reshape(batch, seq, config.num_heads, -1)
+
+        query, key, value = (project(name) for name in ("query", "key", "value"))
+        if config.rotary_thetas is not None:
+            theta = config.rotary_thetas[int(self.local)]
+            query, key = _turn(query, positions, theta), _turn(key, positions, theta)
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        out = out.reshape(batch, seq, width)
+        return nn.Dense(width, use_bias=config.use_bias, name="output")(out)
 
 
 class EncoderLayer(nn.Module):
     config: EncoderConfig
+    number: int
 
     @nn.compact
-    def __call__(self, x, mask, deterministic):
-        config = self.config
-        normed = nn.LayerNorm()(x)
-        attended = nn.MultiHeadDotProductAttention(config.num_heads)(normed, mask=mask)
-        x = x + nn.Dropout(config.dropout)(attended, deterministic=deterministic)
-        hidden = nn.gelu(nn.Dense(4 * config.hidden_size)(nn.LayerNorm()(x)))
-        hidden = nn.Dense(config.hidden_size)(hidden)
-        return x + nn.Dropout(config.dropout)(hidden, deterministic=deterministic)
+    def __call__(self, x, masks, positions, deterministic):
+        config, local = self.config, self.number in self.config.local_layers
+        attention = SelfAttention(config, local, name="attention")
+
+        def drop(y):
+            return nn.Dropout(config.dropout)(y, deterministic=deterministic)
+
+        def mlp(y):
+            def project(name, features):
+                return nn.Dense(features, use_bias=config.use_bias, name=name)
+
+            hidden = ACTIVATIONS[config.activation](project("up", config.intermediate_size)(y))
+            if config.gated_mlp:
+                hidden = hidden * project("gate", config.intermediate_size)(y)
+            return project("down", config.hidden_size)(hidden)
+
+        mask = masks[int(local)]
+        if config.pre_norm:
+            plain = self.number == 0 and not config.first_norm
+            normed = x if plain else _norm(config, "attention_norm")(x)
+            x = x + drop(attention(normed, mask, positions))
+            return x + drop(mlp(_norm(config, "mlp_norm")(x)))
+        x = _norm(config, "attention_norm")(x + drop(attention(x, mask, positions)))
+        return _norm(config, "mlp_norm")(x + drop(mlp(x)))
 
 
-class Classifier(nn.Module):
-    """Token ids to class logits: embed, encode, mean over real tokens, one linear head."""
+class Encoder(nn.Module):
+    """Token ids to hidden states."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens, segments, valid, deterministic=True):
-        """Class logits.
+    def __call__(self, tokens, types, valid, deterministic=True):
+        """Hidden states after the last layer.
 
         Args:
           tokens: int32 `[batch, seq]`.
-          segments: int32 `[batch, seq]`, 0 on the request and 1 on the response.
-          valid: bool `[batch, seq]`.
+          types: int32 `[batch, seq]`, 0 on the request and 1 on the response; not read by models
+            that have no token types.
+          valid: bool `[batch, seq]`, False on padding.
           deterministic: False while training (dropout).
 
         Returns:
-          float32 `[batch, num_labels]`.
+          float32 `[batch, seq, hidden_size]`.
         """
         config = self.config
-        positions = jnp.arange(tokens.shape[1])
+        positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
         x = nn.Embed(config.vocab_size, config.hidden_size, name="word")(tokens)
-        x = x + nn.Embed(config.max_length, config.hidden_size, name="position")(positions)
-        x = x + nn.Embed(2, config.hidden_size, name="segment")(segments)
-        mask = valid[:, None, None, :]
-        for i in range(config.num_layers):
-            x = EncoderLayer(config, name=f"layer_{i}")(x, mask, deterministic)
-        x = nn.LayerNorm(name="final_norm")(x)
-        weight = valid[:, :, None].astype(x.dtype)
-        pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+        if config.rotary_thetas is None:
+            places = config.max_length + config.position_offset
+            table = nn.Embed(places, config.hidden_size, name="position")
+            x = x + table(positions + config.position_offset)
+        if config.num_types:
+            kinds = types if config.num_types > 1 else jnp.zeros_like(types)
+            x = x + nn.Embed(config.num_types, config.hidden_size, name="type")(kinds)
+        if config.embedding_norm:
+            x = _norm(config, "embedding_norm")(x)
+        seen = jnp.broadcast_to(valid[:, None, None, :], (len(tokens), 1, *[tokens.shape[1]] * 2))
+        places = jnp.arange(tokens.shape[1])
+        near = jnp.abs(places[:, None] - places[None, :]) <= config.window
+        for number in range(config.num_layers):
+            layer = EncoderLayer(config, number, name=f"layer_{number}")
+            x = layer(x, (seen, seen & near), positions, deterministic)
+        return _norm(config, "final_norm")(x) if config.pre_norm else x
+
+
+class Classifier(nn.Module):
+    """Token ids to class logits: encode, pool, head."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens, types, valid, deterministic=True):
+        """Class logits, float32 `[batch, num_labels]`; arguments as for `Encoder`."""
+        config = self.config
+        x = Encoder(config, name="encoder")(tokens, types, valid, deterministic)
+        if config.pooling == "first":
+            pooled = x[:, 0]
+        else:
+            weight = valid[:, :, None].astype(x.dtype)
+            pooled = (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+        if config.head != "linear":
+            bias = config.head == "tanh" or config.head_bias
+            pooled = nn.Dense(config.hidden_size, use_bias=bias, name="head_dense")(pooled)
+            if config.head == "tanh":
+                pooled = jnp.tanh(pooled)
+            else:
+                pooled = _norm(config, "head_norm")(ACTIVATIONS[config.activation](pooled))
+            pooled = nn.Dropout(config.dropout)(pooled, deterministic=deterministic)
         return nn.Dense(config.num_labels, name="head")(pooled)

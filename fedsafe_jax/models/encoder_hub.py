@@ -1,0 +1,204 @@
+"""Encoders from Hugging Face folders: BERT, RoBERTa, XLM-R, ModernBERT; with a head or without."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.encoder import Classifier, EncoderConfig
+from fedsafe_jax.models.hub import Tensors, read_json
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "modernbert")
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+# From a module of ours to its Hugging Face name; `{}` stands for the layer's number.
+BERT = {
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "type": "embeddings.token_type_embeddings",
+    "embedding_norm": "embeddings.LayerNorm",
+    "attention/query": "encoder.layer.{}.attention.self.query",
+    "attention/key": "encoder.layer.{}.attention.self.key",
+    "attention/value": "encoder.layer.{}.attention.self.value",
+    "attention/output": "encoder.layer.{}.attention.output.dense",
+    "attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "up": "encoder.layer.{}.intermediate.dense",
+    "down": "encoder.layer.{}.output.dense",
+    "mlp_norm": "encoder.layer.{}.output.LayerNorm",
+}
+MODERN = {
+    "word": "embeddings.tok_embeddings",
+    "embedding_norm": "embeddings.norm",
+    "attention/query": "layers.{}.attn.Wqkv",
+    "attention/key": "layers.{}.attn.Wqkv",
+    "attention/value": "layers.{}.attn.Wqkv",
+    "attention/output": "layers.{}.attn.Wo",
+    "attention_norm": "layers.{}.attn_norm",
+    "up": "layers.{}.mlp.Wi",
+    "gate": "layers.{}.mlp.Wi",
+    "down": "layers.{}.mlp.Wo",
+    "mlp_norm": "layers.{}.mlp_norm",
+    "final_norm": "final_norm",
+}
+# Modules that share a tensor: (which part, of how many), along torch's output axis.
+PARTS = {
+    "attention/query": (0, 3), "attention/key": (1, 3), "attention/value": (2, 3),
+    "up": (0, 2), "gate": (1, 2),
+}  # fmt: skip
+HEADS = {
+    "bert": {"head_dense": "pooler.dense", "head": "classifier"},
+    "roberta": {"head_dense": "classifier.dense", "head": "classifier.out_proj"},
+    "modernbert": {"head_dense": "head.dense", "head_norm": "head.norm", "head": "classifier"},
+}
+PREFIXES = ("bert.", "roberta.", "model.")
+
+
+def from_hf(hf) -> EncoderConfig:
+    """Reads a transformers config.
+
+    Raises:
+      ModelError: a family or an activation that is not supported.
+    """
+    family = hf.model_type
+    if family not in FAMILIES:
+        raise ModelError(
+            f"encoder model_type '{family}' is not supported; supported are {', '.join(FAMILIES)}."
+        )
+    modern = family == "modernbert"
+    activation = hf.hidden_activation if modern else hf.hidden_act
+    if activation not in ACTIVATIONS:
+        raise ModelError(
+            f"activation '{activation}' is not supported; expected {', '.join(ACTIVATIONS)}."
+        )
+    common = {
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "intermediate_size": hf.intermediate_size,
+        "num_labels": hf.num_labels,
+        "embedding_norm": True,
+        "activation": ACTIVATIONS[activation],
+    }
+    if modern:
+        kinds = hf.layer_types
+        rope = hf.rope_parameters
+        return EncoderConfig(
+            **common,
+            max_length=hf.max_position_embeddings,
+            num_types=0,
+            dropout=hf.mlp_dropout,
+            first_norm=False,
+            norm_epsilon=hf.norm_eps,
+            use_bias=hf.attention_bias,
+            norm_bias=hf.norm_bias,
+            gated_mlp=True,
+            rotary_thetas=tuple(
+                float(rope[kind]["rope_theta"]) for kind in ("full_attention", "sliding_attention")
+            ),
+            window=hf.local_attention // 2,
+            local_layers=tuple(i for i, k in enumerate(kinds) if k == "sliding_attention"),
+            pooling="first" if hf.classifier_pooling == "cls" else "mean",
+            head="norm",
+            head_bias=hf.classifier_bias,
+        )
+    # RoBERTa counts positions from behind its padding token.
+    offset = 0 if family == "bert" else hf.pad_token_id + 1
+    return EncoderConfig(
+        **common,
+        max_length=hf.max_position_embeddings - offset,
+        num_types=hf.type_vocab_size,
+        dropout=hf.hidden_dropout_prob,
+        pre_norm=False,
+        norm_epsilon=hf.layer_norm_eps,
+        position_offset=offset,
+        pooling="first",
+        head="tanh",
+    )
+
+
+def load_classifier(
+    folder: pathlib.Path, num_labels: int | None = None, seed: int = 0
+) -> tuple[EncoderConfig, dict]:
+    """Reads an encoder with its head; what the folder lacks of the head is drawn anew.
+
+    Args:
+      folder: a Hugging Face folder with safetensors, such as MiniLM's or a toxicity classifier's.
+      num_labels: classes; None for the folder's own. A head of another size is drawn anew.
+      seed: of what is drawn.
+
+    Returns:
+      `(config, params of a Classifier)`, float32.
+
+    Raises:
+      ModelError: an unsupported model, or a missing or wrong tensor.
+    """
+    from transformers import AutoConfig
+
+    folder = pathlib.Path(folder)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in FAMILIES:
+        raise ModelError(
+            f"{folder / 'config.json'}: encoder model_type '{raw.get('model_type')}' is not "
+            f"supported; supported are {', '.join(FAMILIES)}."
+        )
+    hf = AutoConfig.for_model(**raw)
+    if num_labels is not None:
+        hf.num_labels = num_labels
+    config = from_hf(hf)
+    family = "roberta" if "roberta" in hf.model_type else hf.model_type
+    modules, head = MODERN if family == "modernbert" else BERT, HEADS[family]
+    tensors = Tensors(folder)
+    prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in tensors.names())), "")
+    blank = jnp.zeros((1, 8), jnp.int32)
+    key = jax.random.key(seed)
+    fresh = Classifier(config).init(key, blank, blank, blank == 0)["params"]
+    by_label = _has(tensors, head["head"], config.num_labels)
+
+    def read(path, leaf):
+        *where, kind = (key.key for key in path)
+        if where[0] == "encoder":
+            found = _encoder_tensor(where[1:], modules)
+            stem, part = prefix + found[0], found[1]
+        else:
+            stem, part = head[where[0]], (0, 1)
+            stem = prefix + stem if stem.startswith("pooler") else stem
+            # A head of other labels was trained for something else: none of it is used. BERT's
+            # pooler belongs to the encoder, and stays.
+            if not by_label and not stem.endswith("pooler.dense"):
+                return leaf
+        name = f"{stem}.{'bias' if kind == 'bias' else 'weight'}"
+        if name not in tensors.names():
+            if where[0] != "encoder":
+                return leaf
+            raise ModelError(f"{folder}: tensor '{name}' is missing.")
+        value = tensors.read(name, (slice(None),) * len(tensors.shape(name)))
+        value = value.astype(np.float32)
+        if part[1] > 1 and family == "modernbert":
+            value = np.split(value, part[1])[part[0]]
+        value = value.T if kind == "kernel" else value
+        if value.shape != leaf.shape:
+            raise ModelError(
+                f"{folder}: tensor '{name}' has shape {list(value.shape)}, config.json asks for "
+                f"{list(leaf.shape)}."
+            )
+        return jnp.asarray(value)
+
+    return config, jax.tree_util.tree_map_with_path(read, fresh)
+
+
+def _has(tensors: Tensors, stem: str, num_labels: int) -> bool:
+    """Whether the folder has a classification head of so many labels."""
+    name = f"{stem}.weight"
+    return name in tensors.names() and tensors.shape(name)[0] == num_labels
+
+
+def _encoder_tensor(where: list[str], modules: dict[str, str]) -> tuple[str, tuple[int, int]]:
+    """Hugging Face stem of a module of the encoder, and which part of its tensor."""
+    number = None
+    if where[0].startswith("layer_"):
+        number, where = where[0].removeprefix("layer_"), where[1:]
+    ours = "/".join(where)
+    return modules[ours].format(number), PARTS.get(ours, (0, 1))

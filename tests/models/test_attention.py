@@ -1,0 +1,76 @@
+"""Attention backends against each other and against a plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedsafe_jax.models import attention
+from fedsafe_jax.models.attention import Visibility
+
+SEQ, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 128
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+
+    def draw(heads):
+        return rng.normal(size=(2, SEQ, heads, HEAD_DIM)).astype(np.float32)
+
+    segments = np.zeros((2, SEQ), np.int32)
+    segments[0, :100], segments[0, 100:250] = 1, 2
+    segments[1, :30], segments[1, 30:31], segments[1, 31:] = 1, 2, 3
+    return draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), segments
+
+
+def plain(query, key, value, segments, window, scale, softcap):
+    """One query at a time, in float64."""
+    out = np.zeros(query.shape)
+    for b in range(len(query)):
+        for q in range(SEQ):
+            first = max(0, q - window + 1) if window else 0
+            seen = [k for k in range(first, q + 1) if segments[b, k] == segments[b, q]]
+            for h in range(HEADS):
+                kv = h // (HEADS // KV_HEADS)
+                logits = scale * key[b, seen, kv].astype(float) @ query[b, q, h]
+                if softcap:
+                    logits = softcap * np.tanh(logits / softcap)
+                weights = np.exp(logits - logits.max())
+                out[b, q, h] = weights @ value[b, seen, kv] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (50, None), (50, 4.0)])
+def test_xla_and_splash_equal_the_formula(arrays, window, softcap):
+    query, key, value, segments = arrays
+    scale = HEAD_DIM**-0.5
+    expected = plain(*arrays, window, scale, softcap)
+    real = segments > 0
+    mask = Visibility(segments, segments, 0).mask(window)
+    found = attention.attend(query, key, value, mask, scale, softcap)
+    # float32 sums over at most 256 keys.
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
+    # The TPU kernel, interpreted; it sums blocks in another order.
+    found = attention.splash(query, key, value, jnp.asarray(segments), window, scale, softcap)
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "lengths", "head_dim", "softcap", "expected"),
+    [
+        ("cpu", "bfloat16", (256, 256), 128, None, "xla"),
+        ("gpu", "bfloat16", (256, 256), 128, None, "cudnn"),
+        ("gpu", "float32", (256, 256), 128, None, "xla"),
+        ("gpu", "bfloat16", (256, 256), 128, 50.0, "xla"),
+        ("gpu", "bfloat16", (256, 256), 256, None, "xla"),
+        ("gpu", "bfloat16", (1, 256), 128, None, "xla"),
+        ("tpu", "bfloat16", (256, 256), 128, 50.0, "splash"),
+        ("tpu", "bfloat16", (100, 100), 128, None, "xla"),
+        ("tpu", "bfloat16", (256, 256), 64, None, "xla"),
+    ],
+)
+def test_choice_of_backend(monkeypatch, platform, dtype, lengths, head_dim, softcap, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    chosen = attention.choose_backend("auto", *lengths, head_dim, dtype, softcap)
+    assert chosen == expected
