@@ -13,7 +13,6 @@ with random bfloat16 weights, which reports its share of the memory bandwidth gi
 """
 
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from absl import app, flags
 
 import fedsafe_jax as fs
 from fedsafe_jax import generation
-from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.federated.mesh import make_mesh, use_cores
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf
@@ -123,8 +122,7 @@ def main(argv):
     del argv
     if _SHAPE.value != "8b" and not _PEER.value:
         raise app.UsageError("--peer: give the script to compare with.")
-    # On CPU one device a core: each decodes its rows without waiting for the other at every op.
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    use_cores(_BATCH.value)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         lm, texts = model(folder), prompts()

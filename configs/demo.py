@@ -10,4 +10,6 @@ from fedsafe_jax.config import default_config
 
 
 def get_config():
-    return default_config()
+    c = default_config()
+    c.clients_per_round = 4  # two for each of two cores
+    return c

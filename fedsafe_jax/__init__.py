@@ -1,6 +1,18 @@
 """Federated LLM fine-tuning with safety built in, in JAX/Flax."""
 
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.finetune import finetune
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, save_pretrained
-from fedsafe_jax.models.lora import load_adapter, save_adapter
+from fedsafe_jax.models.lora import Adapter, LoraConfig, load_adapter, save_adapter
 
-__all__ = ["LanguageModel", "load_adapter", "load_pretrained", "save_adapter", "save_pretrained"]
+__all__ = [
+    "Adapter",
+    "LanguageModel",
+    "LoraConfig",
+    "finetune",
+    "load_adapter",
+    "load_pretrained",
+    "make_mesh",
+    "save_adapter",
+    "save_pretrained",
+]

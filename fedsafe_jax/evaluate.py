@@ -163,12 +163,14 @@ def main(argv):
     from fedsafe_jax import load_adapter, load_pretrained, records
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError
+    from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.models.hub import ModelError
 
     started = time.monotonic()
     settings = Settings(_NEW.value, _LENGTH.value, _BATCH.value)
     try:
-        lm = load_pretrained(_MODEL.value, _DTYPE.value)
+        use_cores(_BATCH.value)
+        lm = load_pretrained(_MODEL.value, _DTYPE.value, mesh=make_mesh())
         if _ADAPTER.value:
             lm = lm.with_adapter(load_adapter(_ADAPTER.value))
         if _PROMPTS.value:

@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedsafe_jax import checkpoint, export, records, report
 from fedsafe_jax import world as world_lib
@@ -92,7 +93,10 @@ class ArmRun:
     def _initial_state(self):
         key = jax.random.key(self.seed)
         adapter = lora.init(key, self.world.lm.config, self.world.lora)
-        return self._algorithm().init(adapter, self.config.num_clients)
+        return self._replicated(self._algorithm().init(adapter, self.config.num_clients))
+
+    def _replicated(self, state):
+        return jax.device_put(state, NamedSharding(self.world.lm.mesh, PartitionSpec()))
 
     def restored_adapter(self):
         """The adapter of a finished arm, from its newest checkpoint; None for the base model."""
@@ -244,9 +248,10 @@ class ArmRun:
             self.config.seq_len,
             (self.seed, t, 5),
         )
+        local = current.on_one_device()
         adapter, sft_losses, dpo_losses = cai_fn(
-            state.adapter,
-            world.lm.params,
+            local.adapter,
+            local.params,
             batches,
             jnp.float32(c.learning_rate * decay(self.config, t)),
         )
@@ -259,7 +264,7 @@ class ArmRun:
         clock.lap("cai_train")
         lines = [{"arm": self.arm_id, "seed": self.seed, "round": t} | r._asdict() for r in found]
         records.replace_lines(self.workdir / "cai" / f"round_{t:03d}.jsonl", self._mine, lines)
-        return state._replace(adapter=adapter), counts
+        return state._replace(adapter=self._replicated(adapter)), counts
 
     def _probe(self, adapter) -> dict:
         """Refusal rates on a few prompts, for the curves."""

@@ -14,6 +14,7 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.generation import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
+from fedsafe_jax.models.sharding import MODEL
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
@@ -64,6 +65,18 @@ class LanguageModel:
         """
         lora.check_base(adapter, self.config)
         return dataclasses.replace(self, adapter=adapter.factors, lora_scale=adapter.config.scale)
+
+    def on_one_device(self) -> "LanguageModel":
+        """This model on its first device, with all of that device's threads, for work that is not
+        split; itself where one device does not hold it whole."""
+        if self.mesh is None or self.mesh.size == 1 or self.mesh.shape[MODEL] > 1:
+            return self
+
+        def first(x):
+            return x.addressable_data(0) if isinstance(x, jax.Array) else x
+
+        params, adapter = jax.tree.map(first, (self.params, self.adapter))
+        return dataclasses.replace(self, params=params, adapter=adapter, mesh=None)
 
     def __call__(self, tokens) -> jax.Array:
         """Logits, float32 `[batch, seq, vocab]`, of unpadded tokens int32 `[batch, seq]`."""

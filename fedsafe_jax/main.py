@@ -63,7 +63,9 @@ def main(argv):
             return
         validate(config)
         from fedsafe_jax import experiment
+        from fedsafe_jax.federated.mesh import use_cores
 
+        use_cores(config.clients_per_round)
         experiment.run(config, _WORKDIR.value)
         print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
     except (ConfigError, *_border_errors()) as error:

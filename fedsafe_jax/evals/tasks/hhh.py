@@ -17,6 +17,7 @@ def run(lm, choices: Sequence[Choice], max_length: int) -> list[bool]:
         for answer in (choice.better, choice.worse):
             example = chat.encode(lm.tokenizer, choice.messages, answer, 1 << 20)
             encoded.append(chat.Encoded(example.ids[-max_length:], example.learned[-max_length:]))
+    lm = lm.on_one_device()
     totals, counts = scoring.score_examples(lm.model, lm.params, lm.adapter, encoded, max_length)
     mean = totals / counts.clip(1)
     return [bool(better > worse) for better, worse in zip(mean[::2], mean[1::2], strict=True)]

@@ -13,5 +13,6 @@ def run(lm, examples, max_length: int) -> np.ndarray:
         for x in examples
         if (e := chat.encode(lm.tokenizer, x.messages, x.response, max_length)) is not None
     ]
+    lm = lm.on_one_device()
     totals, counts = scoring.score_examples(lm.model, lm.params, lm.adapter, encoded, max_length)
     return -totals / counts.clip(1)

@@ -1,0 +1,87 @@
+"""Federated fine-tuning from Python, without a config: adapters from lists of pairs."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedsafe_jax.data import chat, partition
+from fedsafe_jax.data.partition import PartitionError
+from fedsafe_jax.federated import algorithms, round
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.language_model import LanguageModel
+from fedsafe_jax.models import lora, loss
+from fedsafe_jax.models.lora import Adapter, LoraConfig
+from fedsafe_jax.models.sharding import CLIENTS
+
+
+def finetune(
+    lm: LanguageModel,
+    clients: Sequence[Sequence[tuple[str, str]]],
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] | str = ("q_proj", "v_proj"),
+    rank_stabilized: bool = False,
+    algorithm: str = "fedavg",
+    rounds: int = 5,
+    clients_per_round: int | None = None,
+    local_steps: int = 10,
+    batch_size: int = 8,
+    seq_len: int = 256,
+    learning_rate: float = 1e-3,
+    clients_in_parallel: int = 1,
+    seed: int = 0,
+) -> Adapter:
+    """Trains one adapter on several clients' pairs, without filter and CAI.
+
+    `fedsafe_jax.main` runs the whole method, with evaluation, checkpoints and a report.
+
+    Args:
+      lm: the frozen base; its own adapter, if any, is not used.
+      clients: (prompt, response) pairs of each client.
+      rank, alpha, targets, rank_stabilized: of the adapter, as in `lora.LoraConfig`; targets may be
+        "all-linear".
+      algorithm: a name in `algorithms.ALGORITHMS`.
+      rounds: of training and aggregation.
+      clients_per_round: how many are sampled; None for all.
+      local_steps: of a client in a round.
+      batch_size: pairs a step.
+      seq_len: tokens of a packed row; longer pairs are cut.
+      learning_rate: of AdamW on the clients.
+      clients_in_parallel: that a device trains at once.
+      seed: of initialisation, sampling and order.
+
+    Returns:
+      The global adapter, for `lm.with_adapter` and `save_adapter`.
+
+    Raises:
+      PartitionError: a client has no pair that fits into `seq_len`.
+    """
+    names = lora.expand_targets(targets)
+    config = LoraConfig(rank, alpha, names, rank_stabilized)
+    data = [
+        [chat.encode(lm.tokenizer, (("user", p),), r, seq_len) for p, r in pairs]
+        for pairs in clients
+    ]
+    data = [[e for e in encoded if e is not None] for encoded in data]
+    for i, encoded in enumerate(data):
+        if not encoded:
+            raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
+    model = type(lm.model)(lm.config, config.scale)
+
+    def loss_fn(adapter, base, batch):
+        return loss.packed_loss(model, adapter, base, batch)
+
+    mesh = lm.mesh or make_mesh(jax.devices()[:1])
+    method = algorithms.ALGORITHMS[algorithm](loss_fn, algorithms.local_optimizer())
+    round_fn = round.make_round(method, mesh, clients_in_parallel)
+    state = method.init(lora.init(jax.random.key(seed), lm.config, config), len(clients))
+    for t in range(rounds):
+        cohort = partition.sample_cohort(seed, t, len(clients), clients_per_round or len(clients))
+        batches = partition.local_batches(data, seed, t, cohort, local_steps, batch_size, seq_len)
+        weights = np.array([len(data[i]) for i in cohort], np.float32)
+        padded = round.pad_cohort(batches, cohort, weights, mesh.shape[CLIENTS])
+        state, _ = round_fn(state, lm.params, *padded, jnp.float32(learning_rate))
+    return Adapter(jax.device_get(state.adapter), config, lm.name)
