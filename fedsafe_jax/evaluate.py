@@ -14,7 +14,7 @@ import pathlib
 import time
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 
 TASKS = ("advbench", "over_refusal", "hhh", "utility", "mt_bench")
 
@@ -160,6 +160,7 @@ def run_tasks(lm, tasks, settings: Settings) -> dict:
 def main(argv):
     del argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.set_verbosity(logging.WARNING)  # libraries; results are printed
     from fedsafe_jax import load_adapter, load_pretrained, records
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError

@@ -201,7 +201,12 @@ def load_pretrained(
 
     folder = model_folder(path_or_hub_id)
     config = hub.read_config(folder, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise hub.ModelError(
+            f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
+        ) from error
     if tokenizer.chat_template is None:
         raise hub.ModelError(
             f"{folder}: the tokenizer has no chat template; use an instruct model."

@@ -4,7 +4,8 @@ import jax
 
 from fedsafe_jax.config import default_config
 from fedsafe_jax.models import hub, lora
-from fedsafe_jax.models.decoder import DecoderConfig, num_parameters
+from fedsafe_jax.models.decoder import DecoderConfig, num_parameters, param_shapes
+from fedsafe_jax.models.quantize import num_bytes, quantize_params
 
 # For models whose folder is not at hand; from their public config.json.
 KNOWN = {
@@ -22,6 +23,16 @@ def _decoder_config(config) -> DecoderConfig:
     from fedsafe_jax.language_model import model_folder
 
     return hub.read_config(model_folder(config.model), config.dtype)
+
+
+def _base_bytes(shape: DecoderConfig, config) -> float:
+    """Of the base on one device."""
+
+    def loaded(params):
+        params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+        return quantize_params(params, config.quantization) if config.quantization else params
+
+    return num_bytes(jax.eval_shape(loaded, param_shapes(shape))) / config.model_parallel
 
 
 def _size(count: float) -> str:
@@ -45,7 +56,8 @@ def describe(config) -> str:
     per_adapter = shape.num_layers * config.lora_rank * sum(
         sum(shape.projection_shape(name)) for name in targets
     )  # fmt: skip
-    clients_here = -(-config.clients_per_round // devices)
+    clients_here = -(-config.clients_per_round // (devices // config.model_parallel))
+    kind = f" in {config.quantization}" if config.quantization else ""
     parallel = min(config.clients_in_parallel or clients_here, clients_here)
     rows = config.batch_size  # at most; packing needs fewer
     tokens_a_step = parallel * rows * config.seq_len
@@ -57,7 +69,8 @@ def describe(config) -> str:
     examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
     default = default_config()
     changed = sorted(k for k in config if k in default and config[k] != default[k])
-    total = per_adapter * 4 * (4 * parallel + 2) + num_parameters(shape) * width + activations
+    base = _base_bytes(shape, config)
+    total = per_adapter * 4 * (4 * parallel + 2) + base + activations
     loaded = [
         *(config.model, config.filter.model, *config.safe_sources, *config.unsafe_sources),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
@@ -65,7 +78,7 @@ def describe(config) -> str:
     ]
     lines = [
         f"model            {config.model}: {num_parameters(shape):,} parameters, {config.dtype}",
-        f"base on a device {_size(num_parameters(shape) * width)}, frozen, shared by all clients",
+        f"base on a device {_size(base)}{kind}, frozen, shared by all clients",
         f"adapter          rank {config.lora_rank} on {', '.join(targets)}: {per_adapter:,} "
         f"parameters, {_size(4 * per_adapter)} in float32",
         f"batch            clients {config.clients_per_round} x steps {config.local_steps} x "

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
         "algorithms=('fedavg','scaffold')",
         "arms=('base','fl')",
         "rounds=1",
+        "quantization=int8",
+        "lora_rank_stabilized=True",
     )
     results = comparable(tmp_path)
     assert list(results["arms"]) == ["base", "fedavg/fl", "scaffold/fl"]
@@ -180,6 +183,36 @@ def test_evaluate_prompts_and_adapter(finished, tmp_path):
     assert len(json.loads((tmp_path / "o.json").read_text())["prompts"]) == 2
     wrong = subprocess.run([*start, *flags], **arguments)
     assert wrong.returncode != 0 and "no column 'prompt'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are gemma2,"),
+        ({"hidden_size": 128}, "has shape [4096, 256], config.json asks for [4096, 128]"),
+        ({"num_hidden_layers": 3}, "9 tensors are not of this model: model.layers.3."),
+        (None, "no tokenizer could be loaded"),
+    ],
+)
+def test_unusable_models_give_one_clear_line(tmp_path, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "fedsafe_jax" / "assets" / "model", folder)
+    if change is None:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    else:
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | change))
+    start = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--model={folder}"]
+    done = subprocess.run(
+        [*start, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
 
 
 def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
