@@ -7,8 +7,8 @@ object with `new_tokens_per_s`. Both sides get the same model folder, prompts, b
 new tokens; neither stops early. Runs alternate, so that noise on a shared machine meets both; the
 last line is a JSON object of medians, compilation apart.
 
-Shapes: `demo` is the packaged model, `small` 26M parameters with random weights, `8b` Llama-3.1-8B
-with random bfloat16 weights, which reports its share of the memory bandwidth given by
+Shapes: `demo` is the packaged model (4.2M parameters); `5m` and `27m` have random weights; `8b` is
+Llama-3.1-8B with random bfloat16 weights, which reports its share of the memory bandwidth given by
 `--gigabytes_per_s` instead of a ratio.
 """
 
@@ -22,7 +22,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 import fedsafe_jax as fs
 from fedsafe_jax import generation
@@ -32,16 +32,25 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.quantize import num_bytes
 
-_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "small", "8b"], "Which model.")
+_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "5m", "27m", "8b"], "Which model.")
 _PEER = flags.DEFINE_string("peer", None, "The peer's script; none for `8b`.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows decoded at once.")
+_MODEL_PARALLEL = flags.DEFINE_integer(
+    "model_parallel", 1, "Devices (CPU: cores) that share one copy of the weights."
+)
 _NEW = flags.DEFINE_integer("new_tokens", 64, "Of every answer.")
 _PROMPTS = flags.DEFINE_integer("prompts", 64, "How many.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
 _BANDWIDTH = flags.DEFINE_float("gigabytes_per_s", 3350.0, "Of the accelerator (H100 SXM: 3350).")
 
 SHAPES = {
-    "small": {
+    "5m": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192,
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "27m": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
         "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
@@ -84,14 +93,16 @@ def random_model(hf_config: dict, tokenizer, dtype: str) -> fs.LanguageModel:
 
 def model(folder: pathlib.Path) -> fs.LanguageModel:
     """The model of the shape asked for; unless it is 8b, also as a folder for the peer."""
-    packaged = fs.load_pretrained("package:model", mesh=make_mesh())
+    mesh = make_mesh(model_parallel=_MODEL_PARALLEL.value)
+    packaged = fs.load_pretrained("package:model", mesh=mesh)
     if _SHAPE.value == "8b":
         return random_model(SHAPES["8b"], packaged.tokenizer, "bfloat16")
     if _SHAPE.value == "demo":
         fs.save_pretrained(packaged, folder, "float32")
         return packaged
-    fs.save_pretrained(random_model(SHAPES["small"], packaged.tokenizer, "float32"), folder)
-    return fs.load_pretrained(str(folder), mesh=make_mesh())
+    drawn = random_model(SHAPES[_SHAPE.value], packaged.tokenizer, "float32")
+    fs.save_pretrained(drawn, folder)
+    return fs.load_pretrained(str(folder), mesh=mesh)
 
 
 def timer(lm, ids):
@@ -120,6 +131,7 @@ def peer_speed(folder: pathlib.Path, texts: list[str]) -> float:
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)
     if _SHAPE.value != "8b" and not _PEER.value:
         raise app.UsageError("--peer: give the script to compare with.")
     use_cores(_BATCH.value)
@@ -142,6 +154,7 @@ def main(argv):
         "compile_s": round(first - new_tokens / middle, 1),
         "parameters": sum(x.size for x in jax.tree.leaves(lm.params)),
         "batch": _BATCH.value,
+        "model_parallel": _MODEL_PARALLEL.value,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     if peers:

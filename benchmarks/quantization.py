@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 import fedsafe_jax as fs
 from fedsafe_jax.data import chat, packing, sources
@@ -54,6 +54,7 @@ PAPER = "meta-llama/Llama-3.1-8B-Instruct"
 
 def main(argv):
     del argv
+    logging.set_verbosity(logging.WARNING)
     exact = fs.load_pretrained(_MODEL.value)
     examples = sources.load(_SOURCE.value, "")[: _COUNT.value]
     encoded = [chat.encode(exact.tokenizer, e.messages, e.response, 128) for e in examples]

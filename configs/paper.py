@@ -18,6 +18,7 @@ def get_config(arg="fedavg"):
     c.algorithms = (arg,)
     c.model = "meta-llama/Llama-3.1-8B-Instruct"
     c.dtype = "bfloat16"
+    c.remat = True
     c.data_dir = "data"
     c.safe_sources = ("square:square/response_train.json#clients",)
     c.unsafe_sources = ("square:square/response_train.json#clients",)

@@ -24,6 +24,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.dtype = "float32"  # of the frozen base; adapters are always float32
     c.quantization = ""  # of the frozen base's projections: int8 or nf4; "" for none
     c.model_parallel = 1  # devices that share one copy of the base model
+    c.remat = False  # recompute layers in the backward pass: less memory, a third more compute
     c.dry_run = False  # print the plan and stop
     c.export_arm = "fl+filter+cai"  # which arm's adapter is exported
 

@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fedsafe_jax.data import packing
-from fedsafe_jax.models.decoder import (
-    Decoder,
+from fedsafe_jax.models.cache import (
     KVCache,
     empty_cache,
     grow_cache,
@@ -19,10 +18,10 @@ from fedsafe_jax.models.decoder import (
     unrolls,
     unstack,
 )
-from fedsafe_jax.models.decoder_config import ModelError
-from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError
+from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
 
-BUCKET_TOKENS = 16  # the cache has room for a multiple of this before the answers
 PACKED_TOKENS = 128  # short prompts are read in rows of this
 FIRST_TOKENS = 32  # answers start with room for so many; the cache then doubles what it has
 
@@ -141,10 +140,9 @@ def _decode(
     model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool,
     params, adapter, logits, cache: KVCache, valid, keys, stop_ids,
 ):  # fmt: skip
-    """Continues after `_prefill`; see `_programs`."""
+    """Continues after `_prefill`, with the parameters of `_decoding_params`; see `_programs`."""
     (groups, rows), width, config = keys.shape, valid.shape[1], model.config
     if unrolls(config):
-        params = unstack(params, config.num_layers)
         adapter = adapter and unstack(adapter, config.num_layers, axis=int(stacked))
     length = valid.sum(-1)  # of each prompt
     new = jnp.ones((rows, 1), bool)
@@ -184,6 +182,19 @@ def _decode(
         state = (*state[:-1], grow_cache(state[-1], cache_len))
         state = jax.lax.while_loop(unfinished, extend, state)
     return state[2], state[3]
+
+
+def _decoding_params(config: DecoderConfig, params, mesh: Mesh | None):
+    """The base as `_decode` reads it: where layers are unrolled, one by one."""
+    if not unrolls(config):
+        return params
+    if not is_shared(mesh):
+        return _unstacked(params, config.num_layers)
+    first = jax.tree.map(lambda x: x.addressable_data(0), params)
+    return share(_unstacked(first, config.num_layers), mesh)
+
+
+_unstacked = jax.jit(unstack, static_argnums=1)
 
 
 @functools.lru_cache
@@ -246,7 +257,9 @@ def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
 
 
 def _round_up(tokens: int) -> int:
-    return -(-max(tokens, 1) // BUCKET_TOKENS) * BUCKET_TOKENS
+    """To a multiple of 16, or of a greater power of two for long prompts: few shapes."""
+    multiple = max(16, (1 << tokens.bit_length()) // 8)
+    return -(-max(tokens, 1) // multiple) * multiple
 
 
 class Generated(NamedTuple):
@@ -310,6 +323,7 @@ def generate_ids(
     prefill, decode = _programs(model, sampling, max_new_tokens, bool(num_adapters), mesh)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [Generated([[] for _ in prompts], np.zeros(len(prompts), bool)) for _ in range(groups)]
+    decoding = _decoding_params(model.config, params, mesh)
     root, stops = jax.random.key(seed), jnp.asarray(stop_ids, jnp.int32)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -324,7 +338,7 @@ def generate_ids(
         packed = pack_prompts(dealt, devices)
         keys = _row_keys(root, np.arange(groups, dtype=np.uint32), places)
         logits, cache = prefill(params, adapter, packed)
-        out = decode(params, adapter, logits, cache, packed.valid, keys, stops)
+        out = decode(decoding, adapter, logits, cache, packed.valid, keys, stops)
         out, done = jax.device_get(out)
         for group, result in enumerate(found):
             for i, row in row_of.items():

@@ -1,5 +1,6 @@
 """Everything a run reads, loaded and checked before any training."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -119,6 +120,7 @@ def load(config: ConfigDict) -> World:
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
     lm.lora_scale = lora_config.scale
+    lm.config = dataclasses.replace(lm.config, remat=config.remat)
     return World(
         lm,
         lora_config,

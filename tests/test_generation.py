@@ -42,7 +42,7 @@ def test_greedy_equals_transformers_in_every_family(tmp_path, family):
 
 def test_scanned_layers_generate_the_same(monkeypatch, packaged):
     expected = packaged.generate(PROMPTS, max_new_tokens=40)
-    monkeypatch.setattr("fedsafe_jax.models.decoder.UNROLLED_LAYERS", 0)
+    monkeypatch.setattr("fedsafe_jax.models.cache.UNROLLED_LAYERS", 0)
     generation._programs.cache_clear()
     assert packaged.generate(PROMPTS, max_new_tokens=40) == expected
     generation._programs.cache_clear()

@@ -7,7 +7,6 @@ alone while the base is shared. `DecoderConfig` holds what differs between famil
 """
 
 import functools
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,99 +15,9 @@ import numpy as np
 
 from fedsafe_jax.models import attention
 from fedsafe_jax.models.attention import Visibility
+from fedsafe_jax.models.cache import write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
-
-UNROLLED_LAYERS = 16  # decoders of at most so many layers are unrolled on CPU while generating
-
-
-class KVCache(NamedTuple):
-    """Keys and values of what was read so far.
-
-    Stacked, `[layers, batch, kv_heads, cache_len, head_dim]`; but on CPU and for few layers tuples
-    of an array a layer, keys with `head_dim` before `cache_len`. The decoder is then unrolled:
-    slicing a layer out of a stacked cache copies it there, and products with keys laid out so take
-    half the time.
-    """
-
-    key: jax.Array | tuple[jax.Array, ...]
-    value: jax.Array | tuple[jax.Array, ...]
-    valid: jax.Array  # bool [batch, cache_len]; False on left padding
-    length: jax.Array  # int32 scalar: slots written so far, the same for every row
-
-
-def unrolls(config: DecoderConfig) -> bool:
-    """Whether generation unrolls the layers, see `KVCache`."""
-    return jax.default_backend() == "cpu" and config.num_layers <= UNROLLED_LAYERS
-
-
-def unstack(variables, num_layers: int, axis: int = 0):
-    """Parameters or LoRA factors laid out for an unrolled decoder.
-
-    Layers lie apart, `layers/0/...`, `layers/1/...`, and a tied output matrix is transposed once.
-
-    Args:
-      variables: with stacked layers.
-      num_layers: their number.
-      axis: that the layers are stacked on.
-    """
-    index = (slice(None),) * axis
-    apart = {
-        str(i): jax.tree.map(lambda leaf, i=i: leaf[(*index, i)], variables["layers"])
-        for i in range(num_layers)
-    }
-    new = {"layers": apart}
-    if "embed_tokens" in variables and "lm_head" not in variables:
-        new["lm_head"] = variables["embed_tokens"].T
-    # Without the barrier XLA would move the copies into the loop over tokens.
-    return variables | jax.lax.optimization_barrier(new)
-
-
-def empty_cache(config: DecoderConfig, batch: int, cache_len: int) -> KVCache:
-    """A stacked cache of `cache_len` slots."""
-    shape = (config.num_layers, batch, config.num_kv_heads, cache_len, config.head_dim)
-    store, valid = jnp.zeros(shape, config.dtype), jnp.zeros((batch, cache_len), bool)
-    return KVCache(store, store, valid, jnp.zeros((), jnp.int32))
-
-
-def grow_cache(cache: KVCache, cache_len: int) -> KVCache:
-    """The same content with room for `cache_len` slots."""
-
-    def widen(x, axis):
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, cache_len - x.shape[axis])
-        return jnp.pad(x, padding)
-
-    key_axis = -1 if isinstance(cache.key, tuple) else -2
-    return KVCache(
-        jax.tree.map(lambda x: widen(x, key_axis), cache.key),
-        jax.tree.map(lambda x: widen(x, -2), cache.value),
-        widen(cache.valid, -1),
-        cache.length,
-    )
-
-
-def spread_cache(
-    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array
-) -> KVCache:
-    """The cache of left-padded rows, in the form that generation goes on with.
-
-    Args:
-      config: says whether generation unrolls.
-      cache: of packed rows `[packed_rows, seq]`, stacked and full.
-      source: int32 `[rows, width]`, flat positions in the packed rows.
-      valid: bool `[rows, width]`, False on padding.
-    """
-
-    def take(x):  # [layers, packed_rows, kv_heads, seq, head_dim]
-        x = x.swapaxes(2, 3)
-        x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return x[:, source].swapaxes(2, 3)
-
-    key, value = take(cache.key), take(cache.value)
-    if unrolls(config):
-        key, value = tuple(key.swapaxes(-1, -2)), tuple(value)
-    return KVCache(key, value, valid, jnp.asarray(valid.shape[1], jnp.int32))
 
 
 class RMSNorm(nn.Module):
@@ -176,7 +85,7 @@ class Attention(nn.Module):
         if cache is None:
             out = _attend(config, query, key, value, sight, windowed)
         else:
-            cache, *mine = _write(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
+            cache, *mine = write_cache(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
             if mine[0].shape[-2] == seq:  # nothing was read before
                 out = _attend(config, query, key, value, sight, windowed)
             else:
@@ -185,28 +94,6 @@ class Attention(nn.Module):
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
         return o_proj(out), cache
-
-
-def _write(cache: KVCache, number, key, value):
-    """Writes keys and values `[batch, kv_heads, seq, head_dim]` of a layer behind what is there.
-
-    Args:
-      cache: of all layers, or of the layer alone where the decoder is unrolled.
-      number: of the layer.
-      key, value: new ones.
-
-    Returns:
-      `(cache, all keys, all values)`, of this layer.
-    """
-    if cache.value.ndim == 4:
-        key = jax.lax.dynamic_update_slice(cache.key, key.swapaxes(-1, -2), (0, 0, 0, cache.length))
-        value = jax.lax.dynamic_update_slice(cache.value, value, (0, 0, cache.length, 0))
-        return cache._replace(key=key, value=value), key.swapaxes(-1, -2), value
-    start = (number, 0, 0, cache.length, 0)
-    key = jax.lax.dynamic_update_slice(cache.key, key[None], start)
-    value = jax.lax.dynamic_update_slice(cache.value, value[None], start)
-    mine = [jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in (key, value)]
-    return cache._replace(key=key, value=value), *mine
 
 
 def _backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
 from fedsafe_jax.models.quantize import dequantize, quantize
-from fedsafe_jax.models.sharding import leaf_sharding
+from fedsafe_jax.models.sharding import is_shared, leaf_sharding, share
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -236,10 +236,12 @@ def load_params(
     check_tensors(tensors, config)
     params: dict = {}
     for leaf in leaves(config):
-        sharding = leaf_sharding(leaf.path, leaf.shape, mesh)
+        sharding = leaf_sharding(leaf.path, leaf.shape, None if is_shared(mesh) else mesh)
         array = jax.make_array_from_callback(leaf.shape, sharding, _reader(tensors, leaf, dtype))
         if quantization and leaf.path[-1] == "kernel":
             array = quantize(array, quantization)
+        if is_shared(mesh):
+            array = share(array, mesh)
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})

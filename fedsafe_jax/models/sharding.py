@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 CLIENTS, MODEL = "clients", "model"
@@ -46,3 +47,24 @@ def leaf_sharding(path: Sequence[str], shape: Sequence[int], mesh: Mesh | None):
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(mesh, leaf_spec(path, shape, mesh.shape.get(MODEL, 1)))
+
+
+def is_shared(mesh: Mesh | None) -> bool:
+    """Whether the devices of a mesh are CPU cores that hold the same arrays."""
+    if mesh is None or mesh.size == 1 or mesh.shape.get(MODEL, 1) > 1:
+        return False
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def share(tree, mesh: Mesh):
+    """Arrays of the first core for all cores of a mesh, without a copy.
+
+    The cores then read the same memory, of which more fits into the cache that they share.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def one(x):
+        # A view of the first core's buffer; the others take it over as it is.
+        return jax.device_put(np.asarray(x.addressable_data(0)), sharding, may_alias=True)
+
+    return jax.tree.map(one, tree)

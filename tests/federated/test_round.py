@@ -64,6 +64,17 @@ def run(
     return state, metrics
 
 
+def test_recomputed_layers_give_the_same_gradient(setup):
+    _, base, adapter, batches = setup
+    batch = Batch(*(f[0, 0] for f in batches))
+
+    def gradient(remat):
+        model = Decoder(tiny_config(remat=remat), LORA.scale)
+        return jax.grad(lambda a: loss.packed_loss(model, a, base, batch))(adapter)
+
+    close(gradient(True), gradient(False), atol=1e-6)
+
+
 def close(a, b, atol=2e-5):
     # Adam divides by the root of tiny second moments, which magnifies the order of summation.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)

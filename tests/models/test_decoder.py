@@ -15,15 +15,8 @@ from families import FAMILIES, VOCAB, checkpoint
 
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import hub
-from fedsafe_jax.models.decoder import (
-    Decoder,
-    empty_cache,
-    grow_cache,
-    num_parameters,
-    param_shapes,
-    spread_cache,
-    unstack,
-)
+from fedsafe_jax.models.cache import empty_cache, grow_cache, spread_cache, unstack
+from fedsafe_jax.models.decoder import Decoder, num_parameters, param_shapes
 from fedsafe_jax.models.decoder_config import ModelError
 
 TOLERANCE = 1e-4
