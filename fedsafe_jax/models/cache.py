@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 
-UNROLLED_LAYERS = 16  # decoders of at most so many layers are unrolled on CPU while generating
+# On CPU, decoders of at most so many layers and weights in them are unrolled while generating: the
+# layers are compiled one by one, and their weights held twice.
+UNROLLED_LAYERS, UNROLLED_WEIGHTS = 16, 200_000_000
 
 
 class KVCache(NamedTuple):
@@ -27,7 +29,10 @@ class KVCache(NamedTuple):
 
 def unrolls(config: DecoderConfig) -> bool:
     """Whether generation unrolls the layers, see `KVCache`."""
-    return jax.default_backend() == "cpu" and config.num_layers <= UNROLLED_LAYERS
+    names = [name for group in PROJECTIONS.values() for name in group]
+    a_layer = sum(fan_in * fan_out for fan_in, fan_out in map(config.projection_shape, names))
+    small = config.num_layers <= UNROLLED_LAYERS and config.num_layers * a_layer <= UNROLLED_WEIGHTS
+    return small and jax.default_backend() == "cpu"
 
 
 def unstack(variables, num_layers: int, axis: int = 0):
