@@ -12,6 +12,7 @@ from fedsafe_jax.federated import algorithms, round
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
+from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.lora import Adapter, LoraConfig
 from fedsafe_jax.models.sharding import CLIENTS
 
@@ -69,7 +70,7 @@ def finetune(
     for i, encoded in enumerate(data):
         if not encoded:
             raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
-    model = type(lm.model)(lm.config, config.scale)
+    model = Decoder(lm.config, config.scale)
 
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)

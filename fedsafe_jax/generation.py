@@ -116,7 +116,7 @@ def _variables(params, adapter):
 
 
 def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
-    """Reads the prompts, packed; see `_programs`."""
+    """Reads the prompts, packed; see `_prefill_program`."""
 
     def read(adapter):
         rows, seq = packed.tokens.shape
@@ -140,7 +140,7 @@ def _decode(
     model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool,
     params, adapter, logits, cache: KVCache, valid, keys, stop_ids,
 ):  # fmt: skip
-    """Continues after `_prefill`, with the parameters of `_decoding_params`; see `_programs`."""
+    """Continues, with parameters from `_decoding_params`; see `_decode_program`."""
     (groups, rows), width, config = keys.shape, valid.shape[1], model.config
     if unrolls(config):
         adapter = adapter and unstack(adapter, config.num_layers, axis=int(stacked))
@@ -197,28 +197,54 @@ def _decoding_params(config: DecoderConfig, params, mesh: Mesh | None):
 _unstacked = jax.jit(unstack, static_argnums=1)
 
 
-@functools.lru_cache
-def _programs(model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool, mesh):
-    """The two jitted programs.
+def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: str):
+    """Jits a program, with rows split over the mesh axis `clients`; each device stops with its own.
 
-    Prefill: `(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`. Decode: `(params,
-    adapter, logits, cache, valid [rows, width], keys [groups, rows], stop_ids) -> (out int32
-    [groups, rows, max_new_tokens], done bool [groups, rows])`; a group is an adapter. Rows are
-    split over the mesh axis `clients`, and each device stops with its own rows.
+    Args:
+      function: to jit.
+      model, stacked: of the program.
+      mesh: or None.
+      inputs, outputs: a letter an argument or result: `w`hole, `r`ows first, `g`roups then rows,
+        `c`ache.
     """
+    if mesh is None or mesh.shape.get(CLIENTS, 1) == 1:
+        return jax.jit(function)
+    lead = (None,) * stacked
+    layer = PartitionSpec(*lead, *(() if unrolls(model.config) else (None,)), CLIENTS)
+    spec = {
+        "w": PartitionSpec(),
+        "r": PartitionSpec(CLIENTS),
+        "g": PartitionSpec(None, CLIENTS),
+        "c": KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), PartitionSpec()),
+    }
+    in_specs, out_specs = (tuple(spec[letter] for letter in x) for x in (inputs, outputs))
+    # Nothing is differentiated, so there is nothing for check_vma to check.
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names={CLIENTS},
+        check_vma=False,
+        in_specs=in_specs,
+        out_specs=out_specs,
+    )
+    return jax.jit(mapped)
+
+
+@functools.lru_cache
+def _prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
+    """`(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`, a group an adapter."""
     prefill = functools.partial(_prefill, model, stacked)
+    return _split(prefill, model, stacked, mesh, "wwr", "gc")
+
+
+@functools.lru_cache
+def _decode_program(
+    model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool, mesh: Mesh | None
+):
+    """`(params, adapter, logits, cache, valid [rows, width], keys [groups, rows], stop_ids) ->
+    (out int32 [groups, rows, max_new_tokens], done bool [groups, rows])`."""
     decode = functools.partial(_decode, model, sampling, max_new_tokens, stacked)
-    if mesh is not None and mesh.shape.get(CLIENTS, 1) > 1:
-        whole, rows, group = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
-        lead = (None,) * stacked
-        layer = PartitionSpec(*lead, *(() if unrolls(model.config) else (None,)), CLIENTS)
-        cache = KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), whole)
-        # Nothing is differentiated, so there is nothing for check_vma to check.
-        split = functools.partial(jax.shard_map, mesh=mesh, axis_names={CLIENTS}, check_vma=False)
-        prefill = split(prefill, in_specs=(whole, whole, rows), out_specs=(group, cache))
-        specs = (whole, whole, group, cache, rows, group, whole)
-        decode = split(decode, in_specs=specs, out_specs=(group, group))
-    return jax.jit(prefill), jax.jit(decode)
+    return _split(decode, model, stacked, mesh, "wwgcrgw", "gg")
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
@@ -320,7 +346,8 @@ def generate_ids(
     """
     check_lengths(prompts, model.config.max_length - max_new_tokens)
     groups, devices = max(num_adapters, 1), mesh.shape.get(CLIENTS, 1) if mesh else 1
-    prefill, decode = _programs(model, sampling, max_new_tokens, bool(num_adapters), mesh)
+    prefill = _prefill_program(model, bool(num_adapters), mesh)
+    decode = _decode_program(model, sampling, max_new_tokens, bool(num_adapters), mesh)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [Generated([[] for _ in prompts], np.zeros(len(prompts), bool)) for _ in range(groups)]
     decoding = _decoding_params(model.config, params, mesh)
