@@ -124,7 +124,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), allowed, 1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
-                raise ConfigError(f"{field}: '{value}' is not one of {', '.join(allowed)}.{hint}")
+                names = ", ".join(name or "'' (none)" for name in allowed)
+                raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
 
     def at_least(field, value, low):
         if value < low:

@@ -67,6 +67,8 @@ def comparable(workdir):
         ("lora_targets=('q_prj',)", "lora_targets: ['q_prj']; expected"),
         ("filter.kind=guard", "filter.model: filter.kind='guard' needs"),
         ("harmful_share=2.0", "harmful_share=2.0"),
+        ("quantization=int4", "quantization: 'int4' is not one of '' (none), int8, nf4."),
+        ("model_parallel=3", "model_parallel=3 does not divide"),
     ],
 )
 def test_mistakes_give_one_clear_line(tmp_path, setting, message):
