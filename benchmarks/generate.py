@@ -7,9 +7,9 @@ object with `new_tokens_per_s`. Both sides get the same model folder, prompts, b
 new tokens; neither stops early. Runs alternate, so that noise on a shared machine meets both; the
 last line is a JSON object of medians, compilation apart.
 
-Shapes: `demo` is the packaged model (4.2M parameters); `7m` and `27m` have random weights; `8b` is
-Llama-3.1-8B with random bfloat16 weights, which reports its share of the memory bandwidth given by
-`--gigabytes_per_s` instead of a ratio.
+Shapes: `demo` is the packaged model (4.2M parameters); `5m`, `7m` and `27m` have random weights;
+`8b` is Llama-3.1-8B with random bfloat16 weights, which reports its share of the memory bandwidth
+given by `--gigabytes_per_s` instead of a ratio.
 """
 
 import json
@@ -32,7 +32,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.quantize import num_bytes
 
-_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "7m", "27m", "8b"], "Which model.")
+_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "5m", "7m", "27m", "8b"], "Which model.")
 _PEER = flags.DEFINE_string("peer", None, "The peer's script; none for `8b`.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows decoded at once.")
 _MODEL_PARALLEL = flags.DEFINE_integer(
@@ -44,6 +44,12 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
 _BANDWIDTH = flags.DEFINE_float("gigabytes_per_s", 3350.0, "Of the accelerator (H100 SXM: 3350).")
 
 SHAPES = {
+    "5m": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192,
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
     "7m": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,

@@ -1,6 +1,10 @@
-"""Batched generation: packed prefill, then `lax.while_loop`s over a KV cache that grows."""
+"""Batched generation: packed prefill, then `lax.while_loop`s over a KV cache that grows.
+
+Decoding is compiled for the length of the cache alone, whatever the prompts' lengths.
+"""
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fedsafe_jax.data import packing
+from fedsafe_jax.data.prompts import Packed, cache_length, pack_prompts
 from fedsafe_jax.models.cache import (
     KVCache,
     empty_cache,
@@ -21,92 +25,7 @@ from fedsafe_jax.models.cache import (
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError
 from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
-
-PACKED_TOKENS = 128  # short prompts are read in rows of this
-FIRST_TOKENS = 32  # answers start with room for so many; the cache then doubles what it has
-
-
-class Sampling(NamedTuple):
-    """How the next token is drawn; static, so that each setting is compiled once.
-
-    Attributes:
-      temperature: 0 is greedy, and ignores the rest.
-      top_k: draw among the k likeliest tokens; 0 for all.
-      top_p: draw among the likeliest tokens that together have this probability (Holtzman et al.,
-        2020); 1 for all.
-      min_p: draw among tokens at least so likely relative to the likeliest (Nguyen et al., 2024);
-        0 for all.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-class Packed(NamedTuple):
-    """Prompts packed into dense rows, so that reading them costs nothing for padding.
-
-    Attributes:
-      tokens, positions, segment_ids: int32 `[packed_rows, seq]`, as in `data.packing`.
-      source: int32 `[rows, width]`: where in its device's packed rows (flat) a left-padded prompt's
-        tokens lie; 0 on padding.
-      valid: bool `[rows, width]`, False on padding.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    source: np.ndarray
-    valid: np.ndarray
-
-
-GREEDY = Sampling()
-
-
-def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits `[..., vocab]` over the temperature, -inf where `sampling` excludes a token.
-
-    Filters apply in the order of transformers: temperature, top-k, top-p, min-p.
-    """
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        k = min(sampling.top_k, logits.shape[-1])
-        logits = jnp.where(logits < jax.lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        share = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(share, axis=-1) - share  # probability of what is likelier
-        lowest = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    if sampling.min_p:
-        floor = logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
-        logits = jnp.where(logits < floor, -jnp.inf, logits)
-    return logits
-
-
-def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array, step) -> jax.Array:
-    """The next token of each row, int32 `[rows]`, from logits `[rows, vocab]` and a key a row."""
-    if sampling.temperature == 0:
-        # Two plain reductions: XLA's argmax takes four times as long on CPU.
-        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        best = logits == logits.max(-1, keepdims=True)
-        return jnp.where(best, ids, logits.shape[-1] - 1).min(-1)
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    draw = jax.vmap(jax.random.categorical)
-    return draw(step_keys, restrict(logits, sampling)).astype(jnp.int32)
-
-
-def cache_lengths(width: int, max_new_tokens: int) -> list[int]:
-    """Lengths that the cache takes, in turn: what is added doubles, so that attention never reads
-    much more than what is written, with few compiled loops."""
-    lengths, room = [], min(FIRST_TOKENS, max_new_tokens)
-    while True:
-        lengths.append(width + min(room, max_new_tokens))
-        if room >= max_new_tokens:
-            return lengths
-        room *= 2
-
+from fedsafe_jax.sampling import GREEDY, Sampling, choose
 
 SHARED = KVCache(0, 0, 0, None)  # vmap axes over adapters: the length is one for all
 
@@ -125,9 +44,9 @@ def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
             _variables(params, adapter), packed.tokens, packed.positions, packed.segment_ids,
             cache, inside,
         )  # fmt: skip
-        last = hidden.reshape(-1, hidden.shape[-1])[packed.source[:, -1]]
+        last = hidden.reshape(-1, hidden.shape[-1])[packed.last]
         logits = model.apply(_variables(params, None), last, method="unembed")
-        return logits, spread_cache(model.config, cache, packed.source, packed.valid)
+        return logits, spread_cache(model.config, cache, packed.source, packed.valid, packed.width)
 
     if stacked:
         # Only adapters are mapped: the base's products stay one product.
@@ -136,15 +55,48 @@ def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
     return logits[None], cache
 
 
+class State(NamedTuple):
+    """Answers under way, of `groups` adapters.
+
+    Attributes:
+      token: int32 `[groups, rows]`, the last of each answer, not yet read.
+      out: int32 `[groups, rows, max_new_tokens]`, -1 where nothing was written.
+      done: bool `[groups, rows]`, the answer has a stop token.
+      cache: of prompts and answers so far.
+    """
+
+    token: jax.Array
+    out: jax.Array
+    done: jax.Array
+    cache: KVCache
+
+
+def _pick(sampling: Sampling, logits, keys, step):
+    """The token at `step` for logits `[groups, rows, vocab]`, int32 `[groups, rows]`."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return choose(flat, sampling, keys.reshape(-1), step).reshape(keys.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(sampling: Sampling, max_new_tokens: int, logits, valid, keys, stop_ids):
+    """`token, out, done` of `State` after the first token."""
+    token = _pick(sampling, logits, keys, 0)
+    # Rows without a prompt only fill up the batch.
+    empty = jnp.broadcast_to(~valid.any(-1), token.shape)
+    out = jnp.full((*token.shape, max_new_tokens), -1, jnp.int32)
+    out = out.at[..., 0].set(jnp.where(empty, -1, token))
+    return token, out, empty | jnp.isin(token, stop_ids)
+
+
 def _decode(
-    model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool,
-    params, adapter, logits, cache: KVCache, valid, keys, stop_ids,
+    model: Decoder, sampling: Sampling, stacked: bool,
+    params, adapter, state: State, prompt_len, step, keys, stop_ids,
 ):  # fmt: skip
-    """Continues, with parameters from `_decoding_params`; see `_decode_program`."""
-    (groups, rows), width, config = keys.shape, valid.shape[1], model.config
+    """Continues until the cache is full, with parameters from `_decoding_params`; see
+    `_decode_program`."""
+    config, (_, rows, max_new_tokens) = model.config, state.out.shape
     if unrolls(config):
         adapter = adapter and unstack(adapter, config.num_layers, axis=int(stacked))
-    length = valid.sum(-1)  # of each prompt
     new = jnp.ones((rows, 1), bool)
 
     def read(adapter, tokens, positions, cache):
@@ -159,45 +111,64 @@ def _decode(
         logits, cache = read(adapter, tokens[0], positions, cache)
         return logits[None], cache
 
-    def pick(logits, step):
-        flat = logits.reshape(-1, logits.shape[-1])
-        return choose(flat, sampling, keys.reshape(-1), step).reshape(groups, rows)
-
-    def extend(state):
-        step, token, out, done, cache = state
+    def extend(carry):
+        step, (token, out, done, cache) = carry
+        logits, cache = step_logits(token, (prompt_len + step - 1)[:, None], cache)
+        token = _pick(sampling, logits, keys, step)
         written = jnp.where(done, -1, token)[..., None]
         out = jax.lax.dynamic_update_slice(out, written, (0, 0, step))
-        done = done | jnp.isin(token, stop_ids)
-        logits, cache = step_logits(token, (length + step)[:, None], cache)
-        return step + 1, pick(logits, step + 1), out, done, cache
+        return step + 1, State(token, out, done | jnp.isin(token, stop_ids), cache)
 
-    out = jnp.full((groups, rows, max_new_tokens), -1, jnp.int32)
-    done = jnp.broadcast_to(length == 0, (groups, rows))  # rows that only fill up the batch
-    state = (jnp.zeros((), jnp.int32), pick(logits, 0), out, done, cache)
-    for cache_len in cache_lengths(width, max_new_tokens):
+    slots, first = state.cache.valid.shape[-1], state.cache.length
+    end = jnp.minimum(max_new_tokens, step + slots - first)
 
-        def unfinished(state, end=cache_len - width):
-            return (state[0] < end) & ~state[3].all()
+    def unfinished(carry):
+        return (carry[0] < end) & ~carry[1].done.all()
 
-        state = (*state[:-1], grow_cache(state[-1], cache_len))
-        state = jax.lax.while_loop(unfinished, extend, state)
-    return state[2], state[3]
+    _, state = jax.lax.while_loop(unfinished, extend, (step, state))
+    # The same on every device, also on one whose rows were all done before.
+    return state._replace(cache=state.cache._replace(length=first + end - step))
+
+
+class _Kept(NamedTuple):
+    """The latest of `_decoding_params`, and weak references to what it was made of."""
+
+    origin: list[weakref.ref]
+    mesh: Mesh | None
+    params: dict
+
+
+_kept: list[_Kept] = []  # at most one
 
 
 def _decoding_params(config: DecoderConfig, params, mesh: Mesh | None):
-    """The base as `_decode` reads it: where layers are unrolled, one by one."""
+    """The base as `_decode` reads it: where layers are unrolled, one by one.
+
+    The copy is kept while the base lives and no other is generated with: evaluations and CAI ask
+    for the same one again and again.
+    """
     if not unrolls(config):
         return params
-    if not is_shared(mesh):
-        return _unstacked(params, config.num_layers)
-    first = jax.tree.map(lambda x: x.addressable_data(0), params)
-    return share(_unstacked(first, config.num_layers), mesh)
+    leaves = jax.tree.leaves(params)
+    for kept in _kept:
+        known = len(kept.origin) == len(leaves) and kept.mesh == mesh
+        if known and all(ref() is leaf for ref, leaf in zip(kept.origin, leaves, strict=True)):
+            return kept.params
+    if is_shared(mesh):
+        first = jax.tree.map(lambda x: x.addressable_data(0), params)
+        made = share(_unstacked(first, config.num_layers), mesh)
+    else:
+        made = _unstacked(params, config.num_layers)
+    origin = [weakref.ref(leaf, lambda _: _kept.clear()) for leaf in leaves]
+    _kept[:] = [_Kept(origin, mesh, made)]
+    return made
 
 
 _unstacked = jax.jit(unstack, static_argnums=1)
+_grow = jax.jit(grow_cache, static_argnums=1)
 
 
-def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: str):
+def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: str, donate=()):
     """Jits a program, with rows split over the mesh axis `clients`; each device stops with its own.
 
     Args:
@@ -205,19 +176,26 @@ def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: 
       model, stacked: of the program.
       mesh: or None.
       inputs, outputs: a letter an argument or result: `w`hole, `r`ows first, `g`roups then rows,
-        `c`ache.
+        `p`acked prompts, `c`ache, `s`tate.
+      donate: numbers of arguments to overwrite.
     """
     if mesh is None or mesh.shape.get(CLIENTS, 1) == 1:
-        return jax.jit(function)
+        return jax.jit(function, donate_argnums=donate)
     lead = (None,) * stacked
     layer = PartitionSpec(*lead, *(() if unrolls(model.config) else (None,)), CLIENTS)
+    row, group = PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
+    cache = KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), PartitionSpec())
     spec = {
         "w": PartitionSpec(),
-        "r": PartitionSpec(CLIENTS),
-        "g": PartitionSpec(None, CLIENTS),
-        "c": KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), PartitionSpec()),
+        "r": row,
+        "p": Packed(row, row, row, row, row, row, PartitionSpec()),
+        "g": group,
+        "c": cache,
+        "s": State(group, group, group, cache),
     }
     in_specs, out_specs = (tuple(spec[letter] for letter in x) for x in (inputs, outputs))
+    if len(out_specs) == 1:
+        (out_specs,) = out_specs
     # Nothing is differentiated, so there is nothing for check_vma to check.
     mapped = jax.shard_map(
         function,
@@ -227,65 +205,22 @@ def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: 
         in_specs=in_specs,
         out_specs=out_specs,
     )
-    return jax.jit(mapped)
+    return jax.jit(mapped, donate_argnums=donate)
 
 
 @functools.lru_cache
 def _prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
     """`(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`, a group an adapter."""
     prefill = functools.partial(_prefill, model, stacked)
-    return _split(prefill, model, stacked, mesh, "wwr", "gc")
+    return _split(prefill, model, stacked, mesh, "wwp", "gc")
 
 
 @functools.lru_cache
-def _decode_program(
-    model: Decoder, sampling: Sampling, max_new_tokens: int, stacked: bool, mesh: Mesh | None
-):
-    """`(params, adapter, logits, cache, valid [rows, width], keys [groups, rows], stop_ids) ->
-    (out int32 [groups, rows, max_new_tokens], done bool [groups, rows])`."""
-    decode = functools.partial(_decode, model, sampling, max_new_tokens, stacked)
-    return _split(decode, model, stacked, mesh, "wwgcrgw", "gg")
-
-
-def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
-    """Packs prompts for prefill, those of each device into rows of its own.
-
-    Args:
-      prompts: token ids of every row; an empty one only fills up the batch.
-      devices: that the rows are split over evenly.
-    """
-    lengths = [len(p) for p in prompts]
-    width = _round_up(max(lengths))
-    count = len(prompts) // devices
-    totals = [sum(lengths[d * count : (d + 1) * count]) for d in range(devices)]
-    seq = max(width, min(PACKED_TOKENS, _round_up(max(totals))))
-    plans = []
-    for d in range(devices):
-        mine = [i for i in range(d * count, (d + 1) * count) if lengths[i]]
-        rows = packing.assign_rows([lengths[i] for i in mine], seq)
-        plans.append([[mine[i] for i in row] for row in rows])
-    size = packing.bucket(max(len(plan) for plan in plans))
-    tokens, positions, segments = (np.zeros((devices * size, seq), np.int32) for _ in range(3))
-    source = np.zeros((len(prompts), width), np.int32)
-    valid = np.zeros((len(prompts), width), bool)
-    for d, plan in enumerate(plans):
-        for r, members in enumerate(plan):
-            start = 0
-            for segment, i in enumerate(members, 1):
-                part = slice(start, start + lengths[i])
-                tokens[d * size + r, part] = prompts[i]
-                positions[d * size + r, part] = np.arange(lengths[i])
-                segments[d * size + r, part] = segment
-                source[i, width - lengths[i] :] = r * seq + np.arange(start, part.stop)
-                valid[i, width - lengths[i] :] = True
-                start = part.stop
-    return Packed(tokens, positions, segments, source, valid)
-
-
-def _round_up(tokens: int) -> int:
-    """To a multiple of 16, or of a greater power of two for long prompts: few shapes."""
-    multiple = max(16, (1 << tokens.bit_length()) // 8)
-    return -(-max(tokens, 1) // multiple) * multiple
+def _decode_program(model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None):
+    """`(params, adapter, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
+    where `step` tokens are written already."""
+    decode = functools.partial(_decode, model, sampling, stacked)
+    return _split(decode, model, stacked, mesh, "wwsrwgw", "s", donate=(2,))
 
 
 class Generated(NamedTuple):
@@ -347,7 +282,7 @@ def generate_ids(
     check_lengths(prompts, model.config.max_length - max_new_tokens)
     groups, devices = max(num_adapters, 1), mesh.shape.get(CLIENTS, 1) if mesh else 1
     prefill = _prefill_program(model, bool(num_adapters), mesh)
-    decode = _decode_program(model, sampling, max_new_tokens, bool(num_adapters), mesh)
+    decode = _decode_program(model, sampling, bool(num_adapters), mesh)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [Generated([[] for _ in prompts], np.zeros(len(prompts), bool)) for _ in range(groups)]
     decoding = _decoding_params(model.config, params, mesh)
@@ -365,8 +300,16 @@ def generate_ids(
         packed = pack_prompts(dealt, devices)
         keys = _row_keys(root, np.arange(groups, dtype=np.uint32), places)
         logits, cache = prefill(params, adapter, packed)
-        out = decode(decoding, adapter, logits, cache, packed.valid, keys, stops)
-        out, done = jax.device_get(out)
+        first = _start(sampling, max_new_tokens, logits, packed.valid, keys, stops)
+        state, step, prompt_len = State(*first, cache), 1, packed.valid.sum(-1, dtype=np.int32)
+        while step < max_new_tokens and not state.done.all():
+            read = int(packed.width) + step - 1  # slots
+            slots = cache_length(read + 1)
+            if state.cache.valid.shape[-1] < slots:
+                state = state._replace(cache=_grow(state.cache, slots))
+            state = decode(decoding, adapter, state, prompt_len, step, keys, stops)
+            step += slots - read
+        out, done = jax.device_get((state.out, state.done))
         for group, result in enumerate(found):
             for i, row in row_of.items():
                 ids = out[group, row][out[group, row] >= 0].tolist()

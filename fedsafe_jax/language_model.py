@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from fedsafe_jax import generation
 from fedsafe_jax.data import chat
-from fedsafe_jax.generation import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.sharding import MODEL
+from fedsafe_jax.sampling import Sampling
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
@@ -119,7 +119,7 @@ class LanguageModel:
         Args:
           dialogues: rendered by the tokenizer's chat template.
           max_new_tokens: longest answer.
-          temperature, top_k, top_p, min_p: see `generation.Sampling`.
+          temperature, top_k, top_p, min_p: see `sampling.Sampling`.
           seed: of the samples.
           batch_size: rows decoded at once.
           cut: keep the end of a dialogue too long for the context, with a warning that counts

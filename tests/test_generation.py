@@ -9,9 +9,9 @@ from families import FAMILIES, VOCAB, checkpoint
 from fedsafe_jax import generation, language_model
 from fedsafe_jax.data import chat
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.generation import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.sampling import Sampling, restrict
 
 PROMPTS = ("Hello!", "What is the capital of France?", "Write a short poem about the ocean.")
 
@@ -80,7 +80,7 @@ def test_filters_equal_those_of_transformers(sampling):
         expected = theirs.TopPLogitsWarper(sampling.top_p)(None, expected)
     if sampling.min_p:
         expected = theirs.MinPLogitsWarper(sampling.min_p)(None, expected)
-    found = np.asarray(generation.restrict(logits, sampling))
+    found = np.asarray(restrict(logits, sampling))
     np.testing.assert_array_equal(np.isinf(found), np.isinf(expected.numpy()))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 

@@ -82,15 +82,16 @@ def grow_cache(cache: KVCache, cache_len: int) -> KVCache:
 
 
 def spread_cache(
-    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array
+    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array, length
 ) -> KVCache:
-    """The cache of left-padded rows, in the form that generation goes on with.
+    """The cache of rows that end in the same slot, in the form that generation goes on with.
 
     Args:
       config: says whether generation unrolls.
       cache: of packed rows `[packed_rows, seq]`, stacked and full.
-      source: int32 `[rows, width]`, flat positions in the packed rows.
-      valid: bool `[rows, width]`, False on padding.
+      source: int32 `[rows, cache_len]`, flat positions in the packed rows.
+      valid: bool `[rows, cache_len]`, False where nothing was read.
+      length: int32 scalar, slots written.
     """
 
     def take(x):  # [layers, packed_rows, kv_heads, seq, head_dim]
@@ -101,7 +102,7 @@ def spread_cache(
     key, value = take(cache.key), take(cache.value)
     if unrolls(config):
         key, value = tuple(key.swapaxes(-1, -2)), tuple(value)
-    return KVCache(key, value, valid, jnp.asarray(valid.shape[1], jnp.int32))
+    return KVCache(key, value, valid, length)
 
 
 def write_cache(cache: KVCache, number, key, value):

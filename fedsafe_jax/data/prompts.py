@@ -1,0 +1,82 @@
+"""Packs prompts for prefill, and says where their tokens go in the cache."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsafe_jax.data import packing
+
+PACKED_TOKENS = 128  # short prompts are read in rows of this
+CACHE_STEP = 32  # caches have a multiple of so many slots, long ones of an eighth of their length
+
+
+class Packed(NamedTuple):
+    """Prompts packed into dense rows, so that reading them costs nothing for padding.
+
+    Attributes:
+      tokens, positions, segment_ids: int32 `[packed_rows, seq]`, as in `data.packing`.
+      source: int32 `[rows, cache_len]`: where in its device's packed rows (flat) a prompt's tokens
+        lie; all prompts end in the same slot of the cache, the longest begins in the first.
+      valid: bool `[rows, cache_len]`, False where no token lies.
+      last: int32 `[rows]`: where a prompt's last token lies.
+      width: int32 `[]`, length of the longest prompt.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    source: np.ndarray
+    valid: np.ndarray
+    last: np.ndarray
+    width: np.ndarray
+
+
+def cache_length(tokens: int) -> int:
+    """Slots of a cache that holds `tokens`: attention never reads much more than what is written,
+    with few programs to compile."""
+    return _round_up(tokens, CACHE_STEP)
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
+    """Packs prompts for prefill, those of each device into rows of its own.
+
+    Args:
+      prompts: token ids of every row; an empty one only fills up the batch.
+      devices: that the rows are split over evenly.
+    """
+    lengths = [len(p) for p in prompts]
+    width = max(max(lengths), 1)
+    slots = cache_length(width + 1)
+    count = len(prompts) // devices
+    totals = [sum(lengths[d * count : (d + 1) * count]) for d in range(devices)]
+    seq = max(_round_up(width), min(PACKED_TOKENS, _round_up(max(totals))))
+    plans = []
+    for d in range(devices):
+        mine = [i for i in range(d * count, (d + 1) * count) if lengths[i]]
+        rows = packing.assign_rows([lengths[i] for i in mine], seq)
+        plans.append([[mine[i] for i in row] for row in rows])
+    size = packing.bucket(max(len(plan) for plan in plans))
+    tokens, positions, segments = (np.zeros((devices * size, seq), np.int32) for _ in range(3))
+    source = np.zeros((len(prompts), slots), np.int32)
+    valid = np.zeros((len(prompts), slots), bool)
+    last = np.zeros(len(prompts), np.int32)
+    for d, plan in enumerate(plans):
+        for r, members in enumerate(plan):
+            start = 0
+            for segment, i in enumerate(members, 1):
+                part = slice(start, start + lengths[i])
+                tokens[d * size + r, part] = prompts[i]
+                positions[d * size + r, part] = np.arange(lengths[i])
+                segments[d * size + r, part] = segment
+                source[i, width - lengths[i] : width] = r * seq + np.arange(start, part.stop)
+                valid[i, width - lengths[i] : width] = True
+                last[i] = r * seq + part.stop - 1
+                start = part.stop
+    return Packed(tokens, positions, segments, source, valid, last, np.asarray(width, np.int32))
+
+
+def _round_up(tokens: int, multiple: int = 16) -> int:
+    """To a multiple, or of a greater power of two for long prompts: few shapes."""
+    multiple = max(multiple, (1 << tokens.bit_length()) // 8)
+    return -(-max(tokens, 1) // multiple) * multiple
