@@ -1,11 +1,13 @@
-"""Orbax checkpoints of the server's state, one a round."""
+"""Orbax checkpoints of a federated run, written while the next round computes."""
 
+import logging
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
 
-from fedsafe_jax.federated.algorithms import ServerState
+from fedsafe_jax.federated.simulation import FederatedState
 
 
 class CheckpointError(RuntimeError):
@@ -21,38 +23,64 @@ class RoundCheckpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep: int = 2):
-        # Synchronous: a round's adapter is small, and a killed run then never meets a half-written
-        # one.
+        self._folder = pathlib.Path(folder).resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
+            max_to_keep=keep, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._newest = self._manager.latest_step() or 0
 
-    def latest(self) -> int:
-        """Rounds done according to the newest checkpoint; 0 when there is none."""
-        return self._manager.latest_step() or 0
+    def restore(self, like: FederatedState) -> tuple[FederatedState, int]:
+        """The newest state that can be read, and the rounds done; `like` and 0 without any.
 
-    def restore(self, like: ServerState) -> ServerState:
-        """The newest state, with the structure, shapes and dtypes of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
-        args = ocp.args.StandardRestore(abstract)
-        restored = self._manager.restore(self._manager.latest_step(), args=args)
-        return like._replace(**restored)
+        A checkpoint that was cut off while it was written is not listed by Orbax. One that is
+        damaged is deleted, with a warning, in favour of the one before it.
 
-    def save(self, rounds_done: int, state: ServerState) -> None:
-        """Writes the state.
+        Args:
+          like: has the structure, shapes, dtypes and shardings of what was saved.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
+                found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except (OSError, ValueError, KeyError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                logging.warning(
+                    "checkpoint %s cannot be read and is deleted: %s",
+                    self._folder / str(step),
+                    reason,
+                )
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                continue
+            self._newest = step
+            self._manager.reload()
+            return _unstored(like, found), step
+        self._newest = 0
+        self._manager.reload()
+        return like, 0
+
+    def save(self, rounds_done: int, state: FederatedState) -> None:
+        """Begins to write the state; a state that is there already is left alone.
 
         Raises:
           CheckpointError: Orbax declined (it does so silently when the step is not new).
         """
-        args = ocp.args.StandardSave(_stored(state))
-        if not self._manager.save(rounds_done, args=args):
+        if rounds_done == self._newest:
+            return
+        if not self._manager.save(rounds_done, args=ocp.args.StandardSave(_stored(state))):
             raise CheckpointError(f"round {rounds_done} was not saved: a later checkpoint exists.")
+        self._newest = rounds_done
 
     def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
         self._manager.close()
 
 
-def _stored(state: ServerState) -> dict:
-    # Algorithms without control variates leave empty tuples, which Orbax cannot store.
-    return {name: value for name, value in state._asdict().items() if jax.tree.leaves(value)}
+def _stored(state: FederatedState) -> dict:
+    """Leaves by number: Orbax cannot store empty tuples, nor optax's named ones."""
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _unstored(like: FederatedState, found: dict) -> FederatedState:
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in sorted(found)])

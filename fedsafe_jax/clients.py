@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 
-import numpy as np
-
-from fedsafe_jax.data import partition
+from fedsafe_jax import rounds
 from fedsafe_jax.filters import actions, classifier, guard
 from fedsafe_jax.language_model import load_pretrained
 from fedsafe_jax.models import lora
@@ -24,16 +22,10 @@ class Clients:
 
 def build_clients(config, world, seed: int, progress) -> Clients:
     """Partitions the pools, trains the filter once, and filters every client's pairs."""
-    split = partition.partition(
-        world.safe,
-        world.unsafe,
-        config.num_clients,
-        config.examples_per_client,
-        config.harmful_share,
-        config.partition,
-        np.random.default_rng([seed, 7]),
-        config.dirichlet_alpha,
-    )
+    split = rounds.split(config, world.safe, world.unsafe, seed)
+    asked, held = config.num_clients * config.examples_per_client, sum(map(len, split))
+    if held < asked and not config.size_sigma:
+        progress.note(f"seed {seed}: clients hold {held} of {asked} pairs asked for: no more data")
     encoded = [encode_all(world, examples, config.seq_len) for examples in split]
     plain, lost = [e for e, _ in encoded], sum(n for _, n in encoded)
     if lost:

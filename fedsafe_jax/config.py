@@ -1,13 +1,8 @@
-"""Defaults of a run, and their validation before any compute."""
+"""Defaults of a run; `validation` checks them."""
 
 import difflib
 
 import ml_collections
-
-from fedsafe_jax.data import sources
-
-ARMS = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
-ALGORITHMS = ("fedavg", "scaffold")
 
 
 class ConfigError(ValueError):
@@ -18,7 +13,7 @@ def default_config() -> ml_collections.ConfigDict:
     """Every field a run reads. Sources are written `name:location#part`, see `data.sources`."""
     c = ml_collections.ConfigDict()
     c.seeds = (0,)
-    c.arms = ARMS
+    c.arms = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
     c.algorithms = ("fedavg",)
     c.model = "package:model"  # local folder or Hub id
     c.dtype = "float32"  # of the frozen base; adapters are always float32
@@ -37,20 +32,59 @@ def default_config() -> ml_collections.ConfigDict:
     c.dirichlet_alpha = 0.5
     c.num_clients = 20
     c.examples_per_client = 100
-    c.harmful_share = 0.3
+    c.size_sigma = 0.0  # clients hold log-normally different numbers around it
+    c.harmful_share = 0.3  # of each client's examples
+
+    c.attack = ml_collections.ConfigDict()
+    c.attack.clients = 0.0  # share of the clients that are malicious
+    c.attack.harmful_share = 1.0  # of a malicious client's examples
+    c.attack.boost = 1.0  # factor on what a malicious client sends
 
     c.rounds = 6
     c.clients_per_round = 5
     c.local_steps = 10
     c.batch_size = 8  # examples a local step
     c.seq_len = 128  # tokens a packed row; longer examples are cut
+    c.accumulation = 1  # batches whose gradients are averaged in a step
+    c.optimizer = "adam"  # of the clients, an optax alias, such as adamw(weight_decay=0.01)
+    c.gradient_clip = 1.0  # global norm; 0 for none
     c.learning_rate = 4e-3
-    c.min_learning_rate = 1e-6  # cosine over rounds
+    c.min_learning_rate = 1e-6  # at the last round's end
+    c.schedule = "cosine"  # over rounds: cosine, linear or constant
+    c.warmup_rounds = 0  # rounds that the rate climbs first
+    c.step_schedule = "constant"  # over a round's local steps, on top
     c.lora_rank = 16
     c.lora_alpha = 32.0
     c.lora_rank_stabilized = False  # scale alpha / sqrt(rank) instead of alpha / rank (rsLoRA)
     c.lora_targets = ("q_proj", "v_proj")
     c.clients_in_parallel = 0  # a device; 0: one on CPU, all of the cohort elsewhere
+    c.chunk_clients = 0  # clients whose batches and updates are held at once; 0: 64
+    c.checkpoint_every = 1  # rounds
+
+    c.federated = ml_collections.ConfigDict()
+    c.federated.sampling = "uniform"  # or weighted, poisson, openfedllm
+    c.federated.weighting = "auto"  # examples, uniform; auto: examples where the paper does so
+    c.federated.dropout = 0.0  # probability that a sampled client never answers
+    c.federated.stragglers = 0.0  # probability that one gets only some of its steps done
+    c.federated.client_ranks = ()  # adapters of these ranks, in turn; () for lora_rank
+    c.federated.prox_mu = 0.01  # fedprox
+    c.federated.scaffold = "gradient"  # what it corrects; or post_step: parameters after a step
+    c.federated.server_learning_rate = 1.0  # fedavg, fedprox, scaffold, fedavgm
+    c.federated.adaptive_learning_rate = 1e-2  # fedadagrad, fedyogi, fedadam
+    c.federated.beta1 = 0.9  # momentum of fedavgm, fedyogi, fedadam
+    c.federated.beta2 = 0.99  # fedyogi, fedadam
+    c.federated.tau = 1e-3  # fedadagrad, fedyogi, fedadam
+    c.federated.second_moment = "d2"  # of the mean update; m2: of the momentum
+    c.federated.first_moment = "zero"  # momentum's start; copy: the first mean update
+    c.federated.average = "factors"  # or product: of the adapters' products, by SVD
+    c.federated.aggregator = "mean"  # or median, trimmed_mean, krum, multi_krum, geometric_median
+    c.federated.trim_share = 0.1  # trimmed_mean: dropped at each end
+    c.federated.byzantine = 1  # krum, multi_krum: malicious clients expected in a cohort
+    c.federated.clip_norm = 0.0  # longest update; 0 for no limit
+    c.federated.noise_multiplier = 0.0  # differential privacy, per clip_norm; 0 for none
+    c.federated.delta = 1e-5  # differential privacy
+    c.federated.compression = ""  # of what clients send: topk or int8; "" for none
+    c.federated.topk_share = 0.05  # topk: numbers that are sent
 
     c.filter = ml_collections.ConfigDict()
     c.filter.kind = "classifier"  # or guard: a generative guard such as Llama Guard 3
@@ -104,70 +138,31 @@ def check_override(name: str, config: ml_collections.ConfigDict) -> None:
     known += [k for k, v in config.items() if not isinstance(v, ml_collections.ConfigDict)]
     if name not in known:
         last = name.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(name, known, 1) or [
-            k for k in known if k.split(".")[-1] == last
-        ]
-        near = near or difflib.get_close_matches(last, known, 1)
+        same = [k for k in known if k.split(".")[-1] == last]  # the right field, in a wrong group
+        near = (
+            difflib.get_close_matches(name, same, 1)
+            or same
+            or difflib.get_close_matches(name, known, 1)
+            or difflib.get_close_matches(last, known, 1)
+        )
         hint = f"; did you mean --config.{near[0]}?" if near else "."
         raise ConfigError(f"--config.{name}: no such field{hint}")
 
 
-def validate(c: ml_collections.ConfigDict) -> None:
-    """Checks every field against the others; files and models are checked where they are read.
+def openfedllm(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets what OpenFedLLM does where it differs from the cited papers; returns `c`.
 
-    Raises:
-      ConfigError: naming the field, what was found and what is expected.
+    It samples clients and rows from the round alone, corrects parameters after the step in
+    SCAFFOLD, starts momenta as the first mean, takes second moments of the momentum, uses the AdamW
+    of transformers 4, and averages without weights in adaptive methods (as `weighting="auto"`).
     """
-
-    def choice(field, values, allowed):
-        for value in values:
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, 1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                names = ", ".join(name or "'' (none)" for name in allowed)
-                raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
-
-    def at_least(field, value, low):
-        if value < low:
-            raise ConfigError(f"{field}={value}: expected at least {low}.")
-
-    for field in ("arms", "algorithms", "seeds"):
-        value = c[field]
-        if not isinstance(value, tuple | list) or not value or len(set(value)) != len(value):
-            raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
-    choice("arms", c.arms, ARMS)
-    choice("algorithms", c.algorithms, ALGORITHMS)
-    choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
-    choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
-    choice("filter.kind", (c.filter.kind,), ("classifier", "guard"))
-    if c.filter.kind == "guard" and not c.filter.model:
-        raise ConfigError("filter.model: filter.kind='guard' needs the guard's folder or Hub id.")
-    if bool(c.eval.judge_url) != bool(c.eval.judge_model):
-        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
-    choice("dtype", (c.dtype,), ("float32", "bfloat16"))
-    choice("quantization", (c.quantization,), ("", "int8", "nf4"))
-    for field in (
-        "rounds",
-        "num_clients",
-        "clients_per_round",
-        "local_steps",
-        "batch_size",
-        "lora_rank",
-        "model_parallel",
-    ):
-        at_least(field, c[field], 1)
-    at_least("seq_len", c.seq_len, 16)
-    for field in ("steps", "batch_size", "pairs_per_step", "red_team_prompts"):
-        at_least(f"cai.{field}", c.cai[field], 1)
-    if c.clients_per_round > c.num_clients:
-        raise ConfigError(
-            f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
-            "lower it."
-        )
-    if not 0 <= c.harmful_share <= 1:
-        raise ConfigError(f"harmful_share={c.harmful_share}: expected a share between 0 and 1.")
-    training = [*c.safe_sources, *c.unsafe_sources, *c.filter.sources]
-    for source in [*training, *c.cai.red_team_sources, *c.cai.benign_sources]:
-        name, _, _ = sources.parse_source(source)
-        if name in sources.EVALUATION_ONLY:
-            raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
+    c.federated.sampling = "openfedllm"
+    c.federated.scaffold = "post_step"
+    c.federated.second_moment = "m2"
+    c.federated.first_moment = "copy"
+    c.federated.adaptive_learning_rate = 1e-3
+    c.optimizer = "adamw_hf"
+    c.learning_rate = 5e-5
+    c.min_learning_rate = 1e-6
+    c.schedule = "cosine"
+    return c

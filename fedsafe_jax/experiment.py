@@ -1,35 +1,32 @@
 """One run: for each seed, algorithm and arm, the paper's round loop, then its evaluation."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from fedsafe_jax import checkpoint, export, records, report
+from fedsafe_jax import checkpoint, constitutional, export, preemption, records, report, rounds
 from fedsafe_jax import world as world_lib
-from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as cai_train
 from fedsafe_jax.clients import build_clients
-from fedsafe_jax.config import validate
-from fedsafe_jax.data import chat, partition
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
-from fedsafe_jax.federated import algorithms, round
-from fedsafe_jax.models import lora, loss
+from fedsafe_jax.federated import client, simulation
+from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.progress import Progress
+from fedsafe_jax.validation import validate
 
 
 def run(config, workdir: str) -> dict:
     """Runs or resumes everything the config asks for, and returns what `results.json` holds."""
     validate(config)
+    client.make_optimizer(config.optimizer, config.gradient_clip)  # a wrong one, named at once
     started = time.monotonic()
     world = world_lib.load(config)
     workdir = pathlib.Path(workdir)
@@ -84,187 +81,125 @@ class ArmRun:
         self.model = Decoder(world.lm.config, world.lora.scale)
         self.folder = workdir / "checkpoints" / arm_id.replace("/", "_") / f"seed{seed}"
 
-    def _algorithm(self):
-        def loss_fn(adapter, base, batch):
-            return loss.packed_loss(self.model, adapter, base, batch)
-
-        return algorithms.ALGORITHMS[self.algorithm](loss_fn, algorithms.local_optimizer())
+    @functools.cached_property
+    def _programs(self):
+        return rounds.build(self.config, self.algorithm, self.model, self.world.lm.mesh)
 
     def _initial_state(self):
-        key = jax.random.key(self.seed)
-        adapter = lora.init(key, self.world.lm.config, self.world.lora)
-        return self._replicated(self._algorithm().init(adapter, self.config.num_clients))
+        adapter = lora.init(jax.random.key(self.seed), self.world.lm.config, self.world.lora)
+        return simulation.initial_state(self._programs, adapter, self.config.num_clients)
 
-    def _replicated(self, state):
-        return jax.device_put(state, NamedSharding(self.world.lm.mesh, PartitionSpec()))
+    def _restored(self, saved):
+        state, done = saved.restore(self._initial_state())
+        server = simulation.replicate(state.server, self.world.lm.mesh)
+        return state._replace(server=server), done
 
     def restored_adapter(self):
         """The adapter of a finished arm, from its newest checkpoint; None for the base model."""
         if self.arm == "base":
             return None
         saved = checkpoint.RoundCheckpoints(self.folder)
-        state = saved.restore(self._initial_state())
+        state, _ = self._restored(saved)
         saved.close()
-        return state.adapter
+        return state.server.adapter
 
     def train(self):
-        """All rounds; returns the final adapter, None for the base model."""
+        """All rounds; returns the final adapter, None for the base model.
+
+        Raises:
+          Preempted: told to end; the last finished round is saved.
+        """
         if self.arm == "base":
             return None
-        config, lm = self.config, self.world.lm
-        parallel = config.clients_in_parallel or (
-            1 if jax.default_backend() == "cpu" else config.clients_per_round
-        )
-        round_fn = round.make_round(self._algorithm(), self.world.lm.mesh, parallel)
+        config = self.config
         cai_fn = cai_train.make_train(self.model, config.cai.beta, config.cai.dpo_weight)
         data = self.clients.filtered if "filter" in self.arm else self.clients.plain
-        state = self._initial_state()
         saved = checkpoint.RoundCheckpoints(self.folder)
-        first = saved.latest()
-        if first:
-            state = saved.restore(state)
-        for t in range(first, config.rounds):
-            clock = Clock()
-            # Sample clients; each draws its local batches from (seed, round, client).
-            cohort = partition.sample_cohort(
-                self.seed, t, config.num_clients, config.clients_per_round
-            )
-            batches = partition.local_batches(
-                data, self.seed, t, cohort, config.local_steps, config.batch_size, config.seq_len
-            )
-            weights = np.array([len(data[i]) for i in cohort], np.float32)
-            useful = int((batches.segment_ids > 0).sum())
-            batches, ids, weights = round.pad_cohort(
-                batches, cohort, weights, self.world.lm.mesh.shape[CLIENTS]
-            )
-            clock.lap("data")
-            # Local training and aggregation, one program.
-            state, metrics = round_fn(
-                state, lm.params, batches, ids, weights, jnp.float32(rate(config, t))
-            )
-            metrics = jax.device_get(metrics)
-            clock.lap("federated")
-            row = {
-                "arm": self.arm_id,
-                "seed": self.seed,
-                "round": t,
-                "loss": float(metrics.losses[: len(cohort)].mean()),
-                "loss_last_step": float(metrics.losses[: len(cohort), -1].mean()),
-                "delta_norms": [float(n) for n in metrics.delta_norms[: len(cohort)]],
-                "update_norm": float(metrics.update_norm),
-                "clients": cohort.tolist(),
-                "useful_tokens": useful,
-                "tokens_per_second": useful / clock.seconds["federated"],
-            }
-            if not np.isfinite(row["update_norm"]):
-                raise FloatingPointError(
-                    f"{self.arm_id}, round {t}: the update is not finite; lower learning_rate "
-                    f"({config.learning_rate})."
-                )
-            if "filter" in self.arm:
-                counts = [self.clients.counts[i] for i in cohort]
-                row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in counts[0]._fields}
-            if "cai" in self.arm:
-                state, row["cai"] = self._constitutional(state, cai_fn, t, clock)
-            if config.eval.every_round_prompts:
-                row["eval"] = self._probe(state.adapter)
-                clock.lap("probe")
-            saved.save(t + 1, state)
-            clock.lap("checkpoint")
-            row["seconds"] = clock.seconds
-            records.replace_lines(
-                self.workdir / "metrics.jsonl",
-                lambda old, t=t: self._mine(old) and old["round"] >= t,
-                [row],
-            )
-            self.progress.round_done(row)
+        state, done = self._restored(saved)
+        try:
+            for t in range(done, config.rounds):
+                new, row, cai_records = self._round(state, data, cai_fn, t)
+                with preemption.hold():
+                    state, done = new, t + 1
+                    if done % config.checkpoint_every == 0 or done == config.rounds:
+                        saved.save(done, state)
+                    self._record(row, cai_records)
+        except preemption.Preempted:
+            with preemption.hold():
+                if done:
+                    saved.save(done, state)
+                saved.close()
+            raise
         saved.close()
-        return state.adapter
+        return state.server.adapter
+
+    def _round(self, state, data, cai_fn, t: int):
+        """`(state, row of metrics, records of CAI)` of one round."""
+        config, clock = self.config, Clock()
+        # Filtered local training and aggregation.
+        state, figures = rounds.run(
+            config, self.algorithm, self._programs, state, self.world.lm.params, data, self.seed, t
+        )
+        clock.lap("federated")
+        row = {"arm": self.arm_id, "seed": self.seed, "round": t} | figures
+        row["tokens_per_second"] = row["useful_tokens"] / clock.seconds["federated"]
+        self._warn(row)
+        if "filter" in self.arm:
+            counts = [self.clients.counts[i] for i in row["clients"] + row["no_data"]]
+            row["filter"] = {
+                k: sum(getattr(c, k) for c in counts) for k in self.clients.counts[0]._fields
+            }
+        found = []
+        if "cai" in self.arm:
+            # Constitutional AI on the aggregated model.
+            adapter, row["cai"], found = constitutional.constitutional(
+                config,
+                self.world,
+                cai_fn,
+                self._language_model(state.server.adapter),
+                self._language_model(None),
+                self.seed,
+                t,
+                clock,
+            )
+            adapter = simulation.replicate(adapter, self.world.lm.mesh)
+            state = state._replace(server=state.server._replace(adapter=adapter))
+        if config.eval.every_round_prompts:
+            row["eval"] = self._probe(state.server.adapter)
+            clock.lap("probe")
+        row["seconds"] = clock.seconds
+        return state, row, found
+
+    def _warn(self, row) -> None:
+        """Says loudly what a round left out."""
+        where = f"{self.arm_id} seed {self.seed} round {row['round'] + 1}"
+        if row["excluded"]:
+            names = ", ".join(map(str, row["excluded"]))
+            self.progress.warn(f"{where}: update not finite, left out: client(s) {names}")
+        if row["skipped"]:
+            self.progress.warn(f"{where}: SKIPPED, no client was left; the model stays as it was")
+
+    def _record(self, row, cai_records) -> None:
+        t = row["round"]
+        if cai_records:
+            key = {"arm": self.arm_id, "seed": self.seed, "round": t}
+            records.replace_lines(
+                self.workdir / "cai" / f"round_{t:03d}.jsonl",
+                self._mine,
+                [key | r._asdict() for r in cai_records],
+            )
+        records.replace_lines(
+            self.workdir / "metrics.jsonl",
+            lambda old: self._mine(old) and old["round"] >= t,
+            [row],
+        )
+        self.progress.round_done(row)
 
     def _mine(self, row: dict) -> bool:
         return row["arm"] == self.arm_id and row["seed"] == self.seed
 
     def _language_model(self, adapter):
         return dataclasses.replace(self.world.lm, adapter=adapter)
-
-    def _constitutional(self, state, cai_fn, t: int, clock):
-        """Light CAI on the aggregated model: generate, critique, revise, then SFT and DPO."""
-        c, world = self.config.cai, self.world
-        rng = np.random.default_rng([self.seed, t, 2])
-
-        def some(pool, count):
-            return [pool[i] for i in rng.permutation(len(pool))[:count]]
-
-        harmful = [e.prompt for e in some(world.red_team, c.red_team_prompts)]
-        benign = [e.prompt for e in some(world.replay, c.benign_prompts)]
-        current = self._language_model(state.adapter)
-        reviser = current if c.reviser == "global" else self._language_model(None)
-
-        def answering(lm, temperature):
-            def generate(threads, call):
-                seed = int(np.random.default_rng([self.seed, t, 3, call]).integers(2**31))
-                return lm.answer_dialogues(
-                    threads, c.max_new_tokens, temperature, seed=seed, batch_size=32, cut=True
-                )
-
-            return generate
-
-        found = revise_lib.revise(
-            harmful + benign,
-            world.principles,
-            answering(current, c.temperature),
-            answering(reviser, 0.0),
-            (self.seed, t, 4),
-            wanted=[True] * len(harmful) + [False] * len(benign),
-            refuses=start_refusal,
-        )
-        clock.lap("cai_generate")
-        counts: dict[str, int] = {"kept": 0}
-        for record in found:
-            counts[record.dropped or "kept"] = counts.get(record.dropped or "kept", 0) + 1
-        kept = [r for r in found if not r.dropped]
-
-        def encode(prompt, response):
-            return chat.encode(
-                world.lm.tokenizer, (("user", prompt),), response, self.config.seq_len
-            )
-
-        replay = some(world.replay, c.replay_examples)
-        sft = [encode(r.prompt, r.revision) for r in kept] + [
-            chat.encode(world.lm.tokenizer, e.messages, e.response, self.config.seq_len)
-            for e in replay
-        ]
-        pairs = [
-            (encode(r.prompt, r.revision), encode(r.prompt, r.initial)) for r in kept if r.preferred
-        ]
-        sft = [e for e in sft if e is not None]
-        pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-        batches = cai_train.make_batches(
-            sft,
-            pairs,
-            c.steps,
-            c.batch_size,
-            c.pairs_per_step,
-            self.config.seq_len,
-            (self.seed, t, 5),
-        )
-        local = current.on_one_device()
-        adapter, sft_losses, dpo_losses = cai_fn(
-            local.adapter,
-            local.params,
-            batches,
-            jnp.float32(c.learning_rate * decay(self.config, t)),
-        )
-        counts |= {
-            "pairs": len(pairs),
-            "replay": len(replay),
-            "sft_loss": float(sft_losses.mean()),
-            "dpo_loss": float(dpo_losses.mean()),
-        }
-        clock.lap("cai_train")
-        lines = [{"arm": self.arm_id, "seed": self.seed, "round": t} | r._asdict() for r in found]
-        records.replace_lines(self.workdir / "cai" / f"round_{t:03d}.jsonl", self._mine, lines)
-        return state._replace(adapter=self._replicated(adapter)), counts
 
     def _probe(self, adapter) -> dict:
         """Refusal rates on a few prompts, for the curves."""
@@ -309,18 +244,6 @@ class Clock:
 def round_to(seconds: float) -> float:
     """Milliseconds are enough, and never zero."""
     return max(float(f"{seconds:.3f}"), 1e-3)
-
-
-def rate(config, t: int) -> float:
-    """Cosine over rounds from `learning_rate` to `min_learning_rate` (OpenFedLLM's schedule)."""
-    low, high = config.min_learning_rate, config.learning_rate
-    return low + 0.5 * (high - low) * (1 + np.cos(np.pi * t / config.rounds))
-
-
-def decay(config, t: int) -> float:
-    """The clients' rate as a share of its start. CAI follows it: at a constant rate its last
-    rounds outweigh what the clients still learn, and over-refusal grows."""
-    return rate(config, t) / config.learning_rate
 
 
 def summarise(config, world, workdir, outcomes, filter_quality) -> dict:

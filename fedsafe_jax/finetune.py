@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from fedsafe_jax.data import chat, partition
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
-from fedsafe_jax.federated import algorithms, round
+from fedsafe_jax.federated import aggregation, algorithms, simulation
+from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.federated.participation import draw_cohort
+from fedsafe_jax.federated.round import RoundSpec, make_round
 from fedsafe_jax.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
@@ -75,14 +77,21 @@ def finetune(
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    mesh = lm.mesh or make_mesh(jax.devices()[:1])
-    method = algorithms.ALGORITHMS[algorithm](loss_fn, algorithms.local_optimizer())
-    round_fn = round.make_round(method, mesh, clients_in_parallel)
-    state = method.init(lora.init(jax.random.key(seed), lm.config, config), len(clients))
+    mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
+    training = LocalTraining(loss_fn, make_optimizer())
+    method = algorithms.make(algorithm, training, len(clients))
+    programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, clients_in_parallel)
+    adapter = lora.init(jax.random.key(seed), lm.config, config)
+    state = simulation.initial_state(programs, adapter, len(clients))
+    sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
+    chunk = simulation.chunk_size(count, mesh.shape[CLIENTS])
     for t in range(rounds):
-        cohort = partition.sample_cohort(seed, t, len(clients), clients_per_round or len(clients))
-        batches = partition.local_batches(data, seed, t, cohort, local_steps, batch_size, seq_len)
-        weights = np.array([len(data[i]) for i in cohort], np.float32)
-        padded = round.pad_cohort(batches, cohort, weights, mesh.shape[CLIENTS])
-        state, _ = round_fn(state, lm.params, *padded, jnp.float32(learning_rate))
-    return Adapter(jax.device_get(state.adapter), config, lm.name)
+        cohort = draw_cohort(seed, t, sizes, count, local_steps)
+        batches = RoundBatches(
+            data, seed, t, cohort.ids, cohort.steps, local_steps, batch_size, seq_len
+        )
+        key = jax.random.key(seed)  # of noise, and there is none
+        state, _ = simulation.run_round(
+            programs, state, lm.params, batches.chunk, cohort, rates, key, chunk
+        )
+    return Adapter(jax.device_get(state.server.adapter), config, lm.name)

@@ -52,7 +52,9 @@ def main(argv):
     if _WORKDIR.value:
         prepare_libraries(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)  # libraries; the run's own lines go through progress
-    from fedsafe_jax.config import ConfigError, validate
+    from fedsafe_jax.config import ConfigError
+    from fedsafe_jax.preemption import Preempted
+    from fedsafe_jax.validation import validate
 
     try:
         if config.dry_run:
@@ -62,16 +64,20 @@ def main(argv):
             print(plan.describe(config))
             return
         validate(config)
-        from fedsafe_jax import experiment
+        from fedsafe_jax import experiment, preemption
         from fedsafe_jax.federated.mesh import use_cores
 
         use_cores(config.clients_per_round)
+        preemption.listen()
         experiment.run(config, _WORKDIR.value)
         print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
     except (ConfigError, *_border_errors()) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the same command continues from the last round.") from None
+    except Preempted as signal_:
+        print(f"\n{signal_}: the same command continues from the last round.", file=sys.stderr)
+        sys.stderr.flush()
+        # At once: leaving Python in order would wait for what the devices still compute.
+        os._exit(128 + signal_.signum)
 
 
 def _border_errors():
@@ -79,12 +85,13 @@ def _border_errors():
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError
+    from fedsafe_jax.federated.client import OptimizerError
     from fedsafe_jax.filters.classifier import FilterError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.records import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, EndpointError, FilterError, ModelError
+    return *data, EndpointError, FilterError, ModelError, OptimizerError
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ class Progress:
         left = (self._total - self._done) * recent[len(recent) // 2]
         parts = [
             f"{row['arm']} seed {row['seed']} round {row['round'] + 1}",
-            f"loss {row['loss']:.3f}",
+            "no loss" if row["loss"] is None else f"loss {row['loss']:.3f}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
+        if "epsilon" in row:
+            parts.append(f"epsilon {row['epsilon']:.2f}")
         if "filter" in row:
             parts.append(f"kept {row['filter']['kept']} dropped {row['filter']['dropped']}")
         if "cai" in row:
@@ -40,6 +42,10 @@ class Progress:
     def note(self, text: str) -> None:
         """A line about something other than a round."""
         self._show(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays on the terminal."""
+        print(("\n" if self._console.is_terminal else "") + f"WARNING: {text}", file=sys.stderr)
 
     def _show(self, text: str) -> None:
         share = self._done / max(self._total, 1)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from fedsafe_jax import rounds
 from fedsafe_jax.cai import constitution
-from fedsafe_jax.data import chat, overlap, partition, sources
+from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
@@ -100,16 +101,8 @@ def load(config: ConfigDict) -> World:
         if not kept_exact:
             raise sources.SourceError(f"{role} data: no example is left of {len(pool)} read.")
     # The split itself is checked here, before the model loads.
-    partition.partition(
-        roles["client, safe"],
-        roles["client, unsafe"],
-        config.num_clients,
-        config.examples_per_client,
-        config.harmful_share,
-        config.partition,
-        np.random.default_rng(0),
-        config.dirichlet_alpha,
-    )
+    for seed in config.seeds:
+        rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
     if config.filter.kind == "guard":
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = constitution.load(config.cai.constitution)

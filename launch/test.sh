@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
-install '[test,report]'
+install '[test,report,dp]'
+# Small programs too: the tests compile the same ones in many processes.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 export HF_HUB_OFFLINE=1 JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-.venv/xla_cache}"
 .venv/bin/ruff check .
 exec .venv/bin/python -m pytest -q "$@"

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "cai": {"cai", "models", "data", "generation"},
     "evals": {"evals", "data", "models", "generation", "filters"},
     "checkpoint": {"federated"},
-    "config": {"data"},
+    "config": set(),
+    "validation": {"config", "data", "federated"},
 }
 
 

@@ -1,53 +1,12 @@
 """The command line as a user meets it: errors, a whole tiny run, a kill, evaluation."""
 
 import json
-import os
-import pathlib
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "TRANSFORMERS_VERBOSITY": "error"}
-SMALL = (
-    "rounds=3", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
-    "batch_size=2", "seq_len=64", "filter.epochs=1", "eval.max_prompts=4", "eval.max_heldout=4",
-    "eval.max_new_tokens=4", "eval.batch_size=4", "cai.red_team_prompts=2", "cai.benign_prompts=1",
-    "cai.steps=2", "cai.batch_size=2", "cai.pairs_per_step=1", "cai.replay_examples=4",
-    "cai.max_new_tokens=8", "arms=('base','fl','fl+filter+cai')",
-)  # fmt: skip
-
-
-def command(workdir, *settings):
-    # The last word on a field counts: absl would join a tuple given twice.
-    fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
-    return [*start, f"--workdir={workdir}", *flags]
-
-
-def run(workdir, *settings, check=True):
-    done = subprocess.run(
-        command(workdir, *settings),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def comparable(workdir):
-    results = json.loads((workdir / "results.json").read_text())
-    del results["seconds"]
-    return results
+from commands import ENVIRONMENT, ROOT, comparable, run
 
 
 @pytest.mark.parametrize(
@@ -69,6 +28,15 @@ def comparable(workdir):
         ("harmful_share=2.0", "harmful_share=2.0"),
         ("quantization=int4", "quantization: 'int4' is not one of '' (none), int8, nf4."),
         ("model_parallel=3", "model_parallel=3 does not divide"),
+        ("lora_rank=0", "lora_rank=0: expected at least 1"),
+        ("algorithms=('fedsgd',)", "is not one of fedavg, fedprox, scaffold, fedavgm,"),
+        ("federated.aggregator=krum", "needs at least 5 clients a round, clients_per_round=2"),
+        ("federated.noise_multiplier=1.0", "without clip_norm"),
+        ("federated.topk_share=0", "federated.topk_share=0.0: expected more than 0"),
+        ("federated.client_ranks=(8,32)", "expected 1 to lora_rank=16"),
+        ("optimizer=adamm", "'adamm' is no optimizer of optax"),
+        ("optimizer=sgd(momentun=0.9)", "'sgd' does not take momentun"),
+        ("filtr.epochs=3", "did you mean --config.filter.epochs?"),
     ],
 )
 def test_mistakes_give_one_clear_line(tmp_path, setting, message):
@@ -122,34 +90,6 @@ def test_a_run_writes_what_the_design_lists(finished):
     assert (workdir / "export" / "merged" / "model.safetensors").is_file()
     assert (workdir / "export" / "adapter" / "adapter_config.json").is_file()
     assert "fl+filter+cai" in done.stdout
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path, how):
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    # The first round of the last arm is done: two arms are finished, one is in the middle.
-    while not (metrics.exists() and '"fl+filter+cai"' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    if how == signal.SIGINT:
-        assert "the same command continues" in errors and "Traceback" not in errors
-    assert not (tmp_path / "results.json").exists()
-    run(tmp_path)
-    assert comparable(tmp_path) == comparable(finished[0])
-
-    def losses(workdir):
-        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows]
-
-    assert losses(tmp_path) == losses(finished[0])  # to the bit
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished):

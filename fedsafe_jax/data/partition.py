@@ -1,11 +1,9 @@
-"""Splits examples over clients, and draws each client's local batches."""
+"""Splits examples over clients."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.packing import Batch, assign_rows, bucket, fill
 from fedsafe_jax.data.sources import Example
 
 
@@ -29,12 +27,19 @@ def dirichlet_groups(labels, num_clients: int, alpha: float, rng) -> list[list[i
     return groups
 
 
+def client_sizes(num_clients: int, mean: int, sigma: float, rng: np.random.Generator) -> list[int]:
+    """Examples that each client holds: log-normal with this mean, all the same for sigma 0."""
+    if not sigma:
+        return [mean] * num_clients
+    spread = np.exp(sigma * rng.standard_normal(num_clients) - sigma**2 / 2)
+    return [max(1, round(mean * s)) for s in spread]
+
+
 def partition(
     safe: Sequence[Example],
     unsafe: Sequence[Example],
-    num_clients: int,
-    examples_per_client: int,
-    harmful_share: float,
+    sizes: Sequence[int],
+    harmful_shares: Sequence[float],
     kind: str,
     rng: np.random.Generator,
     alpha: float = 0.5,
@@ -43,9 +48,9 @@ def partition(
 
     Args:
       safe, unsafe: the two pools.
-      num_clients: how many clients.
-      examples_per_client: how many each holds.
-      harmful_share: share of unsafe examples at each client, in [0, 1].
+      sizes: examples that each client holds, at most: a pool, or a client's part of it, may hold
+        fewer.
+      harmful_shares: share of unsafe examples at each client, in [0, 1].
       kind: `iid`; `dirichlet` (safe examples skewed by source and category); `user`, `category` or
         `source` (the safe examples of one value of that field stay together).
       rng: numpy generator.
@@ -54,10 +59,11 @@ def partition(
     Raises:
       PartitionError: too few examples, or an empty client.
     """
-    num_unsafe = round(harmful_share * examples_per_client)
-    num_safe = examples_per_client - num_unsafe
+    num_clients = len(sizes)
+    num_unsafe = [round(h * n) for h, n in zip(harmful_shares, sizes, strict=True)]
+    num_safe = [n - u for n, u in zip(sizes, num_unsafe, strict=True)]
     for name, pool, need in (("safe", safe, num_safe), ("unsafe", unsafe, num_unsafe)):
-        if len(pool) < num_clients and need:
+        if len(pool) < sum(n > 0 for n in need):
             raise PartitionError(
                 f"num_clients={num_clients}, but there are only {len(pool)} {name} examples: more "
                 "clients than examples. Lower num_clients or add data."
@@ -84,51 +90,13 @@ def partition(
             f"partition='{kind}': expected iid, dirichlet, user, category or source."
         )
     harmful = rng.permutation(len(unsafe))
+    holders = [i for i, n in enumerate(num_unsafe) if n]
+    dealt = {i: harmful[k :: len(holders)][: num_unsafe[i]] for k, i in enumerate(holders)}
     clients = []
     for i, group in enumerate(groups):
-        mine = [safe[j] for j in group[:num_safe]]
-        mine += [unsafe[j] for j in harmful[i::num_clients][:num_unsafe]]
+        mine = [safe[j] for j in group[: num_safe[i]]]
+        mine += [unsafe[j] for j in dealt.get(i, ())]
         if not mine:
             raise PartitionError(f"client {i} has no example; raise dirichlet_alpha or add data.")
         clients.append([mine[j] for j in rng.permutation(len(mine))])
     return clients
-
-
-def sample_cohort(seed: int, round_number: int, num_clients: int, clients_per_round: int):
-    """Sorted ids of a round's clients, int32, drawn without replacement from (seed, round)."""
-    rng = np.random.default_rng([seed, round_number, 0])
-    return np.sort(rng.choice(num_clients, clients_per_round, replace=False)).astype(np.int32)
-
-
-def local_batches(
-    clients: Sequence[Sequence[Encoded]], seed: int, round_number: int, client_ids, steps: int,
-    batch_size: int, seq: int,
-) -> Batch:  # fmt: skip
-    """Packed batches of a round, `[clients, steps, rows, seq]`.
-
-    Each client walks through shuffles of its own examples, `batch_size` a step, starting a new
-    shuffle when one ends. Rows are the bucketed maximum over the round. A client without examples
-    gets empty rows, whose loss mask is zero.
-    """
-    plans, most = [], 1
-    for client in client_ids:
-        examples = clients[client]
-        rng = np.random.default_rng([seed, round_number, 1, int(client)])
-        draws: list[int] = []
-        while examples and len(draws) < steps * batch_size:
-            draws.extend(rng.permutation(len(examples)))
-        plan = []
-        for step in range(steps):
-            chosen = [examples[i] for i in draws[step * batch_size : (step + 1) * batch_size]]
-            rows = assign_rows([len(e.ids) for e in chosen], seq)
-            most = max(most, len(rows))
-            plan.append((chosen, rows))
-        plans.append(plan)
-    count = bucket(most)
-    filled = [[fill(chosen, rows, count, seq) for chosen, rows in plan] for plan in plans]
-    return Batch(
-        *(
-            np.stack([np.stack([getattr(b, name) for b in plan]) for plan in filled])
-            for name in Batch._fields
-        )
-    )

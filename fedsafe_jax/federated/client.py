@@ -1,48 +1,156 @@
 """One client's local training, written for one client; `round.py` maps it over many."""
 
+import ast
+import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 
-def local_training(
-    loss_fn: Callable,
-    optimizer: optax.GradientTransformation,
-    adapter,
-    base,
-    batches,
-    correction,
-    rate,
-):
-    """Local steps from the global adapter, with a fresh optimizer.
+class LocalTraining(NamedTuple):
+    """What all algorithms share of a client's work.
 
-    Args:
+    Attributes:
       loss_fn: `(adapter, base, batch) -> scalar`.
-      optimizer: turns a gradient into a direction; the step is `-rate * direction`.
-      adapter: global adapter at the start of the round.
-      base: frozen base parameters.
-      batches: pytree with leaves `[steps, rows, seq]`.
-      correction: pytree added to every gradient (zero for FedAvg, `c - c_i` for SCAFFOLD).
-      rate: learning rate of this round, scalar.
-
-    Returns:
-      `(local adapter, mean raw gradient, losses [steps])`.
+      optimizer: built for a learning rate of 1; its updates are scaled by the step's rate.
+      accumulation: batches whose gradients are averaged in a step.
     """
 
-    def step(carry, batch):
-        local, state, gradient_sum = carry
-        loss, gradient = jax.value_and_grad(loss_fn)(local, base, batch)
-        gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradient)
-        corrected = jax.tree.map(jnp.add, gradient, correction)
-        direction, state = optimizer.update(corrected, state, local)
-        # A step without targets (everything filtered) must not move: momentum would.
-        active = (batch.mask.sum() > 0).astype(jnp.float32)
-        local = jax.tree.map(lambda p, d: p - active * rate * d, local, direction)
-        return (local, state, gradient_sum), loss
+    loss_fn: Callable
+    optimizer: optax.GradientTransformation
+    accumulation: int = 1
 
-    start = (adapter, optimizer.init(adapter), jax.tree.map(jnp.zeros_like, adapter))
-    (local, _, gradient_sum), losses = jax.lax.scan(step, start, batches)
-    steps = losses.shape[0]
-    return local, jax.tree.map(lambda g: g / steps, gradient_sum), losses
+
+class Trained(NamedTuple):
+    """The end of a client's round."""
+
+    adapter: jax.Array  # pytree
+    gradient: jax.Array  # pytree, mean raw gradient of the steps
+    losses: jax.Array  # float32 [steps], 0 in steps without targets
+    active: jax.Array  # float32 [steps], 1 where the step had targets
+
+
+class OptimizerError(ValueError):
+    """The optimizer cannot be built."""
+
+
+def adamw_hf(
+    learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW of transformers 4 (`adamw_hf`): eps is added before the bias is corrected, so that the
+    first steps are shorter where gradients are small."""
+
+    def init(params):
+        return optax.scale_by_adam().init(params)
+
+    def update(gradient, state, params=None):
+        del params
+        count = state.count + 1
+        mu = optax.tree.update_moment(gradient, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2)
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        step = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
+        return step, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTransformation:
+    """A client's optimizer for a rate of 1, after clipping the gradient's global norm.
+
+    Args:
+      spec: an optax alias with arguments other than the rate, such as "adam",
+        "adamw(weight_decay=0.01)", "sgd(momentum=0.9)"; or `adamw_hf`.
+      clip: largest norm of a gradient; 0 for none.
+
+    Raises:
+      OptimizerError: no such alias, or one that does not take these arguments.
+    """
+    try:
+        call = ast.parse(spec, mode="eval").body
+        if isinstance(call, ast.Name):
+            name, arguments = call.id, {}
+        else:
+            assert isinstance(call, ast.Call) and not call.args
+            name = call.func.id
+            arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (AssertionError, AttributeError, SyntaxError, ValueError):
+        raise OptimizerError(
+            f"'{spec}' cannot be read; expected such as adam or adamw(weight_decay=0.01)."
+        ) from None
+    alias = adamw_hf if name == "adamw_hf" else getattr(optax, name, None)
+    takes = inspect.signature(alias).parameters if inspect.isfunction(alias) else {}
+    if "learning_rate" not in takes:
+        raise OptimizerError(
+            f"'{name}' is no optimizer of optax; expected such as adam, adamw, sgd, lion."
+        )
+    if unknown := sorted(arguments.keys() - takes.keys() | arguments.keys() & {"learning_rate"}):
+        raise OptimizerError(f"'{name}' does not take {unknown[0]}; the rate is learning_rate's.")
+    optimizer = alias(learning_rate=1.0, **arguments)
+    return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+
+
+def local_training(
+    training: LocalTraining,
+    start,
+    base,
+    batches,
+    rates: jax.Array,
+    adjust: Callable = lambda gradient, local: gradient,
+    after: Callable = lambda local, rate: local,
+) -> Trained:
+    """Local steps from `start`, with a fresh optimizer.
+
+    A step without targets (nothing left of the data, or a straggler's time is up) moves nothing.
+
+    Args:
+      training: loss, optimizer, accumulation.
+      start: adapter that the client begins with.
+      base: frozen base parameters.
+      batches: pytree with leaves `[steps * accumulation, rows, seq]` and a field `mask`.
+      rates: float32 `[steps]`, learning rates.
+      adjust: `(gradient, local) -> gradient`, what an algorithm adds to every gradient.
+      after: `(local, rate) -> local`, what it does after every step.
+    """
+    steps, accumulation = rates.shape[0], training.accumulation
+    batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
+    value_and_grad = jax.value_and_grad(training.loss_fn)
+
+    def gradients(local, micro):
+        if accumulation == 1:
+            return value_and_grad(local, base, jax.tree.map(lambda x: x[0], micro))
+
+        def add(carry, batch):
+            return jax.tree.map(jnp.add, carry, value_and_grad(local, base, batch)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, local))
+        total, _ = jax.lax.scan(add, zero, micro)
+        return jax.tree.map(lambda x: x / accumulation, total)
+
+    def step(carry, inputs):
+        local, state, gradient_sum = carry
+        micro, rate = inputs
+        loss, gradient = gradients(local, micro)
+        active = (micro.mask.sum() > 0).astype(jnp.float32)
+        gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradient)
+        updates, state = training.optimizer.update(adjust(gradient, local), state, local)
+        moved = after(jax.tree.map(lambda p, u: p + rate * u, local, updates), rate)
+        local = jax.tree.map(lambda new, old: jnp.where(active > 0, new, old), moved, local)
+        return (local, state, gradient_sum), (loss, active)
+
+    zero = jax.tree.map(jnp.zeros_like, start)
+    carry = (start, training.optimizer.init(start), zero)
+    (local, _, gradient_sum), (losses, active) = jax.lax.scan(step, carry, (batches, rates))
+    done = jnp.maximum(active.sum(), 1.0)
+    return Trained(local, jax.tree.map(lambda g: g / done, gradient_sum), losses, active)

@@ -1,53 +1,164 @@
-"""One federated round as one jitted program: map clients, train locally, aggregate."""
+"""A federated round on the device: chunks of clients train, their updates are combined.
 
-from typing import NamedTuple
+Three jitted programs: `train` maps local training over a chunk of clients, `collect` adds a chunk
+to a weighted sum, `finish` makes the server's step. `simulation.run_round` calls them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.federated.aggregation import global_norm
+from fedsafe_jax.federated import aggregation, compression, lora_average, privacy
+from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
+from fedsafe_jax.federated.compression import Compression
 from fedsafe_jax.models.sharding import CLIENTS
+
+SKETCH = 4096  # numbers kept of an update, for its angle to the mean
+
+
+class RoundSpec(NamedTuple):
+    """What a round does, static.
+
+    Attributes:
+      algorithm: FedAvg, SCAFFOLD, ...
+      aggregator: combines the updates.
+      product: average the adapters' products instead (`lora_average.product_mean`); the aggregator
+        is then not used.
+      compression: of the updates, with error feedback; None for none.
+      clip_norm: longest update that counts in full; 0 for no limit.
+      noise_multiplier: of differential privacy, see `privacy`; 0 for none.
+      cohort: expected clients a round, the denominator under differential privacy.
+      normalize_steps: updates count per local step and the mean is scaled back by the mean number
+        of steps (FedNova, Wang et al., 2020, Eq. 6): for stragglers.
+      ragged_ranks: clients have ranks of their own.
+    """
+
+    algorithm: FederatedAlgorithm
+    aggregator: Aggregator
+    product: bool = False
+    compression: Compression | None = None
+    clip_norm: float = 0.0
+    noise_multiplier: float = 0.0
+    cohort: int = 1
+    normalize_steps: bool = False
+    ragged_ranks: bool = False
+
+    @property
+    def linear(self) -> bool:
+        return self.aggregator.linear and not self.product
+
+
+class Inputs(NamedTuple):
+    """A chunk of clients; leaves lead with `[clients]`."""
+
+    batches: Batch  # [clients, steps * accumulation, rows, seq]
+    weights: Any  # float32, 0 for padding
+    boosts: Any  # float32, what malicious clients multiply their update by; 1 for others
+    ranks: Any  # int32
+    states: Any  # of the algorithm; () without
+    residuals: Any  # float32 [clients, params] of compression; () without
+
+
+class Sent(NamedTuple):
+    """What a chunk of clients sends; leaves lead with `[clients]`.
+
+    Attributes:
+      updates: float32 `[clients, params]`, as the server counts them.
+      masks: float32 `[clients, params]`, coordinates a client has; () unless ranks differ.
+      controls: SCAFFOLD's changes; () without.
+      weights: float32, 0 also for a client whose update is not finite.
+      steps: float32, share of the local steps that were done.
+    """
+
+    updates: jax.Array
+    masks: Any
+    controls: Any
+    weights: jax.Array
+    steps: jax.Array
+
+
+class ClientMetrics(NamedTuple):
+    """What is reported of a chunk; leaves lead with `[clients]`."""
+
+    losses: jax.Array  # float32 [clients, steps], nats a learned token
+    active: jax.Array  # float32 [clients, steps], 1 where a step had targets
+    norms: jax.Array  # float32, of the update before clipping
+    finite: jax.Array  # bool
+    sketches: jax.Array  # float32 [clients, SKETCH]
+
+
+class Collected(NamedTuple):
+    """Sums over the clients so far."""
+
+    total: jax.Array  # float32 [params], weighted
+    weight: jax.Array  # float32 [], or [params] where ranks differ
+    steps: jax.Array  # float32 [], weighted
+    clients: jax.Array  # float32 [], that count
+    controls: Any
 
 
 class RoundMetrics(NamedTuple):
-    """What a round reports."""
+    """What is reported of the server's step."""
 
-    losses: jax.Array  # float32 [clients, steps], nats a learned token
-    delta_norms: jax.Array  # float32 [clients]
-    update_norm: jax.Array  # float32 scalar, of the server's step
+    update_norm: jax.Array  # float32 []
+    sketch: jax.Array  # float32 [SKETCH], of the mean
+    mean_norm: jax.Array  # float32 []
+    product_gap: jax.Array  # float32 [], see `lora_average`; NaN when updates were added up
+    clients: jax.Array  # float32 [], that counted
 
 
-def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: int):
-    """Builds the jitted round.
+class Programs(NamedTuple):
+    """The jitted programs of a round.
 
-    Args:
-      algorithm: FedAvg, SCAFFOLD, ...
-      mesh: devices along `clients`, which split the cohort, and `model`, which split the base.
-      clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn.
-
-    Returns:
-      `(server_state, base, batches, client_ids, weights, rate) -> (server_state, RoundMetrics)`.
-      Leaves of `batches` are `[clients, steps, rows, seq]`, `client_ids` int32 `[clients]`,
-      `weights` float32 `[clients]`; the cohort is a multiple of that axis (see `pad_cohort`). The
-      old state is donated.
+    Attributes:
+      spec, mesh: what they were built for.
+      train: `(server, base, Inputs, rates [steps]) -> (Sent, states, residuals, ClientMetrics)`;
+        the number of clients is a multiple of the mesh axis `clients`.
+      collect: `(Collected or None, Sent) -> Collected`, for linear aggregation.
+      finish: `(server, Collected or [Sent, ...], key) -> (server, RoundMetrics)`. With no client
+        that counts the server stays as it was.
     """
 
-    def train_clients(server, client_states, base, batches, rate):
-        def one_client(inputs):
-            client_state, client_batches = inputs
-            return algorithm.client_update(server, client_state, base, client_batches, rate)
+    spec: RoundSpec
+    mesh: Mesh
+    train: Callable
+    collect: Callable
+    finish: Callable
 
-        return jax.lax.map(one_client, (client_states, batches), batch_size=clients_in_parallel)
 
-    def round_fn(server: ServerState, base, batches: Batch, client_ids, weights, rate):
-        cohort_states = jax.tree.map(lambda s: s[client_ids], server.client_states)
-        shared = server._replace(client_states=())
+def sketch(update: jax.Array) -> jax.Array:
+    """Random signs, then sums of every 4096th number: inner products of sketches are those of the
+    updates within about 1.6% of the product of their lengths (count sketch, Charikar et al.,
+    2002); exact up to 4096 numbers."""
+    signs = jax.random.rademacher(jax.random.key(0), update.shape, jnp.float32)
+    return jnp.pad(update * signs, (0, -update.size % SKETCH)).reshape(-1, SKETCH).sum(0)
+
+
+def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Programs:
+    """Builds the programs.
+
+    Args:
+      spec: what a round does.
+      mesh: devices along `clients`, which split a chunk, and `model`, which split the base.
+      clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn.
+    """
+    whole, split = NamedSharding(mesh, PartitionSpec()), PartitionSpec(CLIENTS)
+
+    def train_clients(server, base, inputs, rates):
+        def one(client):
+            return _client(spec, server, base, rates, client)
+
+        return jax.lax.map(one, inputs, batch_size=clients_in_parallel)
+
+    def train(server: ServerState, base, inputs: Inputs, rates):
+        mapped = train_clients
         if mesh.shape[CLIENTS] > 1:
-            split, whole = PartitionSpec(CLIENTS), PartitionSpec()
             # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
             # but fails in the backward pass of the loss's checkpointed `cond` (jax 0.10.2).
@@ -56,37 +167,103 @@ def make_round(algorithm: FederatedAlgorithm, mesh: Mesh, clients_in_parallel: i
                 mesh=mesh,
                 axis_names={CLIENTS},  # `model` stays automatic
                 check_vma=False,
-                in_specs=(whole, split, whole, split, whole),
-                out_specs=(split, split, split),
+                in_specs=(PartitionSpec(), PartitionSpec(), split, PartitionSpec()),
+                out_specs=split,
             )
-        else:
-            mapped = train_clients
-        updates, states, losses = mapped(shared, cohort_states, base, batches, rate)
-        new = algorithm.server_update(server, updates, weights)
-        # Padding clients carry an id past the end: their state is dropped. A client without
-        # examples keeps the state it had.
-        present = weights > 0
-        num = jax.tree.leaves(server.client_states)[0].shape[0] if server.client_states else 0
-        where = jnp.where(present, client_ids, num)
-        new = new._replace(
-            client_states=jax.tree.map(
-                lambda old, s: old.at[where].set(s, mode="drop"), server.client_states, states
-            )
+        sent, states, residuals, metrics = mapped(server, base, inputs, rates)
+        # Every process reads all clients' figures.
+        return sent, states, residuals, jax.lax.with_sharding_constraint(metrics, whole)
+
+    def collect(so_far: Collected | None, sent: Sent) -> Collected:
+        present = (sent.weights > 0).astype(jnp.float32)
+        new = Collected(
+            sent.weights @ sent.updates,
+            sent.weights @ sent.masks if spec.ragged_ranks else jnp.sum(sent.weights),
+            sent.weights @ sent.steps,
+            jnp.sum(present),
+            jax.tree.map(lambda c: jnp.tensordot(present, c, axes=1), sent.controls),
         )
-        step = jax.tree.map(jnp.subtract, new.adapter, server.adapter)
-        metrics = RoundMetrics(losses, jax.vmap(global_norm)(updates.adapter), global_norm(step))
-        return new, metrics
+        return new if so_far is None else jax.tree.map(jnp.add, so_far, new)
 
-    return jax.jit(round_fn, donate_argnums=0)
+    def finish(server: ServerState, gathered, key):
+        current, unravel = ravel_pytree(server.adapter)
+        gap = jnp.full((), jnp.nan)
+        if isinstance(gathered, Collected):
+            sums = gathered
+            mean = sums.total / jnp.maximum(sums.weight, 1e-12)
+        else:
+            sent = jax.tree.map(lambda *parts: jnp.concatenate(parts), *gathered)
+            sums = collect(None, sent)
+            mean, gap = _combine(spec, sent, current, unravel)
+        if spec.normalize_steps:
+            mean = mean * sums.steps / jnp.maximum(jnp.max(sums.weight), 1e-12)
+        if spec.noise_multiplier:
+            # All weigh the same, and the denominator is known beforehand.
+            mean = privacy.add_noise(
+                sums.total / spec.cohort, key, spec.noise_multiplier, spec.clip_norm, spec.cohort
+            )
+        stepped = spec.algorithm.server_update(server, unravel(mean), sums.controls)
+        moves = (sums.clients > 0) | (spec.noise_multiplier > 0)
+        stepped = jax.tree.map(lambda new, old: jnp.where(moves, new, old), stepped, server)
+        change = jax.tree.map(jnp.subtract, stepped.adapter, server.adapter)
+        norms = (jnp.linalg.norm(ravel_pytree(change)[0]), sketch(mean), jnp.linalg.norm(mean))
+        return stepped, RoundMetrics(*norms, gap, sums.clients)
 
-
-def pad_cohort(batches: Batch, client_ids: np.ndarray, weights: np.ndarray, multiple: int):
-    """Adds clients of weight zero until the cohort is a multiple of the mesh axis `clients`."""
-    missing = -len(client_ids) % multiple
-    if not missing:
-        return batches, client_ids, weights
-    padded = Batch(
-        *(np.concatenate([f, np.zeros((missing, *f.shape[1:]), f.dtype)]) for f in batches)
+    return Programs(
+        spec,
+        mesh,
+        jax.jit(train),
+        jax.jit(collect, donate_argnums=0, out_shardings=whole),
+        # The old state is not donated: a run that is stopped in a round still saves it.
+        jax.jit(finish, out_shardings=whole),
     )
-    ids = np.concatenate([client_ids, np.zeros(missing, client_ids.dtype)])
-    return padded, ids, np.concatenate([weights, np.zeros(missing, weights.dtype)])
+
+
+def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: Inputs):
+    """A client's round, from the global adapter to what the server counts."""
+    start, masks = server.adapter, ()
+    if spec.ragged_ranks:
+        mask = lora_average.rank_mask(start, inputs.ranks)
+        # Slots that are zero in both factors have no gradient, so they stay zero.
+        start, masks = jax.tree.map(jnp.multiply, start, mask), ravel_pytree(mask)[0]
+    update, state, trained = spec.algorithm.client_update(
+        server, inputs.states, start, base, inputs.batches, rates
+    )
+    flat, residual = ravel_pytree(update.adapter)[0] * inputs.boosts, inputs.residuals
+    everything = ravel_pytree((jnp.sum(jnp.square(flat)), flat, update.control, state))[0]
+    finite = jnp.all(jnp.isfinite(everything))
+    flat = jnp.where(finite, flat, 0.0)
+    if spec.compression is not None:
+        flat, left = compression.send(spec.compression, flat, residual)
+        residual = jnp.where(finite, left, residual)
+    steps = jnp.mean(trained.active)
+    if spec.normalize_steps:
+        flat = flat / jnp.maximum(steps, 1 / rates.shape[0])
+    norm = jnp.linalg.norm(flat)
+    sketched = sketch(flat)
+    if spec.clip_norm:
+        flat = aggregation.clip(flat, norm, spec.clip_norm)
+    # A client that does not count keeps the state it had.
+    counts = finite & (inputs.weights > 0)
+    state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), state, inputs.states)
+    control = jax.tree.map(lambda c: jnp.where(counts, c, 0.0), update.control)
+    sent = Sent(flat, masks, control, jnp.where(counts, inputs.weights, 0.0), steps)
+    metrics = ClientMetrics(trained.losses, trained.active, norm, finite, sketched)
+    return sent, state, residual, metrics
+
+
+def _combine(spec: RoundSpec, sent: Sent, current, unravel):
+    """The mean delta of all clients' updates, flat, and the product gap."""
+    starts = current * sent.masks if spec.ragged_ranks else current
+    adapters = jax.vmap(unravel)(starts + sent.updates)
+    if spec.product:
+        mean = lora_average.product_mean(adapters, sent.weights)
+        gap = lora_average.product_gap(adapters, sent.weights, mean)
+        return ravel_pytree(mean)[0] - current, gap
+    if spec.ragged_ranks:
+        share = sent.weights @ sent.masks
+        mean = sent.weights @ sent.updates / jnp.maximum(share, 1e-12)
+    else:
+        mean = spec.aggregator.combine(sent.updates, sent.weights, current)
+    gap = lora_average.product_gap(adapters, sent.weights, unravel(current + mean))
+    return mean, gap

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedsafe_jax.data import chat, overlap, packing, partition, sources, synthetic
+from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.sources import Example, SourceError
 
@@ -125,7 +126,7 @@ def pools(n_safe=200, n_unsafe=100):
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "user"])
 def test_partition_gives_each_example_to_one_client(kind):
-    clients = partition.partition(*pools(), 5, 40, 0.3, kind, np.random.default_rng(0))
+    clients = partition.partition(*pools(), [40] * 5, [0.3] * 5, kind, np.random.default_rng(0))
     prompts = [e.prompt for c in clients for e in c]
     assert len(prompts) == len(set(prompts)) and len(clients) == 5
     for examples in clients:
@@ -139,26 +140,45 @@ def test_partition_gives_each_example_to_one_client(kind):
 def test_partition_errors_name_the_field():
     rng = np.random.default_rng(0)
     with pytest.raises(partition.PartitionError, match="more clients than examples"):
-        partition.partition(*pools(3), 5, 40, 0.3, "iid", rng)
+        partition.partition(*pools(3), [40] * 5, [0.3] * 5, "iid", rng)
     with pytest.raises(partition.PartitionError, match="partition='idd'"):
-        partition.partition(*pools(), 5, 40, 0.3, "idd", rng)
+        partition.partition(*pools(), [40] * 5, [0.3] * 5, "idd", rng)
     with pytest.raises(partition.PartitionError, match="7 values for 9"):
-        partition.partition(*pools(), 9, 10, 0.3, "user", rng)
+        partition.partition(*pools(), [10] * 9, [0.3] * 9, "user", rng)
+
+
+def test_malicious_clients_hold_the_harm():
+    sizes, shares = [40, 10, 20, 30], [0.0, 1.0, 0.5, 0.0]
+    clients = partition.partition(*pools(), sizes, shares, "iid", np.random.default_rng(0))
+    assert [len(c) for c in clients] == sizes
+    assert [sum(e.label == "unsafe" for e in c) for c in clients] == [0, 10, 10, 0]
+
+
+def test_sizes_spread_around_their_mean():
+    rng = np.random.default_rng(0)
+    assert partition.client_sizes(3, 50, 0.0, rng) == [50, 50, 50]
+    sizes = partition.client_sizes(4000, 50, 0.8, rng)
+    assert min(sizes) >= 1 and abs(np.mean(sizes) - 50) < 3
+    assert abs(np.std(np.log(sizes)) - 0.8) < 0.05
 
 
 def test_local_batches_follow_from_seed_round_and_client():
     encoded = [Encoded(np.arange(1, 9, dtype=np.int32), np.arange(8) > 3)] * 6
     clients = [encoded, encoded[:2], []]
 
-    def draw(t):
-        return partition.local_batches(clients, 0, t, np.array([0, 1, 2]), 4, 3, 16)
+    def draw(t, steps=(4, 4, 4), accumulation=1):
+        return RoundBatches(clients, 0, t, [0, 1, 2], steps, 4, 3, 16, accumulation).chunk(0, 4)
 
     a, b = draw(1), draw(1)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert a.tokens.shape == (3, 4, 2, 16)
-    assert (a.segment_ids[2] == 0).all() and a.mask[2].sum() == 0
+    assert a.tokens.shape == (4, 4, 2, 16)  # the fourth client is padding
+    assert (a.segment_ids[2:] == 0).all() and a.mask[2:].sum() == 0
     assert (a.mask[1].sum(axis=(1, 2)) == 3 * 4).all()  # two examples are drawn again
+    slow = draw(1, steps=(4, 1, 4))
+    np.testing.assert_array_equal(slow.tokens[0], a.tokens[0])
+    assert slow.mask[1, 0].sum() > 0 and slow.mask[1, 1:].sum() == 0
+    assert draw(1, accumulation=2).tokens.shape == (4, 8, 2, 16)
 
 
 def test_overlap_is_the_jaccard_similarity_of_bigrams():

@@ -1,4 +1,4 @@
-"""The jitted round against plain formulas, and over several devices against one."""
+"""The round against plain formulas, and over devices, chunks and vmap against one device."""
 
 import jax
 import jax.numpy as jnp
@@ -6,167 +6,267 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
+from federation import CLIENTS, IDS, LORA, SGD, STEPS, WEIGHTS, close, make_federation
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.federated import aggregation, algorithms, mesh, round
-from fedsafe_jax.models import lora, loss
+from fedsafe_jax.federated import round, simulation
+from fedsafe_jax.federated.algorithms import Settings
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.sharding import leaf_sharding
 
-CLIENTS, STEPS, ROWS, SEQ = 4, 3, 2, 12
-LORA = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
+ONES = np.ones(CLIENTS, np.float32)
 
 
 @pytest.fixture(scope="module")
-def setup():
-    config = tiny_config()
-    model = Decoder(config, LORA.scale)
-    blank = jnp.zeros((1, 4), jnp.int32)
-    base = model.init(jax.random.key(0), blank, blank, blank)["params"]
-    adapter = lora.init(jax.random.key(1), config, LORA)
-    rng = np.random.default_rng(0)
-    shape = (CLIENTS, STEPS, ROWS, SEQ)
-    batches = Batch(
-        rng.integers(0, 97, shape).astype(np.int32),
-        rng.integers(0, 97, shape).astype(np.int32),
-        np.ones(shape, np.float32),
-        np.ones(shape, np.int32),
-        np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy(),
-    )
-
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
-
-    return loss_fn, base, adapter, batches
+def federation():
+    return make_federation()
 
 
-IDS = np.arange(CLIENTS, dtype=np.int32)
-WEIGHTS = np.array([10.0, 20.0, 30.0, 0.0], np.float32)
-
-
-def run(
-    setup, name, devices, optimizer=None, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS, model=1
-):
-    loss_fn, base, adapter, batches = setup
-    devices = mesh.make_mesh(jax.devices()[:devices], model)
-    if model > 1:
-        base = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.device_put(
-                x, leaf_sharding([key.key for key in path], x.shape, devices)
-            ),
-            base,
-        )
-    algorithm = algorithms.ALGORITHMS[name](loss_fn, optimizer or algorithms.local_optimizer())
-    state = algorithm.init(jax.tree.map(jnp.copy, adapter), 6)
-    fn = round.make_round(algorithm, devices, parallel)
-    for _ in range(rounds):
-        state, metrics = fn(state, base, batches, ids, weights, jnp.float32(0.01))
-    return state, metrics
-
-
-def test_recomputed_layers_give_the_same_gradient(setup):
-    _, base, adapter, batches = setup
-    batch = Batch(*(f[0, 0] for f in batches))
+def test_recomputed_layers_give_the_same_gradient(federation):
+    batch = Batch(*(f[0, 0] for f in federation.batches))
 
     def gradient(remat):
         model = Decoder(tiny_config(remat=remat), LORA.scale)
-        return jax.grad(lambda a: loss.packed_loss(model, a, base, batch))(adapter)
+        return jax.grad(lambda a: loss.packed_loss(model, a, federation.base, batch))(
+            federation.adapter
+        )
 
     close(gradient(True), gradient(False), atol=1e-6)
 
 
-def close(a, b, atol=2e-5):
-    # Adam divides by the root of tiny second moments, which magnifies the order of summation.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
-
-
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_devices_and_vmap_give_what_one_device_gives(setup, name):
-    one, _ = run(setup, name, 1)
-    close(run(setup, name, 4)[0], one)
-    close(run(setup, name, 2, parallel=2)[0], one)
-    close(run(setup, name, 1, parallel=4)[0], one)
-    close(run(setup, name, 8, model=2)[0], one)  # clients 4, the base split over pairs
-    close(run(setup, name, 2, model=2)[0], one)
+def test_devices_chunks_and_vmap_give_what_one_device_gives(federation, name):
+    spec = federation.spec(name)
+    one, _ = federation.run(spec)
+    close(federation.run(spec, devices=4)[0], one)
+    close(federation.run(spec, devices=2, parallel=2)[0], one)
+    close(federation.run(spec, parallel=4)[0], one)
+    close(federation.run(spec, devices=8, model=2)[0], one)  # clients 4, the base over pairs
+    close(federation.run(spec, devices=2, model=2)[0], one)
+    close(federation.run(spec, chunk=1)[0], one)
+    close(federation.run(spec, chunk=3)[0], one)  # the last chunk is padded
+    close(federation.run(spec, devices=2, chunk=2)[0], one)
 
 
-def test_fedavg_with_sgd_equals_a_loop_in_numpy(setup):
-    loss_fn, base, adapter, batches = setup
-    state, _ = run(setup, "fedavg", 1, optax.identity(), rounds=1)
-    locals_ = []
-    for k in range(CLIENTS):
-        x = adapter
-        for s in range(STEPS):
-            batch = Batch(*(f[k, s] for f in batches))
-            x = jax.tree.map(lambda p, g: p - 0.01 * g, x, jax.grad(loss_fn)(x, base, batch))
-        locals_.append(x)
-    share = WEIGHTS / WEIGHTS.sum()
-    expected = jax.tree.map(lambda *leaves: sum(w * v for w, v in zip(share, leaves)), *locals_)  # noqa: B905
-    close(state.adapter, expected, atol=1e-6)
+def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):
+    x = start
+    for s, rate in enumerate(rates):
+        batches = [
+            Batch(*(f[client, s * accumulation + a] for f in federation.batches))
+            for a in range(accumulation)
+        ]
+        grads = [federation.gradient(x, batch) for batch in batches]
+        mean = jax.tree.map(lambda *g: sum(g) / accumulation, *grads)
+        pulled = jax.tree.map(lambda p, g, x0: g + mu * (p - x0), x, mean, start)
+        x = jax.tree.map(lambda p, g, rate=rate: p - rate * g, x, pulled)
+    return x
 
 
-def test_scaffold_control_under_sgd_is_option_two(setup):
-    _, _, adapter, _ = setup
-    one, _ = run(setup, "scaffold", 1, optax.identity(), rounds=1, weights=np.ones(4, np.float32))
-    # Round 1 has zero controls: c_i = (x - y_i)/(K rate), so their mean gives the mean delta.
-    scaled = jax.tree.map(lambda c: -c.sum(0) / 4 * STEPS * 0.01, one.client_states)
-    moved = jax.tree.map(jnp.subtract, one.adapter, adapter)
-    close(scaled, moved, atol=1e-6)
-    total = jax.tree.map(lambda c: c.sum(0) / 6, one.client_states)
-    close(one.control, total, atol=1e-6)
-
-
-def test_scaffold_starts_as_fedavg_and_then_differs(setup):
-    sgd = optax.identity()
-    close(
-        run(setup, "scaffold", 1, sgd, rounds=1)[0].adapter,
-        run(setup, "fedavg", 1, sgd, rounds=1)[0].adapter,
-    )
-    late = [
-        jax.tree.leaves(run(setup, n, 1, sgd, rounds=3)[0].adapter) for n in ("scaffold", "fedavg")
+@pytest.mark.parametrize(
+    ("name", "mu", "rates", "accumulation"),
+    [
+        ("fedavg", 0.0, [0.01] * STEPS, 1),
+        ("fedavg", 0.0, [0.02, 0.01, 0.005], 1),
+        ("fedavg", 0.0, [0.01], STEPS),
+        ("fedprox", 0.5, [0.05] * STEPS, 1),
+    ],
+)
+def test_sgd_equals_a_loop_in_numpy(federation, name, mu, rates, accumulation):
+    spec = federation.spec(name, SGD, accumulation, settings=Settings(prox_mu=mu))
+    state, _ = federation.run(spec, rounds=1, rates=rates)
+    ends = [
+        sgd_by_hand(federation, federation.adapter, k, rates, mu, accumulation)
+        for k in range(CLIENTS)
     ]
+    share = WEIGHTS / WEIGHTS.sum()
+    expected = jax.tree.map(lambda *y: sum(w * v for w, v in zip(share, y, strict=True)), *ends)
+    close(state.server.adapter, expected, atol=1e-6)
+
+
+def test_scaffold_control_under_sgd_is_option_two(federation):
+    state, _ = federation.run(federation.spec("scaffold", SGD), rounds=1, weights=ONES)
+    # Round 1 has zero controls: c_i = (x - y_i)/(K rate), so their mean gives the mean delta.
+    own = state.clients["states"]
+    scaled = jax.tree.map(lambda c: -c.sum(0) / 4 * STEPS * 0.01, own)
+    moved = jax.tree.map(jnp.subtract, state.server.adapter, federation.adapter)
+    close(scaled, moved, atol=1e-6)
+    close(state.server.control, jax.tree.map(lambda c: c.sum(0) / 6, own), atol=1e-6)
+
+
+def test_scaffold_variants_agree_under_sgd(federation):
+    # Correcting the gradient or the parameters is the same step when the step is the gradient.
+    states = [
+        federation.run(
+            federation.spec("scaffold", SGD, settings=Settings(scaffold=variant)),
+            rounds=3,
+            weights=ONES,
+        )[0]
+        for variant in ("gradient", "post_step")
+    ]
+    close(states[0].server.adapter, states[1].server.adapter, atol=1e-6)
+    # c_i = mean gradient against a difference of parameters over K * rate = 0.03.
+    close(states[0].server.control, states[1].server.control, atol=1e-4)
+
+
+def test_scaffold_starts_as_fedavg_and_then_differs(federation):
+    runs = {
+        (name, rounds): federation.run(federation.spec(name, SGD), rounds=rounds)[0].server.adapter
+        for name in ("scaffold", "fedavg")
+        for rounds in (1, 3)
+    }
+    close(runs["scaffold", 1], runs["fedavg", 1])
+    late = [jax.tree.leaves(runs[n, 3]) for n in ("scaffold", "fedavg")]
     assert max(np.abs(a - b).max() for a, b in zip(*late, strict=True)) > 1e-7
 
 
-def test_clients_without_weight_leave_no_trace(setup):
-    state, _ = run(setup, "scaffold", 1, rounds=1)
-    assert all(np.all(leaf[3:] == 0) for leaf in jax.tree.leaves(state.client_states))
-    nobody, metrics = run(setup, "fedavg", 1, rounds=1, weights=np.zeros(4, np.float32))
-    jax.tree.map(np.testing.assert_array_equal, nobody.adapter, setup[2])
-    assert metrics.update_norm == 0
+def test_clients_without_weight_leave_no_trace(federation):
+    state, _ = federation.run(federation.spec("scaffold"), rounds=1)
+    assert all(np.all(leaf[3:] == 0) for leaf in jax.tree.leaves(state.clients))
+    for name in ("fedavg", "fedadam"):
+        nobody, report = federation.run(federation.spec(name), rounds=1, weights=0 * ONES)
+        jax.tree.map(np.testing.assert_array_equal, nobody.server.adapter, federation.adapter)
+        assert report.update_norm == 0 and report.skipped
 
 
-def test_order_of_clients_does_not_matter(setup):
-    loss_fn, base, adapter, batches = setup
+def test_order_of_clients_does_not_matter(federation):
     order = np.array([2, 0, 3, 1])
-    mixed = (loss_fn, base, adapter, Batch(*(f[order] for f in batches)))
+    mixed = federation._replace(batches=Batch(*(f[order] for f in federation.batches)))
+    spec = federation.spec("scaffold")
     close(
-        run(mixed, "scaffold", 1, weights=WEIGHTS[order], ids=IDS[order])[0],
-        run(setup, "scaffold", 1)[0],
+        mixed.run(spec, weights=WEIGHTS[order], ids=IDS[order])[0],
+        federation.run(spec)[0],
     )
 
 
-def test_no_collective_inside_local_training(setup):
-    loss_fn, base, adapter, batches = setup
-    algorithm = algorithms.fedavg(loss_fn, algorithms.local_optimizer())
-    fn = round.make_round(algorithm, mesh.make_mesh(jax.devices()[:4]), 1)
-    state = algorithm.init(adapter, 6)
-    text = fn.lower(state, base, batches, IDS, WEIGHTS, jnp.float32(0.01)).compile().as_text()
-    blocks = text.split("\n\n")
-    assert "all-reduce" in text
-    # The aggregation's all-reduce stands in the entry computation, none in a loop body.
-    assert all("ENTRY" in b or "HloModule" in b for b in blocks if "all-reduce(" in b)
-
-
-def test_cohort_is_padded_to_the_mesh(setup):
-    batches, ids, weights = round.pad_cohort(
-        Batch(*(f[:3] for f in setup[3])), IDS[:3], WEIGHTS[:3], 4
+def test_one_client_is_the_identity(federation):
+    state, _ = federation.run(
+        federation.spec("fedavg", SGD), rounds=1, weights=np.array([0, 1, 0, 0], np.float32)
     )
-    assert batches.tokens.shape[0] == 4 and weights[3] == 0 and batches.mask[3].sum() == 0
+    expected = sgd_by_hand(federation, federation.adapter, 1, [0.01] * STEPS)
+    close(state.server.adapter, expected, atol=1e-6)
 
 
-def test_weighted_mean_of_golden_vectors():
-    # OpenFedLLM's server on x0=[1,-1], n=[10,30] after round 0 (its own code, float64).
-    deltas = jnp.array([[0.5, -0.2], [-0.3, 0.4]])
-    step = aggregation.weighted_mean(deltas, jnp.array([10.0, 30.0]))
-    np.testing.assert_allclose(np.array([1.0, -1.0]) + step, [0.9, -0.75], atol=1e-6)
+def test_no_collective_inside_local_training(federation):
+    mesh = make_mesh(jax.devices()[:4])
+    programs = round.make_round(federation.spec(), mesh, 1)
+    state = simulation.initial_state(programs, federation.adapter, 6)
+    inputs = round.Inputs(
+        federation.batches, WEIGHTS, np.ones(4, np.float32), np.zeros(4, np.int32), (), ()
+    )
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("clients"))
+    inputs = jax.device_put(inputs, split)
+    rates = jnp.full(STEPS, 0.01)
+    train = programs.train.lower(state.server, federation.base, inputs, rates).compile()
+    # Training gathers the metrics, once, after all steps: in no loop body, and nothing is summed.
+    blocks = train.as_text().split("\n\n")
+    assert not any("all-reduce(" in b for b in blocks)
+    assert all("ENTRY" in b for b in blocks if "all-gather(" in b)
+    sent = programs.train(state.server, federation.base, inputs, rates)[0]
+    text = programs.collect.lower(None, sent).compile().as_text()
+    # One sum over devices of the adapters; the others are of scalars.
+    summed = [line for line in text.splitlines() if "all-reduce(" in line]
+    params = sum(x.size for x in jax.tree.leaves(federation.adapter))
+    assert sum(f"f32[{params}]" in line for line in summed) == 1
+
+
+@pytest.mark.parametrize("sent", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["scaffold", "fedadam"])
+def test_a_client_that_sends_no_number_is_left_out_and_named(federation, sent, name):
+    boosts = np.array([1, sent, 1, 1], np.float32)
+    weights, spec = np.array([10, 20, 30, 5], np.float32), federation.spec(name)
+    state, report = federation.run(spec, weights=weights, boosts=boosts)
+    assert report.excluded == (1,) and not report.skipped
+    expected, _ = federation.run(spec, weights=weights * np.float32([1, 0, 1, 1]))
+    close(state, expected)
+    assert np.isfinite(report.norms).all() and np.isfinite(report.cosines).all()
+
+
+def test_a_round_in_which_all_diverge_is_skipped(federation):
+    rates = [1e38] * STEPS  # the square of the update is infinite
+    state, report = federation.run(federation.spec("fedadam", SGD), rounds=1, rates=rates)
+    assert report.skipped and set(report.excluded) >= {0, 1, 2}
+    jax.tree.map(np.testing.assert_array_equal, state.server.adapter, federation.adapter)
+
+
+def test_anomaly_figures_equal_numpy(federation):
+    boosts = np.array([1, -4, 1, 1], np.float32)
+    _, report = federation.run(federation.spec("fedavg", SGD), rounds=1, boosts=boosts)
+    ends = [sgd_by_hand(federation, federation.adapter, k, [0.01] * STEPS) for k in range(CLIENTS)]
+    flat = np.stack(
+        [
+            np.concatenate([np.ravel(v) for v in jax.tree.leaves(e)])
+            - np.concatenate([np.ravel(v) for v in jax.tree.leaves(federation.adapter)])
+            for e in ends
+        ]
+    ).astype(np.float64)
+    flat *= boosts[:, None]
+    mean = WEIGHTS @ flat / WEIGHTS.sum()
+    norms = np.linalg.norm(flat, axis=1)
+    np.testing.assert_allclose(report.norms, norms, rtol=1e-3)
+    # Up to 4,096 parameters the sketch is exact; float32 differences of adapters are what is left.
+    np.testing.assert_allclose(
+        report.cosines, flat @ mean / norms / np.linalg.norm(mean), atol=2e-3
+    )
+
+
+def test_sketches_keep_angles():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 100_000)).astype(np.float32)
+    b += 0.5 * a
+    exact = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    sa, sb = round.sketch(jnp.asarray(a)), round.sketch(jnp.asarray(b))
+    found = float(sa @ sb) / np.linalg.norm(a) / np.linalg.norm(b)
+    assert abs(found - exact) < 4 / np.sqrt(round.SKETCH)  # four standard errors
+
+
+def test_stragglers_count_per_step(federation):
+    # Client 0 gets one of three steps done: its step counts thrice, then all by the mean share.
+    mask = federation.batches.mask.copy()
+    mask[0, 1:] = 0
+    slow = federation._replace(batches=federation.batches._replace(mask=mask))
+    state, _ = slow.run(federation.spec("fedavg", SGD, normalize_steps=True), rounds=1)
+    x0 = federation.adapter
+    ends = [
+        sgd_by_hand(federation, x0, k, [0.01] * (1 if k == 0 else STEPS)) for k in range(CLIENTS)
+    ]
+    p, tau = WEIGHTS / WEIGHTS.sum(), np.array([1, 3, 3, 3])
+    expected = jax.tree.map(
+        lambda x, *y: x + (p @ tau) * sum(p[k] * (y[k] - x) / tau[k] for k in range(CLIENTS)),
+        x0,
+        *ends,
+    )  # FedNova, Equation 6
+    close(state.server.adapter, expected, atol=1e-6)
+
+
+def test_clients_of_different_rank(federation):
+    ranks = np.array([1, 2, 4, 4], np.int32)
+    spec = federation.spec("fedavg", optax.adam(1.0), ragged_ranks=True)
+    state, _ = federation.run(spec, ranks=ranks, rounds=1, weights=ONES)
+    close(federation.run(spec, ranks=ranks, rounds=1, weights=ONES, chunk=2)[0], state)
+    # Each slot is the mean over the clients that have it.
+    ends = []
+    for k, rank in enumerate(ranks):
+        x = jax.tree_util.tree_map_with_path(
+            lambda path, v, rank=rank: (
+                v * (np.arange(4) < rank)
+                if path[-1].key == "a"
+                else v * (np.arange(4) < rank)[:, None]
+            ),
+            federation.adapter,
+        )
+        start, optimizer = x, optax.adam(0.01)
+        opt = optimizer.init(x)
+        for s in range(STEPS):
+            batch = Batch(*(f[k, s] for f in federation.batches))
+            grad = federation.gradient(x, batch)
+            updates, opt = optimizer.update(grad, opt)
+            x = optax.apply_updates(x, updates)
+        ends.append(jax.tree.map(jnp.subtract, x, start))
+    q = state.server.adapter["layers"]["self_attn"]["q_proj"]["a"]
+    start = federation.adapter["layers"]["self_attn"]["q_proj"]["a"]
+    moved = [e["layers"]["self_attn"]["q_proj"]["a"] for e in ends]
+    for slot in range(4):
+        have = [k for k in range(CLIENTS) if slot < ranks[k]]
+        mean = sum(moved[k][..., slot] for k in have) / len(have)
+        np.testing.assert_allclose(q[..., slot] - start[..., slot], mean, atol=2e-5)

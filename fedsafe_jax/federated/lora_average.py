@@ -1,0 +1,90 @@
+"""Averages of adapters that respect what they are: products, and of different ranks.
+
+The mean of the factors is not the factors of the mean: mean(a_k) mean(b_k) != mean(a_k b_k).
+Projections are stacked as in `models.lora`, `a` `[layers, in, rank]`, `b` `[layers, rank, out]`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _is_pair(node) -> bool:
+    return isinstance(node, dict) and "a" in node
+
+
+def _map(function, *adapters):
+    return jax.tree.map(function, *adapters, is_leaf=_is_pair)
+
+
+def rank_mask(adapter, rank):
+    """1 where a client of `rank` (int scalar, may be traced) has a weight; like `adapter`."""
+
+    def mask(pair):
+        a = jnp.arange(pair["a"].shape[-1]) < rank
+        return {
+            "a": jnp.broadcast_to(a, pair["a"].shape).astype(jnp.float32),
+            "b": jnp.broadcast_to(a[:, None], pair["b"].shape).astype(jnp.float32),
+        }
+
+    return _map(mask, adapter)
+
+
+def _stacked(pair, weights):
+    """Factors of the weighted mean product, of rank `clients * rank`."""
+    share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
+    a = jnp.moveaxis(pair["a"] * share[:, None, None, None], 0, -2)  # [layers, in, clients, rank]
+    b = jnp.moveaxis(pair["b"], 0, 1)  # [layers, clients, rank, out]
+    return a.reshape(*a.shape[:-2], -1), b.reshape(b.shape[0], -1, b.shape[-1])
+
+
+def product_mean(adapters, weights: jax.Array):
+    """The mean of the products a_k b_k, refactored to their rank (FlexLoRA, Bai et al., 2024).
+
+    Args:
+      adapters: leaves `[clients, layers, ...]`; smaller ranks are filled up with zeros.
+      weights: float32 `[clients]`.
+
+    Returns:
+      The closest adapter of the same rank, by the singular value decomposition of the mean; the
+      leading slots matter most, so that a smaller rank is a prefix.
+    """
+
+    def one(pair):
+        rank = pair["a"].shape[-1]
+        a, b = _stacked(pair, weights)
+        # The mean itself is never formed: it may be a hundred times the factors.
+        q_a, r_a = jnp.linalg.qr(a)
+        q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
+        u, s, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+        root = jnp.sqrt(s[..., :rank])
+        return {
+            "a": (q_a @ u[..., :rank]) * root[..., None, :],
+            "b": root[..., None] * (vt[..., :rank, :] @ q_b.swapaxes(-1, -2)),
+        }
+
+    return _map(one, adapters)
+
+
+def product_gap(adapters, weights: jax.Array, mean) -> jax.Array:
+    """How far an adapter's product is from the mean of the clients' products.
+
+    Args:
+      adapters, weights: see `product_mean`.
+      mean: an adapter, such as the mean of the factors.
+
+    Returns:
+      Frobenius norm of the difference over that of the mean product, all projections together.
+    """
+
+    def squares(pair, average):
+        a, b = _stacked(pair, weights)
+        a_diff = jnp.concatenate([average["a"], -a], axis=-1)
+        b_diff = jnp.concatenate([average["b"], b], axis=-2)
+
+        def norm(a, b):  # |a b|^2 by Gram matrices of the small side
+            return jnp.sum((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2)))
+
+        return norm(a_diff, b_diff), norm(a, b)
+
+    found = jax.tree.leaves(_map(squares, adapters, mean))
+    return jnp.sqrt(jnp.maximum(sum(found[::2]), 0.0) / jnp.maximum(sum(found[1::2]), 1e-30))

@@ -1,0 +1,46 @@
+"""Signals that end a run: SIGTERM of a preempted machine, SIGINT of Ctrl-C."""
+
+import contextlib
+import signal
+
+
+class Preempted(BaseException):
+    """The run was told to end; raised between two steps of Python, never inside `hold`."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class _Signals:
+    def __init__(self):
+        self.held, self.pending = 0, None
+
+    def handle(self, signum, frame):
+        del frame
+        if self.held:
+            self.pending = signum
+        else:
+            raise Preempted(signum)
+
+
+_signals = _Signals()
+
+
+def listen() -> None:
+    """Turns SIGTERM and SIGINT into `Preempted`, from now on; main thread only."""
+    signal.signal(signal.SIGTERM, _signals.handle)
+    signal.signal(signal.SIGINT, _signals.handle)
+
+
+@contextlib.contextmanager
+def hold():
+    """Puts a signal off until the block is done, such as while a round is recorded."""
+    _signals.held += 1
+    try:
+        yield
+    finally:
+        _signals.held -= 1
+    if not _signals.held and _signals.pending is not None:
+        signum, _signals.pending = _signals.pending, None
+        raise Preempted(signum)

@@ -1,0 +1,160 @@
+"""Checks of a config before any compute; every message names the field."""
+
+import difflib
+
+import ml_collections
+
+from fedsafe_jax.config import ConfigError
+from fedsafe_jax.data import sources
+from fedsafe_jax.federated.aggregation import AGGREGATORS
+from fedsafe_jax.federated.algorithms import ALGORITHMS
+from fedsafe_jax.federated.compression import COMPRESSIONS
+from fedsafe_jax.federated.participation import SAMPLINGS
+
+ARMS = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+    """Checks every field against the others; files and models are checked where they are read.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is expected.
+    """
+
+    def choice(field, values, allowed):
+        for value in values:
+            if value not in allowed:
+                near = difflib.get_close_matches(str(value), allowed, 1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                names = ", ".join(name or "'' (none)" for name in allowed)
+                raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
+
+    def at_least(field, value, low):
+        if value < low:
+            raise ConfigError(f"{field}={value}: expected at least {low}.")
+
+    for field in ("arms", "algorithms", "seeds"):
+        value = c[field]
+        if not isinstance(value, tuple | list) or not value or len(set(value)) != len(value):
+            raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
+    choice("arms", c.arms, ARMS)
+    choice("algorithms", c.algorithms, ALGORITHMS)
+    choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
+    choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
+    choice("filter.kind", (c.filter.kind,), ("classifier", "guard"))
+    if c.filter.kind == "guard" and not c.filter.model:
+        raise ConfigError("filter.model: filter.kind='guard' needs the guard's folder or Hub id.")
+    if bool(c.eval.judge_url) != bool(c.eval.judge_model):
+        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
+    choice("dtype", (c.dtype,), ("float32", "bfloat16"))
+    choice("quantization", (c.quantization,), ("", "int8", "nf4"))
+    for field in (
+        "rounds",
+        "num_clients",
+        "clients_per_round",
+        "local_steps",
+        "batch_size",
+        "lora_rank",
+        "model_parallel",
+        "accumulation",
+        "checkpoint_every",
+    ):
+        at_least(field, c[field], 1)
+    at_least("seq_len", c.seq_len, 16)
+    _validate_federated(c, choice, at_least)
+    for field in ("steps", "batch_size", "pairs_per_step", "red_team_prompts"):
+        at_least(f"cai.{field}", c.cai[field], 1)
+    if c.clients_per_round > c.num_clients:
+        raise ConfigError(
+            f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
+            "lower it."
+        )
+    if not 0 <= c.harmful_share <= 1:
+        raise ConfigError(f"harmful_share={c.harmful_share}: expected a share between 0 and 1.")
+    training = [*c.safe_sources, *c.unsafe_sources, *c.filter.sources]
+    for source in [*training, *c.cai.red_team_sources, *c.cai.benign_sources]:
+        name, _, _ = sources.parse_source(source)
+        if name in sources.EVALUATION_ONLY:
+            raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
+
+
+def _validate_federated(c: ml_collections.ConfigDict, choice, at_least) -> None:
+    """Fields of training, `federated` and `attack`."""
+    f = c.federated
+    decays = ("cosine", "linear", "constant")
+    for field, value, allowed in (
+        ("schedule", c.schedule, decays),
+        ("step_schedule", c.step_schedule, decays),
+        ("federated.sampling", f.sampling, SAMPLINGS),
+        ("federated.weighting", f.weighting, ("auto", "examples", "uniform")),
+        ("federated.scaffold", f.scaffold, ("gradient", "post_step")),
+        ("federated.second_moment", f.second_moment, ("d2", "m2")),
+        ("federated.first_moment", f.first_moment, ("zero", "copy")),
+        ("federated.average", f.average, ("factors", "product")),
+        ("federated.aggregator", f.aggregator, AGGREGATORS),
+        ("federated.compression", f.compression, COMPRESSIONS),
+    ):
+        choice(field, (value,), allowed)
+    for field in ("clip_norm", "noise_multiplier", "prox_mu", "byzantine"):
+        at_least(f"federated.{field}", f[field], 0)
+    for field in ("gradient_clip", "size_sigma", "warmup_rounds", "chunk_clients"):
+        at_least(field, c[field], 0)
+    for field, value, most in (
+        ("attack.clients", c.attack.clients, 1),
+        ("attack.harmful_share", c.attack.harmful_share, 1),
+        ("federated.dropout", f.dropout, 0.99),
+        ("federated.stragglers", f.stragglers, 1),
+        ("federated.trim_share", f.trim_share, 0.49),
+    ):
+        if not 0 <= value <= most:
+            raise ConfigError(f"{field}={value}: expected a share between 0 and {most}.")
+    if not 0 < f.topk_share <= 1:
+        raise ConfigError(f"federated.topk_share={f.topk_share}: expected more than 0, at most 1.")
+    if c.warmup_rounds >= c.rounds:
+        raise ConfigError(
+            f"warmup_rounds={c.warmup_rounds}: expected fewer than rounds={c.rounds}."
+        )
+    for rank in f.client_ranks:
+        if not 1 <= rank <= c.lora_rank:
+            raise ConfigError(
+                f"federated.client_ranks={tuple(f.client_ranks)}: expected 1 to "
+                f"lora_rank={c.lora_rank}."
+            )
+    robust = f.aggregator != "mean"
+    need = 2 * f.byzantine + 3
+    if f.aggregator in ("krum", "multi_krum") and c.clients_per_round < need:
+        raise ConfigError(
+            f"federated.aggregator='{f.aggregator}' with byzantine={f.byzantine} needs at least "
+            f"{need} clients a round, clients_per_round={c.clients_per_round}."
+        )
+    if f.noise_multiplier:
+        if not f.clip_norm:
+            raise ConfigError(
+                f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "
+                "only updates of bounded length; set federated.clip_norm."
+            )
+        if f.sampling not in ("uniform", "poisson") or f.weighting == "examples":
+            raise ConfigError(
+                "federated.noise_multiplier: differential privacy needs sampling uniform or "
+                f"poisson and uniform weights, not sampling='{f.sampling}', "
+                f"weighting='{f.weighting}'."
+            )
+    # What the bounds, or the arithmetic, of one method do not cover.
+    for a, b, reason in (
+        (robust, f.average == "product", "aggregator other than mean and average='product'"),
+        (robust, bool(f.client_ranks), "aggregator other than mean and client_ranks"),
+        (robust, bool(f.noise_multiplier), "aggregator other than mean and noise_multiplier"),
+        (
+            bool(f.noise_multiplier),
+            f.average == "product" or bool(f.client_ranks),
+            "noise_multiplier and average='product' or client_ranks",
+        ),
+        (
+            "scaffold" in c.algorithms,
+            robust or bool(f.client_ranks) or bool(f.noise_multiplier),
+            "algorithm scaffold, whose control variates are averaged, and a robust aggregator, "
+            "client_ranks or noise_multiplier",
+        ),
+    ):
+        if a and b:
+            raise ConfigError(f"federated: {reason} do not go together.")

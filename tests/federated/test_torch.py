@@ -1,0 +1,188 @@
+"""Whole rounds against an independent torch + peft loop on the same batches."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from federation import LORA, close  # noqa: E402
+
+from fedsafe_jax.data.packing import Batch  # noqa: E402
+from fedsafe_jax.federated import aggregation, algorithms, simulation  # noqa: E402
+from fedsafe_jax.federated.algorithms import Settings  # noqa: E402
+from fedsafe_jax.federated.client import LocalTraining, make_optimizer  # noqa: E402
+from fedsafe_jax.federated.mesh import make_mesh  # noqa: E402
+from fedsafe_jax.federated.participation import Cohort  # noqa: E402
+from fedsafe_jax.federated.round import RoundSpec, make_round  # noqa: E402
+from fedsafe_jax.models import hub, lora, loss  # noqa: E402
+from fedsafe_jax.models.decoder import Decoder  # noqa: E402
+
+CLIENTS, STEPS, ROWS, SEQ, RATE = 3, 3, 2, 12, 5e-3
+WEIGHTS = np.array([10.0, 20.0, 30.0])
+SETTINGS = Settings(prox_mu=0.3, adaptive_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Llama made by transformers, loaded here, with batches for three clients."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, tiny = tmp_path_factory.mktemp("llama"), tiny_config()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny.vocab_size, hidden_size=tiny.hidden_size, num_hidden_layers=2,
+        intermediate_size=tiny.intermediate_size, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    config = hub.read_config(folder)
+    params = hub.load_params(folder, config, "float32")
+    adapter = lora.init(jax.random.key(1), config, LORA)
+    rng, shape = np.random.default_rng(0), (CLIENTS, STEPS, ROWS, SEQ)
+    tokens = rng.integers(3, 97, shape).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=-1)
+    mask = (rng.random(shape) < 0.7).astype(np.float32)
+    mask[..., -1] = 0
+    positions = np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy()
+    batches = Batch(tokens, targets, mask, np.ones(shape, np.int32), positions)
+    return folder, config, params, adapter, batches
+
+
+def ours(world, name, optimizer, rounds=2):
+    _, config, params, adapter, batches = world
+    model = Decoder(config, LORA.scale)
+
+    def loss_fn(adapter, base, batch):
+        return loss.packed_loss(model, adapter, base, batch)
+
+    algorithm = algorithms.make(name, LocalTraining(loss_fn, optimizer), CLIENTS, SETTINGS)
+    spec = RoundSpec(algorithm, aggregation.make("mean"))
+    programs = make_round(spec, make_mesh(jax.devices()[:1]))
+    state = simulation.initial_state(programs, adapter, CLIENTS)
+    ids = np.arange(CLIENTS, dtype=np.int32)
+    cohort = Cohort(ids, WEIGHTS.astype(np.float32), np.full(CLIENTS, STEPS), (), ())
+    for _ in range(rounds):
+        state, report = simulation.run_round(
+            programs, state, params, lambda a, b: jax.tree.map(lambda x: x[a:b], batches),
+            cohort, [RATE] * STEPS, jax.random.key(0), CLIENTS,
+        )  # fmt: skip
+    return state.server.adapter, report
+
+
+class Reference:
+    """The federation as a plain loop over torch clients."""
+
+    def __init__(self, world, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        folder, _, _, adapter, self.batches = world
+        lora.save_adapter(lora.Adapter(adapter, LORA, str(folder)), tmp_path)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.x = [p.detach().clone() for p in self.weights]
+
+    def loss(self, client, step):
+        batch = [torch.tensor(np.asarray(f[client, step])) for f in self.batches]
+        tokens, targets, mask = batch[0].long(), batch[1].long(), batch[2]
+        logits = self.model(input_ids=tokens).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
+        )
+        return (nll * mask.reshape(-1)).sum() / mask.sum()
+
+    def train(self, client, make, prox=0.0, correction=None):
+        with torch.no_grad():
+            for p, x in zip(self.weights, self.x, strict=True):
+                p.copy_(x)
+        optimizer, raw = make(self.weights), [torch.zeros_like(p) for p in self.weights]
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            value = self.loss(client, step)
+            value.backward()
+            for r, p in zip(raw, self.weights, strict=True):
+                r += p.grad / STEPS
+            for i, p in enumerate(self.weights):
+                p.grad += prox * (p.detach() - self.x[i])
+                if correction is not None:
+                    p.grad += correction[i]
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            optimizer.step()
+        return [p.detach().clone() for p in self.weights], raw
+
+    def run(self, name, make, rounds=2):
+        share = torch.tensor(WEIGHTS / WEIGHTS.sum(), dtype=torch.float32)
+        zeros = [torch.zeros_like(x) for x in self.x]
+        c, own = list(zeros), [list(zeros) for _ in range(CLIENTS)]
+        m, v = list(zeros), [z + SETTINGS.tau**2 for z in zeros]
+        s = SETTINGS
+        for _ in range(rounds):
+            ends, changes = [], []
+            for k in range(CLIENTS):
+                correction = None
+                if name == "scaffold":
+                    correction = [a - b for a, b in zip(c, own[k], strict=True)]
+                prox = s.prox_mu if name == "fedprox" else 0.0
+                end, raw = self.train(k, make, prox, correction)
+                ends.append(end)
+                changes.append([r - o for r, o in zip(raw, own[k], strict=True)])
+                own[k] = raw
+            for i, x in enumerate(self.x):
+                delta = sum(w * (end[i] - x) for w, end in zip(share, ends, strict=True))
+                if name == "fedadam":
+                    m[i] = s.beta1 * m[i] + (1 - s.beta1) * delta
+                    v[i] = s.beta2 * v[i] + (1 - s.beta2) * delta**2
+                    delta = s.adaptive_rate * m[i] / (v[i].sqrt() + s.tau)
+                self.x[i] = x + delta
+                c[i] = c[i] + sum(change[i] for change in changes) / CLIENTS
+        with torch.no_grad():
+            for p, x in zip(self.weights, self.x, strict=True):
+                p.copy_(x)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedadam"])
+def test_two_rounds_equal_torch_and_peft(world, tmp_path, name, optimizer):
+    reference = Reference(world, tmp_path / "start")
+    if optimizer == "adamw":
+        # eps well above rounding: Adam divides by it where a gradient is zero but for that.
+        make = lambda w: torch.optim.AdamW(w, lr=RATE, eps=1e-6, weight_decay=0.01)  # noqa: E731
+        adapter, _ = ours(world, name, make_optimizer("adamw(eps=1e-6, weight_decay=0.01)"))
+    else:
+        make = lambda w: torch.optim.SGD(w, lr=RATE)  # noqa: E731
+        adapter, _ = ours(world, name, make_optimizer("sgd"))
+    reference.run(name, make)
+    reference.model.save_pretrained(tmp_path / "end")
+    expected = lora.load_adapter(tmp_path / "end").factors
+    close(adapter, expected, atol=1e-4 if optimizer == "adamw" else 1e-6)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), adapter, world[3])
+    assert max(jax.tree.leaves(moved)) > 10 * (1e-4 if optimizer == "adamw" else 1e-6)
+
+
+def test_ten_steps_of_openfedllms_adamw(world, tmp_path):
+    """`adamw_hf` against its formula written in torch, eps outside the bias correction."""
+
+    class Hf(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    s = self.state[p]
+                    if not s:
+                        s.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                    s["t"] += 1
+                    s["m"].mul_(0.9).add_(p.grad, alpha=0.1)
+                    s["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+                    size = RATE * (1 - 0.999 ** s["t"]) ** 0.5 / (1 - 0.9 ** s["t"])
+                    p.data -= size * s["m"] / (s["v"].sqrt() + 1e-6)
+
+    reference = Reference(world, tmp_path / "start")
+    reference.run("fedavg", Hf, rounds=3)
+    reference.model.save_pretrained(tmp_path / "end")
+    adapter, _ = ours(world, "fedavg", make_optimizer("adamw_hf(eps=1e-6)"), rounds=3)
+    close(adapter, lora.load_adapter(tmp_path / "end").factors, atol=1e-4)

@@ -1,0 +1,59 @@
+"""What a run's metrics say of those who took part, and who did not."""
+
+import pytest
+from commands import rows, run
+
+
+def test_a_run_reports_who_took_part(tmp_path):
+    pytest.importorskip("dp_accounting")
+    run(
+        tmp_path,
+        "arms=('fl','fl+filter')",
+        "num_clients=8",
+        "clients_per_round=6",
+        "algorithms=('fedadam',)",
+        "federated.dropout=0.3",
+        "federated.stragglers=0.5",
+        "federated.clip_norm=0.05",
+        "federated.noise_multiplier=0.5",
+        "federated.sampling=poisson",
+        "attack.clients=0.25",
+        "attack.boost=10.0",
+        "size_sigma=0.5",
+    )
+    found = rows(tmp_path)
+    assert len({len(r["clients"]) for r in found}) > 1  # Poisson cohorts
+    for r in found:
+        count = len(r["clients"])
+        assert len(r["delta_norms"]) == len(r["cosines"]) == len(r["steps"]) == count
+        assert all(-1 <= c <= 1 for c in r["cosines"]) and r["bytes_up"] == r["bytes_down"]
+    assert any(r["dropped_out"] for r in found) and any(r["malicious"] for r in found)
+    epsilons = [r["epsilon"] for r in found if r["arm"] == "fl"]
+    assert 0 < epsilons[0] < epsilons[1] < epsilons[2]
+    bad = [
+        n
+        for r in found
+        for c, n in zip(r["clients"], r["delta_norms"], strict=True)
+        if c in r["malicious"]
+    ]
+    good = [
+        n
+        for r in found
+        for c, n in zip(r["clients"], r["delta_norms"], strict=True)
+        if c not in r["malicious"]
+    ]
+    assert max(good) < max(bad)
+
+
+def test_a_client_that_the_filter_empties_is_counted_and_the_run_goes_on(tmp_path):
+    run(
+        tmp_path,
+        "arms=('fl+filter',)",
+        "num_clients=3",
+        "clients_per_round=3",
+        "filter.epochs=5",
+        "attack.clients=0.34",
+        "examples_per_client=6",
+        "harmful_share=0.0",
+    )
+    assert all(len(r["no_data"]) == 1 and len(r["clients"]) == 2 for r in rows(tmp_path))

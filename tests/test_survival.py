@@ -1,0 +1,99 @@
+"""Runs that are killed, interrupted, terminated: they end with the same numbers."""
+
+import random
+import signal
+import time
+
+import pytest
+from commands import comparable, rows, run, start
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, run(workdir)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path, how):
+    process, metrics = start(tmp_path), tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    # The first round of the last arm is done: two arms are finished, one is in the middle.
+    while not (metrics.exists() and '"fl+filter+cai"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert "the same command continues" in errors and "Traceback" not in errors
+    assert not (tmp_path / "results.json").exists()
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(finished[0])
+
+    def losses(workdir):
+        return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows(workdir)]
+
+    assert losses(tmp_path) == losses(finished[0])  # to the bit
+
+
+LONG = (
+    "arms=('fl',)",
+    "rounds=14",
+    "export_arm=fl",
+    "filter.epochs=0",
+    "federated.compression=int8",
+)
+
+
+def adapter_bytes(workdir):
+    return (workdir / "export" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def checkpoints(workdir):
+    folder = workdir / "checkpoints" / "fl" / "seed0"
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def reached(workdir, before, writing):
+    """Whether a checkpoint is being written, or a round was finished, that was not there before."""
+    new = {p.name for p in checkpoints(workdir)} - before
+    return any("tmp" in name if writing else name.isdigit() for name in new)
+
+
+def test_ten_kills_end_with_the_same_adapter(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run(straight, *LONG)
+    rng = random.Random(0)
+    written_to = 0
+    for kill in range(10):
+        process, before = start(killed, *LONG), {p.name for p in checkpoints(killed)}
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not reached(killed, before, kill % 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        if not kill % 2:
+            time.sleep(rng.uniform(0, 0.5))
+        written_to += any("tmp" in p.name for p in checkpoints(killed))
+        process.kill()
+        process.communicate(timeout=60)
+    assert written_to >= 3
+    run(killed, *LONG)
+    assert adapter_bytes(killed) == adapter_bytes(straight)
+    assert comparable(killed) == comparable(straight)
+
+
+def test_sigterm_loses_no_finished_round(tmp_path):
+    settings = (*LONG, "checkpoint_every=100")
+    process, metrics = start(tmp_path, *settings), tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not [p for p in checkpoints(tmp_path) if p.name.isdigit()]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in errors and "Traceback" not in errors
+    done = len(metrics.read_text().splitlines())
+    assert [p.name for p in checkpoints(tmp_path)] == [str(done)]
