@@ -31,7 +31,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.partition = "iid"  # or dirichlet, user, category, source
     c.dirichlet_alpha = 0.5
     c.num_clients = 20
-    c.examples_per_client = 100
+    c.examples_per_client = 43  # what the packaged pools give 20 clients
     c.size_sigma = 0.0  # clients hold log-normally different numbers around it
     c.harmful_share = 0.3  # of each client's examples
 

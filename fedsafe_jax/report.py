@@ -1,17 +1,15 @@
 """`report.html` and `figures/*.png`: the table with intervals, curves, samples and the config."""
 
-import base64
 import collections
 import html
 import importlib.metadata
-import io
 import json
 import pathlib
 
-from fedsafe_jax import records
+from fedsafe_jax import records, report_clients
 from fedsafe_jax.progress import table_rows
+from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
-COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;width:100%;margin:1em 0}
@@ -27,23 +25,6 @@ def versions() -> dict:
     """Versions of the packages that decide a run's numbers."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _figure(path: pathlib.Path, draw) -> str:
-    """Draws, saves a PNG and returns it as an `<img>`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = draw(plt)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    plt.close(figure)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}">'
 
 
 def _bars(results):
@@ -103,14 +84,6 @@ def _curves(rows, value, label):
     return draw
 
 
-def _html_table(header, rows, kind="") -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
-    )
-    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'
-
-
 def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
     """Writes the report, the figures and TensorBoard events of a finished run.
 
@@ -130,13 +103,13 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
         f"by the judge '{html.escape(config.eval.judge)}'. Harmful prompts: "
         f"{html.escape(config.eval.advbench)}; harmless prompts: "
         f"{html.escape(config.eval.over_refusal)}. Seeds: {list(config.seeds)}.</p>",
-        _html_table(header, table),
-        _figure(figures / "arms.png", _bars(results)),
+        html_table(header, table),
+        figure_tag(figures / "arms.png", _bars(results)),
     ]
     if rows:
         parts.append("<h2>By round</h2>")
         parts.append(
-            _figure(figures / "loss.png", _curves(rows, lambda r: r["loss"], "client loss"))
+            figure_tag(figures / "loss.png", _curves(rows, lambda r: r["loss"], "client loss"))
         )
         for name, label in (
             ("advbench", "harmful refused, %"),
@@ -145,14 +118,15 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
             probed = [r for r in rows if "eval" in r]
             if probed:
                 draw = _curves(probed, lambda r, name=name: r["eval"][name], label)
-                parts.append(_figure(figures / f"{name}_by_round.png", draw))
+                parts.append(figure_tag(figures / f"{name}_by_round.png", draw))
+        parts.append(report_clients.section(rows, figures))
     if "filter" in results:
         parts.append(_filter_section(results["filter"]))
     parts += [_judges_section(results), _samples_section(outcomes)]
     if rows:
         parts.append(_seconds_section(rows))
     dump = json.dumps(config.to_dict(), indent=2)
-    parts.append("<h2>Data</h2>" + _html_table(*_data_rows(results["data"])))
+    parts.append("<h2>Data</h2>" + html_table(*_data_rows(results["data"])))
     parts.append(f"<h2>Config</h2><pre>{html.escape(dump)}</pre>")
     made_with = html.escape(f"{results['device']}, {results['versions']}")
     parts.append(f'<p class="note">{made_with}</p>')
@@ -175,7 +149,7 @@ def _filter_section(quality: dict) -> str:
     ]
     line = ", ".join(f"{n} {quality[n]:.1f}" for n in ("accuracy", "precision", "recall", "hmean"))
     header = ("", "unsafe dropped", "unsafe kept", "safe dropped", "safe kept")
-    return f"<h2>Safety filter</h2><p>{line}</p>" + _html_table(header, rows)
+    return f"<h2>Safety filter</h2><p>{line}</p>" + html_table(header, rows)
 
 
 def _judges_section(results: dict) -> str:
@@ -186,7 +160,7 @@ def _judges_section(results: dict) -> str:
                 over = arm["over_refusal"]["by_judge"][judge]
                 rows.append((arm_id, judge, f"{found['safety']:.1f}", f"{over['rate']:.1f}"))
     header = ("arm", "judge", "harmful refused, %", "harmless refused, %")
-    return "<h2>Both judges</h2>" + _html_table(header, rows)
+    return "<h2>Both judges</h2>" + html_table(header, rows)
 
 
 def _samples_section(outcomes: dict) -> str:
@@ -202,7 +176,7 @@ def _samples_section(outcomes: dict) -> str:
                 (found[arms[0]][i]["prompt"], *(found[arm][i]["answer"] for arm in arms))
                 for i in range(count)
             ]
-            parts.append(f"<h3>{title}</h3>" + _html_table(("prompt", *arms), rows, "text"))
+            parts.append(f"<h3>{title}</h3>" + html_table(("prompt", *arms), rows, "text"))
     return "".join(parts)
 
 
@@ -213,7 +187,7 @@ def _seconds_section(rows: list[dict]) -> str:
             totals[row["arm"]][phase] += seconds
     phases = sorted({p for t in totals.values() for p in t})
     table = [(arm, "", *(f"{t.get(p, 0):.1f}" for p in phases)) for arm, t in totals.items()]
-    return "<h2>Seconds by phase</h2>" + _html_table(("arm", "", *phases), table)
+    return "<h2>Seconds by phase</h2>" + html_table(("arm", "", *phases), table)
 
 
 def _data_rows(counts: dict):
@@ -235,6 +209,7 @@ def _tensorboard(workdir: pathlib.Path, rows: list[dict]) -> None:
             for row in rows:
                 if (row["arm"], row["seed"]) == arm:
                     for name in ("loss", "update_norm", "tokens_per_second"):
-                        writer.add_scalar(name, row[name], row["round"])
+                        if row[name] is not None:
+                            writer.add_scalar(name, row[name], row["round"])
                     for name, value in row.get("eval", {}).items():
                         writer.add_scalar(f"refused/{name}", value, row["round"])

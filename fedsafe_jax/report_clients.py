@@ -1,0 +1,99 @@
+"""The report's section on clients: who pulled the model, who was left out, what was sent."""
+
+import collections
+import pathlib
+import statistics
+
+from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
+
+
+def section(rows: list[dict], figures: pathlib.Path) -> str:
+    """HTML of the section; its figure is written to `clients.png`.
+
+    Args:
+      rows: of `metrics.jsonl`.
+      figures: folder.
+    """
+    crosses = " Crosses are malicious clients." if any(r.get("malicious") for r in rows) else ""
+    note = (
+        '<p class="note">A point is a client in a round: the length of its update, as a multiple '
+        "of the round's median, and its angle to the mean of all. Long updates pull hardest; a "
+        f"negative cosine pulls against the others.{crosses}</p>"
+    )
+    return (
+        "<h2>Clients</h2>"
+        + note
+        + figure_tag(figures / "clients.png", lambda plt: _scatter(plt, rows))
+        + html_table(*_longest(rows))
+        + html_table(*_totals(rows))
+    )
+
+
+def _points(rows):
+    for row in rows:
+        bad = set(row.get("malicious", ()))
+        middle = statistics.median(row["delta_norms"] or [0]) or 1.0
+        for client, norm, cosine in zip(
+            row["clients"], row["delta_norms"], row["cosines"], strict=True
+        ):
+            yield row["arm"], client, norm / middle, cosine, client in bad
+
+
+def _scatter(plt, rows):
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    points = list(_points(rows))
+    for i, arm in enumerate(arms):
+        for bad, marker in ((False, "o"), (True, "x")):
+            mine = [(n, c) for a, _, n, c, b in points if a == arm and b == bad and n > 0]
+            if mine:
+                axis.scatter(
+                    *zip(*mine, strict=True),
+                    s=16,
+                    marker=marker,
+                    color=COLOURS[(i + 1) % len(COLOURS)],
+                    label=arm + (", malicious" if bad else ""),
+                )
+    if any(n > 3 for _, _, n, _, _ in points):
+        axis.set_xscale("log")
+    axis.set_xlabel("length of the update / median of the round")
+    axis.set_ylabel("cosine to the mean")
+    if points:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _longest(rows):
+    """The clients with the longest updates of each arm."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for arm, client, norm, cosine, bad in _points(rows):
+        found[arm][client].append((norm, cosine, bad))
+    table = []
+    for arm, clients in found.items():
+        middle = {c: statistics.median(n for n, _, _ in seen) for c, seen in clients.items()}
+        for client in sorted(middle, key=middle.get, reverse=True)[:3]:
+            seen = clients[client]
+            cosine = statistics.median(c for _, c, _ in seen)
+            name = f"{client} (malicious)" if seen[0][2] else str(client)
+            table.append((arm, name, len(seen), f"{middle[client]:.3g}", f"{cosine:.2f}"))
+    return ("arm", "longest updates: client", "rounds", "length / median", "cosine"), table
+
+
+def _totals(rows):
+    """What each arm sent, and whom it left out."""
+    table = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm]
+
+        def total(name, mine=mine):
+            return sum(len(row.get(name, ())) for row in mine)
+
+        up, down = (sum(row[f"bytes_{way}"] for row in mine) / 2**20 for way in ("up", "down"))
+        epsilon = f"{mine[-1]['epsilon']:.2f}" if "epsilon" in mine[-1] else "none"
+        gaps = [row["product_gap"] for row in mine if row["product_gap"] is not None]
+        gap = f"{100 * statistics.median(gaps):.1f}" if gaps else ""
+        left_out = (total("excluded"), total("dropped_out"), total("no_data"))
+        skipped = sum(row["skipped"] for row in mine)
+        table.append((arm, f"{up:.1f}", f"{down:.1f}", *left_out, skipped, gap, epsilon))
+    header = ("arm", "MiB up", "MiB down", "not finite", "dropped out", "without data")
+    return (*header, "rounds skipped", "product gap, %", "epsilon"), table

@@ -1,0 +1,33 @@
+"""Figures and tables of the report."""
+
+import base64
+import html
+import io
+import pathlib
+
+COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
+
+
+def figure_tag(path: pathlib.Path, draw) -> str:
+    """Draws, saves a PNG and returns it as an `<img>`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = draw(plt)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, dpi=120, format="png")
+    plt.close(drawn)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}">'
+
+
+def html_table(header, rows, kind="") -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
+    )
+    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'

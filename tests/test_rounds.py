@@ -1,0 +1,96 @@
+"""From a config to rounds: schedules, presets, what does not go together."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+from fedsafe_jax import rounds
+from fedsafe_jax.config import ConfigError, default_config, openfedllm
+from fedsafe_jax.federated.client import OptimizerError, make_optimizer
+from fedsafe_jax.validation import validate
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def test_openfedllms_cosine():
+    c = openfedllm(default_config())
+    c.rounds = 200
+    found = [rounds.rate(c, t) for t in (0, 1, 100, 199)]
+    np.testing.assert_allclose(found, [5e-5, 4.99969775e-5, 2.55e-5, 1.00302e-6], rtol=1e-5)
+
+
+def test_schedules_over_rounds_and_steps():
+    c = default_config()
+    c.learning_rate, c.min_learning_rate, c.rounds, c.local_steps = 1.0, 0.0, 10, 4
+    c.schedule, c.warmup_rounds = "linear", 2
+    found = [rounds.rate(c, t) for t in range(10)]
+    np.testing.assert_allclose(found[:3], [1 / 3, 2 / 3, 1.0])
+    np.testing.assert_allclose(found[2:], 1 - np.arange(8) / 8)
+    c.schedule = "constant"
+    assert rounds.rate(c, 9) == 1.0
+    np.testing.assert_array_equal(rounds.step_rates(c, 5), np.ones(4, np.float32))
+    c.step_schedule = "linear"
+    np.testing.assert_allclose(rounds.step_rates(c, 5), [1, 0.75, 0.5, 0.25])
+    c.step_schedule = "cosine"
+    np.testing.assert_allclose(
+        rounds.step_rates(c, 5), 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)), rtol=1e-6
+    )
+
+
+def test_roles_cycle_through_ranks():
+    c = default_config()
+    c.num_clients, c.federated.client_ranks, c.attack.clients = 5, (4, 8), 0.4
+    who = rounds.roles(c, 3)
+    np.testing.assert_array_equal(who.ranks, [4, 8, 4, 8, 4])
+    assert len(who.malicious) == 2 and who.malicious == rounds.roles(c, 3).malicious
+
+
+@pytest.mark.parametrize("name", ["demo", "lab", "openfedllm", "paper"])
+def test_every_config_is_valid(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithms": ("scaffold",), "federated.aggregator": "median"}, "scaffold, whose"),
+        ({"federated.average": "product", "federated.aggregator": "median"}, "average='product'"),
+        ({"federated.client_ranks": (4, 16), "federated.aggregator": "krum"}, "client_ranks"),
+        (
+            {"federated.noise_multiplier": 1.0, "federated.clip_norm": 1.0,
+             "federated.sampling": "weighted"},
+            "needs sampling uniform or poisson",
+        ),
+        (
+            {"federated.noise_multiplier": 1.0, "federated.clip_norm": 1.0,
+             "federated.client_ranks": (4, 16)},
+            "do not go together",
+        ),
+        ({"federated.dropout": 1.0}, "federated.dropout=1.0: expected a share between 0 and 0.99"),
+        ({"warmup_rounds": 6}, "warmup_rounds=6: expected fewer than rounds=6"),
+        ({"step_schedule": "cosin"}, "Did you mean 'cosine'?"),
+        ({"accumulation": 0}, "accumulation=0: expected at least 1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_named(changes, message):
+    c = default_config()
+    c.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as caught:
+        validate(c)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["adam", "adamw(weight_decay=0.01)", "sgd(momentum=0.9)", "lion"])
+def test_any_optax_optimizer_by_name(spec):
+    assert callable(make_optimizer(spec).update)
+
+
+@pytest.mark.parametrize("spec", ["adam(", "adam(0.1)", "adam(learning_rate=1.0)", "chain", "a.b"])
+def test_other_optimizers_are_refused(spec):
+    with pytest.raises(OptimizerError):
+        make_optimizer(spec)
