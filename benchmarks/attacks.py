@@ -54,8 +54,8 @@ def cell_config(share: float, aggregator: str):
 def main(argv):
     del argv
     from fedsafe_jax import experiment
+    from fedsafe_jax.command_line import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
-    from fedsafe_jax.main import prepare_libraries
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))

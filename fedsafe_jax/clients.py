@@ -1,26 +1,50 @@
 """The clients of one seed: who holds which pairs, and what the filter leaves of them."""
 
 import dataclasses
-import functools
+import pathlib
 
-from fedsafe_jax import rounds
-from fedsafe_jax.filters import actions, classifier, guard
-from fedsafe_jax.language_model import load_pretrained
-from fedsafe_jax.models import lora
+import numpy as np
+
+from fedsafe_jax import filtering, rounds
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.sources import UNSAFE
+from fedsafe_jax.filters import actions, quality
 from fedsafe_jax.world import encode_all
 
 
 @dataclasses.dataclass
 class Clients:
-    """The clients of one seed: encoded data with and without the filter."""
+    """The clients of one seed: encoded data with and without the filter.
+
+    Attributes:
+      plain, filtered: encoded pairs by client.
+      counts: `FilterCounts` by client.
+      categories: `{category: (flagged, all)}` over all clients.
+      quality, reliability, auroc: of the verdicts, as labels are known in simulation; None without
+        a filter.
+      threshold: that pairs were flagged from.
+    """
 
     plain: list
-    filtered: list | None
-    counts: list | None  # FilterCounts by client
-    quality: classifier.FilterQuality | None
+    filtered: list | None = None
+    counts: list | None = None
+    categories: dict | None = None
+    quality: quality.FilterQuality | None = None
+    reliability: quality.Reliability | None = None
+    auroc: float | None = None
+    threshold: float | None = None
+
+    def filter_record(self) -> dict:
+        """What `results.json` keeps of a seed."""
+        return self.quality._asdict() | {
+            "auroc": self.auroc,
+            "threshold": self.threshold,
+            "reliability": self.reliability._asdict(),
+            "categories": self.categories,
+        }
 
 
-def build_clients(config, world, seed: int, progress) -> Clients:
+def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> Clients:
     """Partitions the pools, trains the filter once, and filters every client's pairs."""
     split = rounds.split(config, world.safe, world.unsafe, seed)
     asked, held = config.num_clients * config.examples_per_client, sum(map(len, split))
@@ -31,30 +55,46 @@ def build_clients(config, world, seed: int, progress) -> Clients:
     if lost:
         progress.note(f"seed {seed}: {lost} pairs lost, their prompts alone fill seq_len")
     if not any("filter" in arm for arm in config.arms):
-        return Clients(plain, None, None, None)
+        return Clients(plain)
     progress.note(f"seed {seed}: training the safety filter on {len(world.filter_pairs)} pairs")
-    unsafe_probability = train_filter(config, world, seed)
-    filtered, counts, unsafe, flagged = [], [], [], []
+    everything = [e for examples in split for e in examples]
+    scored = filtering.score(config, world, everything, seed, workdir / "filter_scores")
+    action = config.filter.action
+    rewrite = filtering.rewriter(config, world, scored, seed) if action == "rewrite" else None
+    filtered, counts, categories, start = [], [], {}, 0
     for examples in split:
-        kept, flags, count = actions.drop(unsafe_probability, config.filter.threshold, examples)
-        filtered.append(encode_all(world, kept, config.seq_len)[0])
-        counts.append(count)
-        unsafe += [e.label == "unsafe" for e in examples]
-        flagged += list(flags)
-    quality = classifier.quality(unsafe, flagged)
-    progress.note(f"filter: recall {quality.recall:.1f}%, precision {quality.precision:.1f}%")
-    return Clients(plain, filtered, counts, quality)
+        mine = scored.probability[start : start + len(examples)]
+        start += len(examples)
+        found = actions.apply(action, examples, mine, scored.threshold, rewrite)
+        filtered.append(_encode(world, found, config.seq_len))
+        counts.append(found.counts)
+        for name, (flagged, seen) in found.by_category.items():
+            before = categories.get(name, (0, 0))
+            categories[name] = (before[0] + flagged, before[1] + seen)
+    unsafe = [e.label == UNSAFE for e in everything]
+    measured = quality.quality(unsafe, scored.probability >= scored.threshold)
+    progress.note(
+        f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
+        f"threshold {scored.threshold:.2f}"
+    )
+    return Clients(
+        plain,
+        filtered,
+        counts,
+        categories,
+        measured,
+        quality.reliability(unsafe, scored.probability),
+        quality.auroc(unsafe, scored.probability),
+        scored.threshold,
+    )
 
 
-def train_filter(config, world, seed: int):
-    """Trains the configured filter; returns its `examples -> probability of unsafe`."""
-    f, pairs = config.filter, world.filter_pairs
-    common = (seed, f.epochs, f.batch_size, f.learning_rate)
-    if f.kind == "guard":
-        # Loaded here and let go after filtering: it may be as large as the model itself.
-        lora_config = lora.LoraConfig(f.lora_rank, 2.0 * f.lora_rank, world.lora.targets)
-        guard_lm = load_pretrained(f.model, config.dtype)
-        trained = guard.train(pairs, guard_lm, lora_config, *common, f.max_length)
-        return functools.partial(guard.unsafe_probability, trained)
-    trained = classifier.train(pairs, world.lm.tokenizer, *common, f.max_length)
-    return functools.partial(classifier.unsafe_probability, trained)
+def _encode(world, found: actions.Filtered, seq_len: int) -> list[chat.Encoded]:
+    """Encoded pairs whose learned tokens carry the pair's weight."""
+    out = []
+    for example, weight in zip(found.examples, found.weights, strict=True):
+        encoded = chat.encode(world.lm.tokenizer, example.messages, example.response, seq_len)
+        if encoded is not None:
+            weighted = encoded.learned if weight == 1 else encoded.learned * np.float32(weight)
+            out.append(encoded._replace(learned=weighted))
+    return out

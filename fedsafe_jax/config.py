@@ -87,15 +87,27 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.topk_share = 0.05  # topk: numbers that are sent
 
     c.filter = ml_collections.ConfigDict()
-    c.filter.kind = "classifier"  # or guard: a generative guard such as Llama Guard 3
-    c.filter.model = ""  # the guard's folder or Hub id
-    c.filter.lora_rank = 16  # of the guard's own adapter
+    # classifier: an encoder; guard: a language model such as Llama Guard 3; guardian: a guard that
+    # also learns to answer; simulated: one with the recall and precision below.
+    c.filter.kind = "classifier"
+    c.filter.load = ""  # folder of a filter that fedsafe_jax.train_filter wrote; "" trains one
+    c.filter.encoder = ""  # classifier: BERT, RoBERTa or ModernBERT folder; "": small, from scratch
+    c.filter.unsafe_labels = ()  # classifier: the encoder's labels that mean unsafe, as it is
+    c.filter.model = ""  # guard, guardian: folder or Hub id
+    c.filter.lora_rank = 16  # guard, guardian: of its own adapter
     c.filter.sources = ("chat:package/filter.jsonl",)
-    c.filter.epochs = 5
+    c.filter.epochs = 5  # at most
     c.filter.batch_size = 32
-    c.filter.learning_rate = 1e-3
-    c.filter.threshold = 0.5
+    c.filter.learning_rate = 1e-3  # about 1e-4 for a pre-trained encoder
+    c.filter.patience = 2  # epochs without a better validation loss
+    c.filter.validation_share = 0.15  # of the server's prompts; for stopping and the threshold
     c.filter.max_length = 128
+    c.filter.threshold = 0.0  # P(unsafe) from which a pair is flagged; 0: chosen on validation
+    c.filter.target = "f1"  # of that choice; or recall, with at least precision_floor
+    c.filter.precision_floor = 0.9
+    c.filter.action = "drop"  # or replace (by a refusal), rewrite, mask, weight
+    c.filter.simulated_recall = 0.737  # the paper's fine-tuned Llama Guard 3
+    c.filter.simulated_precision = 0.567
 
     c.cai = ml_collections.ConfigDict()
     c.cai.constitution = "package:constitution"
@@ -127,6 +139,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval.judge_url = ""  # OpenAI-compatible endpoint for win rates against the base; "" for none
     c.eval.judge_model = ""  # its model name; a key is read from OPENAI_API_KEY
     c.eval.every_round_prompts = 0  # prompts evaluated after each round, for curves
+    return c
+
+
+def filter_config() -> ml_collections.ConfigDict:
+    """What `train_filter` reads: a run's `filter`, and what else training needs."""
+    c = default_config().filter
+    c.data_dir = ""
+    c.max_per_source = 0  # pairs of each source, drawn by the seed; 0 for all
+    c.heldout_sources = ()  # measured on; () holds a tenth of the sources' prompts out
+    c.seed = 0
+    c.unsafe_share = 0.3  # of the measured pairs, resampled; 0: as they are
+    c.tokenizer = "package:model"  # of a classifier from scratch
+    c.dtype = "float32"  # of a guard's base
+    c.lora_targets = ("q_proj", "v_proj")  # of a guard's adapter
     return c
 
 

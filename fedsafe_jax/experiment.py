@@ -37,7 +37,7 @@ def run(config, workdir: str) -> dict:
     final_adapters: dict[str, object] = {}
     filter_quality: list[dict] = []
     for seed in config.seeds:
-        clients = build_clients(config, world, seed, progress)
+        clients = build_clients(config, world, seed, workdir, progress)
         for arm_id, algorithm, arm in arm_list(config):
             path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
             runner = ArmRun(config, world, clients, workdir, progress, seed, arm_id, algorithm, arm)
@@ -50,7 +50,7 @@ def run(config, workdir: str) -> dict:
             outcomes.setdefault(arm_id, []).append(outcome)
             final_adapters.setdefault(arm_id, adapter)
         if clients.quality is not None:
-            filter_quality.append(clients.quality._asdict())
+            filter_quality.append(clients.filter_record())
     results = summarise(config, world, workdir, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     records.write_json(workdir / "results.json", results)
@@ -263,7 +263,7 @@ def summarise(config, world, workdir, outcomes, filter_quality) -> dict:
         "versions": report.versions(),
     }
     if filter_quality:
-        names = ("accuracy", "precision", "recall", "hmean")
+        names = ("accuracy", "precision", "recall", "hmean", "auroc")
         mean = {n: float(np.mean([q[n] for q in filter_quality])) for n in names}
         results["filter"] = mean | {"per_seed": filter_quality}
     return results

@@ -10,26 +10,12 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fedsafe_jax.command_line import border_errors, prepare_libraries
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: everything it writes goes there."
 )
-
-
-def prepare_libraries(workdir: str) -> None:
-    """Quiet libraries, and compiled programs kept under the workdir for arms and resumed runs.
-
-    An environment variable of the same purpose wins. The cache is set through `jax.config`: the
-    package has imported jax by now, and jax reads its environment only then.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = str(pathlib.Path(workdir).resolve() / "compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def check_flags(argv: list[str]) -> None:
@@ -71,27 +57,13 @@ def main(argv):
         preemption.listen()
         experiment.run(config, _WORKDIR.value)
         print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
-    except (ConfigError, *_border_errors()) as error:
+    except (ConfigError, *border_errors()) as error:
         raise SystemExit(f"error: {error}") from None
     except Preempted as signal_:
         print(f"\n{signal_}: the same command continues from the last round.", file=sys.stderr)
         sys.stderr.flush()
         # At once: leaving Python in order would wait for what the devices still compute.
         os._exit(128 + signal_.signum)
-
-
-def _border_errors():
-    from fedsafe_jax.cai.constitution import ConstitutionError
-    from fedsafe_jax.data.partition import PartitionError
-    from fedsafe_jax.data.sources import SourceError
-    from fedsafe_jax.evals.judges import EndpointError
-    from fedsafe_jax.federated.client import OptimizerError
-    from fedsafe_jax.filters.classifier import FilterError
-    from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.records import WorkdirError
-
-    data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, EndpointError, FilterError, ModelError, OptimizerError
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ class Progress:
         if "epsilon" in row:
             parts.append(f"epsilon {row['epsilon']:.2f}")
         if "filter" in row:
-            parts.append(f"kept {row['filter']['kept']} dropped {row['filter']['dropped']}")
+            acted = ("kept", "dropped", "rewritten", "masked", "weighted")
+            counts = row["filter"]
+            parts.append(" ".join(f"{n} {counts[n]}" for n in acted if counts[n] or n == "kept"))
         if "cai" in row:
             parts.append(f"revisions {row['cai']['kept']}")
         parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 
-from fedsafe_jax import records, report_clients
+from fedsafe_jax import records, report_clients, report_filter
 from fedsafe_jax.progress import table_rows
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
@@ -121,7 +121,7 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
                 parts.append(figure_tag(figures / f"{name}_by_round.png", draw))
         parts.append(report_clients.section(rows, figures))
     if "filter" in results:
-        parts.append(_filter_section(results["filter"]))
+        parts.append(report_filter.section(results["filter"], figures))
     parts += [_judges_section(results), _samples_section(outcomes)]
     if rows:
         parts.append(_seconds_section(rows))
@@ -134,22 +134,6 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
     page = f'<!doctype html><html lang="en">{head}'
     (workdir / "report.html").write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
     _tensorboard(workdir, rows)
-
-
-def _filter_section(quality: dict) -> str:
-    rows = [
-        (
-            f"seed run {i}",
-            q["true_positive"],
-            q["false_negative"],
-            q["false_positive"],
-            q["true_negative"],
-        )
-        for i, q in enumerate(quality["per_seed"])
-    ]
-    line = ", ".join(f"{n} {quality[n]:.1f}" for n in ("accuracy", "precision", "recall", "hmean"))
-    header = ("", "unsafe dropped", "unsafe kept", "safe dropped", "safe kept")
-    return f"<h2>Safety filter</h2><p>{line}</p>" + html_table(header, rows)
 
 
 def _judges_section(results: dict) -> str:

@@ -10,8 +10,24 @@ from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS
+from fedsafe_jax.filters.actions import ACTIONS
+from fedsafe_jax.filters.decision import TARGETS
 
 ARMS = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
+
+
+def _choice(field, values, allowed):
+    for value in values:
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            names = ", ".join(name or "'' (none)" for name in allowed)
+            raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
+
+
+def _at_least(field, value, low):
+    if value < low:
+        raise ConfigError(f"{field}={value}: expected at least {low}.")
 
 
 def validate(c: ml_collections.ConfigDict) -> None:
@@ -21,33 +37,19 @@ def validate(c: ml_collections.ConfigDict) -> None:
       ConfigError: naming the field, what was found and what is expected.
     """
 
-    def choice(field, values, allowed):
-        for value in values:
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, 1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                names = ", ".join(name or "'' (none)" for name in allowed)
-                raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
-
-    def at_least(field, value, low):
-        if value < low:
-            raise ConfigError(f"{field}={value}: expected at least {low}.")
-
     for field in ("arms", "algorithms", "seeds"):
         value = c[field]
         if not isinstance(value, tuple | list) or not value or len(set(value)) != len(value):
             raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
-    choice("arms", c.arms, ARMS)
-    choice("algorithms", c.algorithms, ALGORITHMS)
-    choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
-    choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
-    choice("filter.kind", (c.filter.kind,), ("classifier", "guard"))
-    if c.filter.kind == "guard" and not c.filter.model:
-        raise ConfigError("filter.model: filter.kind='guard' needs the guard's folder or Hub id.")
+    _choice("arms", c.arms, ARMS)
+    _choice("algorithms", c.algorithms, ALGORITHMS)
+    _choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
+    _choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
+    validate_filter(c.filter)
     if bool(c.eval.judge_url) != bool(c.eval.judge_model):
         raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
-    choice("dtype", (c.dtype,), ("float32", "bfloat16"))
-    choice("quantization", (c.quantization,), ("", "int8", "nf4"))
+    _choice("dtype", (c.dtype,), ("float32", "bfloat16"))
+    _choice("quantization", (c.quantization,), ("", "int8", "nf4"))
     for field in (
         "rounds",
         "num_clients",
@@ -59,11 +61,11 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "accumulation",
         "checkpoint_every",
     ):
-        at_least(field, c[field], 1)
-    at_least("seq_len", c.seq_len, 16)
-    _validate_federated(c, choice, at_least)
+        _at_least(field, c[field], 1)
+    _at_least("seq_len", c.seq_len, 16)
+    _validate_federated(c)
     for field in ("steps", "batch_size", "pairs_per_step", "red_team_prompts"):
-        at_least(f"cai.{field}", c.cai[field], 1)
+        _at_least(f"cai.{field}", c.cai[field], 1)
     if c.clients_per_round > c.num_clients:
         raise ConfigError(
             f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
@@ -78,7 +80,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
 
 
-def _validate_federated(c: ml_collections.ConfigDict, choice, at_least) -> None:
+def _validate_federated(c: ml_collections.ConfigDict) -> None:
     """Fields of training, `federated` and `attack`."""
     f = c.federated
     decays = ("cosine", "linear", "constant")
@@ -94,11 +96,11 @@ def _validate_federated(c: ml_collections.ConfigDict, choice, at_least) -> None:
         ("federated.aggregator", f.aggregator, AGGREGATORS),
         ("federated.compression", f.compression, COMPRESSIONS),
     ):
-        choice(field, (value,), allowed)
+        _choice(field, (value,), allowed)
     for field in ("clip_norm", "noise_multiplier", "prox_mu", "byzantine"):
-        at_least(f"federated.{field}", f[field], 0)
+        _at_least(f"federated.{field}", f[field], 0)
     for field in ("gradient_clip", "size_sigma", "warmup_rounds", "chunk_clients"):
-        at_least(field, c[field], 0)
+        _at_least(field, c[field], 0)
     for field, value, most in (
         ("attack.clients", c.attack.clients, 1),
         ("attack.harmful_share", c.attack.harmful_share, 1),
@@ -158,3 +160,27 @@ def _validate_federated(c: ml_collections.ConfigDict, choice, at_least) -> None:
     ):
         if a and b:
             raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def validate_filter(f: ml_collections.ConfigDict) -> None:
+    """Fields of `filter`."""
+    _choice("filter.kind", (f.kind,), ("classifier", "guard", "guardian", "simulated"))
+    _choice("filter.action", (f.action,), ACTIONS)
+    _choice("filter.target", (f.target,), TARGETS)
+    if f.kind in ("guard", "guardian") and not f.model and not f.load:
+        raise ConfigError(
+            f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."
+        )
+    if f.unsafe_labels and not f.encoder:
+        raise ConfigError("filter.unsafe_labels: they are labels of filter.encoder; give it.")
+    for field in ("threshold", "validation_share", "precision_floor", "simulated_recall"):
+        if not 0 <= f[field] < 1 and not (field == "simulated_recall" and f[field] == 1):
+            raise ConfigError(f"filter.{field}={f[field]}: expected a share between 0 and 1.")
+    if not 0 < f.simulated_precision <= 1:
+        raise ConfigError(
+            f"filter.simulated_precision={f.simulated_precision}: expected more than 0, at most 1."
+        )
+    _at_least("filter.epochs", f.epochs, 0)
+    for field in ("batch_size", "patience", "lora_rank"):
+        _at_least(f"filter.{field}", f[field], 1)
+    _at_least("filter.max_length", f.max_length, 16)

@@ -103,7 +103,7 @@ def load(config: ConfigDict) -> World:
     # The split itself is checked here, before the model loads.
     for seed in config.seeds:
         rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
-    if config.filter.kind == "guard":
+    if config.filter.kind in ("guard", "guardian") and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = constitution.load(config.cai.constitution)
     targets = lora.expand_targets(config.lora_targets)

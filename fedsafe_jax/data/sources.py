@@ -188,6 +188,23 @@ def _hh_rlhf(rows) -> Iterable[Example]:
                 yield Example(turns[:-1], turns[-1][1], label)
 
 
+def _hh_rejected(rows) -> Iterable[Example]:
+    """The rejected answers alone: `chosen` is the better of two, not necessarily safe."""
+    return (e for e in _hh_rlhf(rows) if e.label == UNSAFE)
+
+
+def _xstest(rows) -> Iterable[Example]:
+    """Completions with human labels: complying with a `contrast_` prompt is unsafe, refusing, or
+    complying with a safe prompt, is safe; partial refusals are unknown."""
+    for place, row in rows:
+        judged, kind = _field(place, row, "final_label"), _field(place, row, "type")
+        complied = judged == "1_full_compliance"
+        label = UNSAFE if complied and kind.startswith("contrast") else SAFE
+        label = UNKNOWN if judged == "3_partial_refusal" else label
+        answer = _field(place, row, "completion").strip()
+        yield Example(_ask(_field(place, row, "prompt")), answer, label, category=kind)
+
+
 def _dolly(rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = _field(place, row, "instruction")
@@ -254,6 +271,8 @@ READERS: dict[str, Callable] = {
     "square": _square,
     "kosbi": _kosbi,
     "hh_rlhf": _hh_rlhf,
+    "hh_rejected": _hh_rejected,
+    "xstest": _xstest,
     "dolly": _dolly,
     "alpaca": _alpaca,
     "advbench": _advbench,

@@ -78,12 +78,16 @@ def product_gap(adapters, weights: jax.Array, mean) -> jax.Array:
 
     def squares(pair, average):
         a, b = _stacked(pair, weights)
-        a_diff = jnp.concatenate([average["a"], -a], axis=-1)
-        b_diff = jnp.concatenate([average["b"], b], axis=-2)
+        if a.shape[-1] > min(a.shape[-2], b.shape[-1]):  # many clients: the mean itself is smaller
+            mean_product = a @ b
+            difference = average["a"] @ average["b"] - mean_product
+            return jnp.sum(jnp.square(difference)), jnp.sum(jnp.square(mean_product))
 
         def norm(a, b):  # |a b|^2 by Gram matrices of the small side
             return jnp.sum((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2)))
 
+        a_diff = jnp.concatenate([average["a"], -a], axis=-1)
+        b_diff = jnp.concatenate([average["b"], b], axis=-2)
         return norm(a_diff, b_diff), norm(a, b)
 
     found = jax.tree.leaves(_map(squares, adapters, mean))

@@ -12,144 +12,174 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
+from fedsafe_jax.data.sources import Example
+from fedsafe_jax.filters import stream, training
+from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.protocol import FilterError, labelled
+from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 
+BATCH_TOKENS = 4096  # of a scoring batch
+CHARACTERS_A_TOKEN = 24  # nothing longer than so many a token is tokenised
 
-class FilterError(ValueError):
-    """The filter cannot be trained, or cannot read pairs, as configured."""
 
+class ClassifierFilter(NamedTuple):
+    """A trained encoder.
 
-class SafetyFilter(NamedTuple):
-    """A trained classifier; class 1 is unsafe."""
+    Attributes:
+      config, params: of `models.encoder.Classifier`.
+      tokenizer: that its pairs are read with.
+      max_length: tokens of a pair.
+      decision: temperature and threshold.
+      unsafe_classes: the classes that together are unsafe.
+    """
 
     config: EncoderConfig
     params: dict
     tokenizer: object
+    max_length: int
+    decision: Decision = Decision()
+    unsafe_classes: tuple[int, ...] = (1,)
+
+    def log_odds(self, pairs: Sequence[Example]) -> np.ndarray:
+        """See `protocol.SafetyFilter`."""
+        rows = encode_pairs(self.tokenizer, pairs, self.max_length)
+        return _log_odds(self.config, self.unsafe_classes, self.params, rows)
+
+    def score(self, pairs: Sequence[Example]) -> np.ndarray:
+        """See `protocol.SafetyFilter`."""
+        return self.decision.probability(self.log_odds(pairs))
 
 
-class FilterQuality(NamedTuple):
-    """Detection of unsafe pairs, and the confusion counts behind it."""
+class Encoded(NamedTuple):
+    """A pair's tokens, and where the response begins."""
 
-    accuracy: float
-    precision: float
-    recall: float
-    hmean: float
-    true_positive: int
-    false_positive: int
-    true_negative: int
-    false_negative: int
+    ids: list[int]
+    response_start: int
 
 
-def encode_pairs(tokenizer, examples: Sequence[Example], max_length: int):
-    """Token arrays of pairs: the end of the request, then the beginning of the response.
+@functools.lru_cache
+def _frame(tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """What the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP]."""
+    if tokenizer.cls_token_id is None:
+        return [], [], []
+    first, second = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b"))
+    pair = tokenizer("a", "b")["input_ids"]
+    start = next(i for i in range(len(pair)) if pair[i : i + len(first)] == first)
+    middle = start + len(first)
+    behind = next(i for i in range(middle, len(pair)) if pair[i : i + len(second)] == second)
+    return pair[:start], pair[middle:behind], pair[behind + len(second) :]
 
-    Returns:
-      `(tokens int32, segments int32, valid bool)`, each `[n, max_length]`.
+
+def encode_pairs(tokenizer, pairs: Sequence[Example], max_length: int) -> list[Encoded]:
+    """Tokens of pairs: the end of the request, then the beginning of the response.
+
+    Each gets half of the room, and what the other does not need.
     """
-    half = max_length // 2
-    shape = (len(examples), max_length)
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    valid = np.zeros(shape, bool)
-    for i, example in enumerate(examples):
-        request = tokenizer(example.prompt, add_special_tokens=False)["input_ids"][-half:]
-        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-        response = response[: max_length - len(request)]
-        end = len(request) + len(response)
-        tokens[i, :end] = request + response
-        segments[i, len(request) : end] = 1
-        valid[i, :end] = True
-    return tokens, segments, valid
+    before, between, behind = _frame(tokenizer)
+    room = max_length - len(before) - len(between) - len(behind)
+    if room < 8:
+        raise FilterError(f"filter.max_length={max_length}: too short for a pair; use 64 or more.")
+    limit = CHARACTERS_A_TOKEN * max_length
+
+    def tokens(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    requests = tokens([e.prompt[-limit:] for e in pairs])
+    responses = tokens([e.response[:limit] for e in pairs])
+    rows = []
+    for request, response in zip(requests, responses, strict=True):
+        request = request[-max(room // 2, room - len(response)) :]
+        response = response[: room - len(request)]
+        start = len(before) + len(request) + len(between)
+        rows.append(Encoded([*before, *request, *between, *response, *behind], start))
+    return rows
+
+
+def _arrays(rows: Sequence[Encoded], width: int, count: int):
+    """`(tokens, types int32, valid bool)`, each `[count, width]`."""
+    tokens = stream.stack([r.ids for r in rows], width, count)
+    lengths = np.zeros((count, 1), np.int32)
+    starts = np.zeros((count, 1), np.int32)
+    for i, row in enumerate(rows):
+        lengths[i], starts[i] = len(row.ids), row.response_start
+    places = np.arange(width)
+    valid = places < lengths
+    return tokens, ((places >= starts) & valid).astype(np.int32), valid
+
+
+@functools.partial(jax.jit, static_argnames=("config", "unsafe_classes"))
+def _logits(config, unsafe_classes, params, tokens, types, valid):
+    logits = Classifier(config).apply({"params": params}, tokens, types, valid)
+    chance = jax.nn.log_softmax(logits)
+    unsafe = jnp.isin(jnp.arange(config.num_labels), jnp.asarray(unsafe_classes))
+    worse = jax.nn.logsumexp(jnp.where(unsafe, chance, -jnp.inf), axis=-1)
+    return worse - jax.nn.logsumexp(jnp.where(unsafe, -jnp.inf, chance), axis=-1)
+
+
+def _log_odds(config, unsafe_classes, params, rows: Sequence[Encoded]) -> np.ndarray:
+    lengths, out = [len(r.ids) for r in rows], np.zeros(len(rows), np.float32)
+    waiting = []
+    for chosen in stream.batches(lengths, BATCH_TOKENS):
+        width = stream.width_of(lengths[chosen[0]])
+        width = min(width, config.max_length)
+        count = stream.rows_of(width, BATCH_TOKENS)
+        batch = _arrays([rows[i] for i in chosen], width, count)
+        waiting.append((chosen, _logits(config, unsafe_classes, params, *batch)))
+    for chosen, found in waiting:  # dispatched before any is read
+        out[chosen] = np.asarray(found)[: len(chosen)]
+    return out
 
 
 def train(
     examples: Sequence[Example],
     tokenizer,
     seed: int,
-    epochs: int = 5,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    options: TrainingOptions | None = None,
     max_length: int = 128,
-) -> SafetyFilter:
+    start: tuple[EncoderConfig, dict] | None = None,
+) -> tuple[ClassifierFilter, training.Trained]:
     """Trains the filter with AdamW and cross-entropy, classes weighted to balance.
 
     Args:
       examples: pairs labelled safe or unsafe; both must occur.
       tokenizer: Hugging Face tokenizer that the pairs are read with.
       seed: of initialisation, order and dropout.
-      epochs: passes over the data (the paper uses 5).
-      batch_size: pairs a step.
-      learning_rate: peak of a linear decay.
+      options: see `training.TrainingOptions`.
       max_length: tokens of a pair.
+      start: a pre-trained encoder with a head of two classes, see `encoder_hub.load_classifier`;
+        None for a small one from scratch.
 
     Raises:
-      FilterError: one of the labels is missing.
+      FilterError: one of the labels is missing, or max_length is too short.
     """
-    labelled = [e for e in examples if e.label in (SAFE, UNSAFE)]
-    labels = np.array([e.label == UNSAFE for e in labelled], np.int32)
-    if len(set(labels.tolist())) < 2:
-        raise FilterError("filter data: needs both safe and unsafe pairs; one of them is missing.")
-    arrays = encode_pairs(tokenizer, labelled, max_length)
-    config = EncoderConfig(len(tokenizer), max_length=max_length)
+    pairs, _ = labelled(examples)
+    rows = encode_pairs(tokenizer, pairs, max_length)
+    if start is None:
+        config = EncoderConfig(len(tokenizer), max_length=max_length)
+        batch = _arrays(rows[:1], max_length, 1)
+        params = Classifier(config).init(jax.random.key(seed), *batch)["params"]
+    else:
+        config, params = start
     model = Classifier(config)
-    key = jax.random.key(seed)
-    params = model.init(key, *(a[:1] for a in arrays))["params"]
-    steps_per_epoch = -(-len(labelled) // batch_size)
-    schedule = optax.linear_schedule(learning_rate, 0.0, epochs * steps_per_epoch)
-    optimizer = optax.adamw(schedule, weight_decay=0.01)
-    state = optimizer.init(params)
-    balance = jnp.asarray(len(labels) / (2 * np.bincount(labels)), jnp.float32)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, batch, target, weight, key):
-        def loss_fn(params):
-            rngs = {"dropout": key}
-            logits = model.apply({"params": params}, *batch, deterministic=False, rngs=rngs)
-            nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-            return jnp.sum(nll * weight) / jnp.sum(weight)
+    def loss_fn(params, batch, target, weight, key):
+        rngs = {"dropout": key}
+        logits = model.apply({"params": params}, *batch, deterministic=False, rngs=rngs)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return jnp.sum(nll * weight) / jnp.sum(weight)
 
-        updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(labelled))
-        for number in range(steps_per_epoch):
-            # The last batch is filled up from the start of the order.
-            chosen = np.resize(order[number * batch_size : (number + 1) * batch_size], batch_size)
-            step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
-            target = labels[chosen]
-            batch = tuple(a[chosen] for a in arrays)
-            params, state = step(params, state, batch, target, balance[target], step_key)
-    return SafetyFilter(config, params, tokenizer)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _probability(config, params, tokens, segments, valid):
-    logits = Classifier(config).apply({"params": params}, tokens, segments, valid)
-    return jax.nn.softmax(logits)[:, 1]
-
-
-def unsafe_probability(
-    safety_filter: SafetyFilter, examples: Sequence[Example], batch_size: int = 64
-):
-    """Probability that each pair is unsafe, float32 `[n]`."""
-    config, params, tokenizer = safety_filter
-    arrays = encode_pairs(tokenizer, examples, config.max_length)
-    out = []
-    for start in range(0, len(examples), batch_size):
-        batch = [a[start : start + batch_size] for a in arrays]
-        size = len(batch[0])
-        batch = [np.resize(a, (batch_size, a.shape[1])) for a in batch]
-        out.append(np.asarray(_probability(config, params, *batch))[:size])
-    return np.concatenate(out) if out else np.zeros(0, np.float32)
-
-
-def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
-    """Accuracy, precision, recall and their harmonic mean in percent, for finding unsafe pairs."""
-    unsafe, flagged = np.asarray(unsafe, bool), np.asarray(flagged, bool)
-    tp, fp = int((unsafe & flagged).sum()), int((~unsafe & flagged).sum())
-    tn, fn = int((~unsafe & ~flagged).sum()), int((unsafe & ~flagged).sum())
-    precision, recall = 100 * tp / max(tp + fp, 1), 100 * tp / max(tp + fn, 1)
-    hmean = 2 * precision * recall / max(precision + recall, 1e-9)
-    accuracy = 100 * (tp + tn) / max(len(unsafe), 1)
-    return FilterQuality(accuracy, precision, recall, hmean, tp, fp, tn, fn)
+    trained = training.train(
+        pairs,
+        params,
+        [len(r.ids) for r in rows],
+        lambda chosen, width, count: _arrays(
+            [rows[i] for i in chosen], min(width, config.max_length), count
+        ),
+        loss_fn,
+        lambda params, chosen: _log_odds(config, (1,), params, [rows[i] for i in chosen]),
+        options or TrainingOptions(),
+        seed,
+    )
+    found = ClassifierFilter(config, trained.params, tokenizer, max_length, trained.decision)
+    return found, trained

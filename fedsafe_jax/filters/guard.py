@@ -1,8 +1,9 @@
 """A generative guard as the filter: a language model whose next token is the verdict.
 
 Llama Guard 3 answers `safe` or `unsafe` after a blank line. One forward pass reads the verdict's
-probability, no text is generated; fine-tuning trains that one token through a LoRA adapter, since
-pairs of one's own carry no hazard categories.
+probability, no text is generated. Fine-tuning trains that token through a LoRA adapter, since
+pairs of one's own carry no hazard categories; a guardian (Kwon et al., 2024) also learns what to
+say instead, so that it can write the replacement.
 """
 
 import functools
@@ -12,26 +13,51 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
-from fedsafe_jax.filters.classifier import FilterError
-from fedsafe_jax.models import lora
+from fedsafe_jax.data.sources import UNSAFE, Example
+from fedsafe_jax.filters import policy, stream, training
+from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.protocol import FilterError, labelled
+from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 
 SHORTEST = 8  # tokens of request and response each, below which a verdict means nothing
+BATCH_TOKENS = 4096  # of a scoring batch
+CHARACTERS_A_TOKEN = 24  # nothing longer than so many a token is tokenised
 
 
-class Guard(NamedTuple):
-    """A fine-tuned guard; the tokens are those of the two verdicts."""
+class GuardFilter(NamedTuple):
+    """A guard.
+
+    Attributes:
+      model, params, adapter: decoder, base, and LoRA factors (None for the guard as it came).
+      tokenizer: of the guard.
+      max_length: tokens of a row, template included.
+      decision: temperature and threshold.
+      template: see `render_pairs`.
+      guardian: trained to answer as well.
+    """
 
     model: Decoder
     params: dict
-    adapter: dict
+    adapter: dict | None
     tokenizer: object
-    verdicts: tuple[int, int]  # (safe, unsafe)
     max_length: int
+    decision: Decision = Decision()
+    template: str = "own"
+    guardian: bool = False
+
+    def log_odds(self, pairs: Sequence[Example]) -> np.ndarray:
+        """See `protocol.SafetyFilter`."""
+        rows = render_pairs(self.tokenizer, pairs, self.max_length, self.template)
+        verdicts = verdict_ids(self.tokenizer)
+        return _log_odds(self.model, verdicts, self.params, self.adapter, rows)
+
+    def score(self, pairs: Sequence[Example]) -> np.ndarray:
+        """See `protocol.SafetyFilter`."""
+        return self.decision.probability(self.log_odds(pairs))
 
 
 def verdict_ids(tokenizer) -> tuple[int, int]:
@@ -48,26 +74,37 @@ def verdict_ids(tokenizer) -> tuple[int, int]:
     return safe, unsafe
 
 
-def encode_pairs(tokenizer, examples: Sequence[Example], max_length: int, lead: str = "\n\n"):
-    """The guard's own template around each pair, up to where the verdict comes.
+def template_of(tokenizer, max_length: int) -> str:
+    """`own` where the chat template carries the task (Llama Guard); else `policy` with all
+    categories, or `short` where those would fill more than half of a row."""
+    if policy.MARKER in (tokenizer.chat_template or ""):
+        return "own"
+    bare = tokenizer(policy.task("", ""), add_special_tokens=False)["input_ids"]
+    return "policy" if 2 * len(bare) <= max_length else "short"
+
+
+def render_pairs(
+    tokenizer, pairs: Sequence[Example], max_length: int, template: str
+) -> list[list[int]]:
+    """Token ids of each pair in the guard's template, up to where the verdict comes.
 
     Args:
-      tokenizer: of the guard; its chat template holds the policy.
-      examples: pairs; request and response are each cut to half of what the template leaves.
+      tokenizer: of the guard.
+      pairs: request and response are each cut to half of what the template leaves.
       max_length: tokens of a row.
-      lead: what the guard writes before its verdict; Llama Guard 3's first token is a blank line.
-
-    Returns:
-      `(tokens int32 [n, max_length], lengths int32 [n])`.
+      template: `own`, `policy` or `short`, see `template_of`.
 
     Raises:
       FilterError: the template leaves too little room.
     """
-    lead_ids = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
+    # Llama Guard 3's first token is a blank line.
+    lead = tokenizer("\n\n", add_special_tokens=False)["input_ids"] if template == "own" else []
 
     def wrap(request, response):
-        turns = (("user", request), ("assistant", response))
-        return [*chat.render(tokenizer, turns, answer_next=True), *lead_ids]
+        turns = [("user", request), ("assistant", response)]
+        if template != "own":
+            turns = [("user", policy.task(request, response, template == "short"))]
+        return [*chat.render(tokenizer, turns, answer_next=True), *lead]
 
     # Cut texts may re-tokenise to a few tokens more than they were cut to.
     half = (max_length - len(wrap("", ""))) // 2 - 4
@@ -81,24 +118,46 @@ def encode_pairs(tokenizer, examples: Sequence[Example], max_length: int, lead: 
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return text if len(ids) <= half else tokenizer.decode(ids[keep])
 
-    tokens = np.zeros((len(examples), max_length), np.int32)
-    lengths = np.zeros(len(examples), np.int32)
-    for i, example in enumerate(examples):
-        request = cut(example.prompt, slice(-half, None))
-        ids = wrap(request, cut(example.response, slice(half)))[-max_length:]
-        tokens[i, : len(ids)] = ids
-        lengths[i] = len(ids)
-    return tokens, lengths
+    limit, rows = CHARACTERS_A_TOKEN * max_length, []
+    for pair in pairs:
+        request = cut(pair.prompt[-limit:], slice(-half, None))
+        rows.append(wrap(request, cut(pair.response[:limit], slice(half)))[-max_length:])
+    return rows
 
 
-def _verdict_logits(model, params, adapter, tokens, lengths):
-    """Logits of the token after each row's end, `[batch, vocab]` float32."""
+def _stacked(rows, width: int, count: int):
+    """`(tokens int32 [count, width], lengths int32 [count])`, empty rows of length 1."""
+    lengths = np.ones(count, np.int32)
+    lengths[: len(rows)] = [len(r) for r in rows]
+    return stream.stack(rows, width, count), lengths
+
+
+def _last_hidden(model, params, adapter, tokens, lengths):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    variables = {"params": params, "lora": adapter}
+    variables = {"params": params} | ({} if adapter is None else {"lora": adapter})
     hidden, _ = model.apply(variables, tokens, positions, segments)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return model.apply({"params": params}, last, method="unembed")
+    return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "verdicts"))
+def _difference(model, verdicts, params, adapter, tokens, lengths):
+    last = _last_hidden(model, params, adapter, tokens, lengths)
+    logits = model.apply({"params": params}, last, method="unembed")
+    return logits[:, verdicts[1]] - logits[:, verdicts[0]]
+
+
+def _log_odds(model, verdicts, params, adapter, rows) -> np.ndarray:
+    lengths, out = [len(r) for r in rows], np.zeros(len(rows), np.float32)
+    waiting = []
+    for chosen in stream.batches(lengths, BATCH_TOKENS):
+        width = stream.width_of(lengths[chosen[0]])
+        count = stream.rows_of(width, BATCH_TOKENS)
+        batch = _stacked([rows[i] for i in chosen], width, count)
+        waiting.append((chosen, _difference(model, verdicts, params, adapter, *batch)))
+    for chosen, found in waiting:  # dispatched before any is read
+        out[chosen] = np.asarray(found)[: len(chosen)]
+    return out
 
 
 def train(
@@ -106,74 +165,81 @@ def train(
     lm,
     lora_config: lora.LoraConfig,
     seed: int,
-    epochs: int = 5,
-    batch_size: int = 16,
-    learning_rate: float = 5e-5,
+    options: TrainingOptions | None = None,
     max_length: int = 512,
-) -> Guard:
-    """Fine-tunes the verdict token with AdamW, classes weighted to balance.
+    replies: Sequence[str] | None = None,
+) -> tuple[GuardFilter, training.Trained]:
+    """Fine-tunes a guard, or a guardian, with AdamW; classes weighted to balance.
 
     Args:
       examples: pairs labelled safe or unsafe; both must occur.
       lm: `LanguageModel` of the guard.
       lora_config: shape of the guard's own adapter.
       seed: of initialisation and order.
-      epochs: passes over the data (the paper uses 5).
-      batch_size: pairs a step.
-      learning_rate: peak of a linear decay.
+      options: see `training.TrainingOptions`.
       max_length: tokens of a row, template included.
+      replies: safe answers to each example's request, "" where there is none: what a guardian
+        learns to say behind the verdict. None for a guard.
 
     Raises:
       FilterError: one of the labels is missing, or the template leaves no room.
     """
-    labelled = [e for e in examples if e.label in (SAFE, UNSAFE)]
-    unsafe = np.array([e.label == UNSAFE for e in labelled], np.int32)
-    if len(set(unsafe.tolist())) < 2:
-        raise FilterError("filter data: needs both safe and unsafe pairs; one of them is missing.")
-    verdicts = verdict_ids(lm.tokenizer)
-    tokens, lengths = encode_pairs(lm.tokenizer, labelled, max_length)
-    targets = np.asarray(verdicts, np.int32)[unsafe]
-    balance = (len(unsafe) / (2 * np.bincount(unsafe))).astype(np.float32)[unsafe]
+    pairs, unsafe = labelled(examples)
+    tokenizer, verdicts = lm.tokenizer, verdict_ids(lm.tokenizer)
+    template = template_of(tokenizer, max_length)
+    rows = render_pairs(tokenizer, pairs, max_length, template)
     model = Decoder(lm.config, lora_config.scale)
     adapter = lora.init(jax.random.key(seed), lm.config, lora_config)
-    steps_per_epoch = -(-len(labelled) // batch_size)
-    schedule = optax.linear_schedule(learning_rate, 0.0, epochs * steps_per_epoch)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
-    state = optimizer.init(adapter)
+    tails = [[verdicts[u]] for u in unsafe]
+    if replies is not None:
+        known = [r for e, r in zip(examples, replies, strict=True) if e.label in ("safe", "unsafe")]
+        ends = [*tokenizer("\n", add_special_tokens=False)["input_ids"]], tokenizer.eos_token_id
+        for tail, reply in zip(tails, known, strict=True):
+            if reply:
+                words = tokenizer(reply, add_special_tokens=False)["input_ids"]
+                tail += [*ends[0], *words[: max_length // 2], ends[1]]
+    whole = [[*row, *tail] for row, tail in zip(rows, tails, strict=True)]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(adapter, state, params, tokens, lengths, target, weight):
-        def loss_fn(adapter):
-            logits = _verdict_logits(model, params, adapter, tokens, lengths)
-            nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-            return jnp.sum(nll * weight) / jnp.sum(weight)
+    def arrays(chosen, width, count):
+        tokens, lengths = _stacked([whole[i] for i in chosen], width, count)
+        starts = np.full(count, width, np.int32)
+        starts[: len(chosen)] = [len(rows[i]) for i in chosen]
+        return tokens, lengths, starts
 
-        updates, state = optimizer.update(jax.grad(loss_fn)(adapter), state, adapter)
-        return optax.apply_updates(adapter, updates), state
+    def loss_fn(adapter, batch, target, weight, key):
+        del key
+        tokens, lengths, starts = batch
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        hidden, _ = model.apply({"params": lm.params, "lora": adapter}, tokens, positions, segments)
+        targets = jnp.roll(tokens, -1, axis=1)
+        verdict = positions == starts[:, None] - 1
+        reply = (positions >= starts[:, None]) & (positions < lengths[:, None] - 1)
+        nll = loss.token_nll(model, lm.params, hidden, targets, verdict | reply)
+        detected = jnp.sum(jnp.sum(nll * verdict, axis=1) * weight) / jnp.sum(weight)
+        return detected + jnp.sum(nll * reply) / jnp.maximum(jnp.sum(reply), 1)
 
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(labelled))
-        for number in range(steps_per_epoch):
-            # The last batch is filled up from its own start.
-            chosen = np.resize(order[number * batch_size : (number + 1) * batch_size], batch_size)
-            batch = (tokens[chosen], lengths[chosen], targets[chosen], balance[chosen])
-            adapter, state = step(adapter, state, lm.params, *batch)
-    return Guard(model, lm.params, adapter, lm.tokenizer, verdicts, max_length)
+    trained = training.train(
+        pairs,
+        adapter,
+        [len(r) for r in whole],
+        arrays,
+        loss_fn,
+        lambda adapter, chosen: _log_odds(
+            model, verdicts, lm.params, adapter, [rows[i] for i in chosen]
+        ),
+        (options or TrainingOptions(batch_size=16, learning_rate=5e-5))._replace(weight_decay=0.0),
+        seed,
+    )
+    found = GuardFilter(
+        model, lm.params, trained.params, tokenizer, max_length, trained.decision, template,
+        replies is not None,
+    )  # fmt: skip
+    return found, trained
 
 
-@functools.partial(jax.jit, static_argnames=("model", "verdicts"))
-def _probability(model, verdicts, params, adapter, tokens, lengths):
-    logits = _verdict_logits(model, params, adapter, tokens, lengths)
-    return jax.nn.softmax(logits[:, jnp.asarray(verdicts)])[:, 1]
-
-
-def unsafe_probability(guard: Guard, examples: Sequence[Example], batch_size: int = 16):
-    """Probability of "unsafe" against "safe" for each pair, float32 `[n]`."""
-    model, params, adapter, tokenizer, verdicts, max_length = guard
-    tokens, lengths = encode_pairs(tokenizer, examples, max_length)
-    out = []
-    for start in range(0, len(examples), batch_size):
-        rows = np.resize(np.arange(start, min(start + batch_size, len(examples))), batch_size)
-        found = _probability(model, verdicts, params, adapter, tokens[rows], lengths[rows])
-        out.append(np.asarray(found)[: len(examples) - start])
-    return np.concatenate(out) if out else np.zeros(0, np.float32)
+def safe_replies(examples: Sequence[Example], refusal: str) -> list[str]:
+    """What a guardian learns to say: a safe pair's own answer; for an unsafe one another pair's
+    safe answer to the same request, or the refusal."""
+    safe = {e.prompt: e.response for e in examples if e.label != UNSAFE and e.response}
+    return [safe.get(e.prompt, refusal) for e in examples]

@@ -35,18 +35,26 @@ def test_recomputed_layers_give_the_same_gradient(federation):
     close(gradient(True), gradient(False), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_devices_chunks_and_vmap_give_what_one_device_gives(federation, name):
-    spec = federation.spec(name)
+LAYOUTS = (
+    {"devices": 4},
+    {"devices": 2, "parallel": 2},
+    {"parallel": 4},
+    {"devices": 8, "model": 2},  # clients over 4, the base over pairs
+    {"chunk": 1},
+    {"chunk": 3},  # the last chunk is padded
+    {"devices": 2, "chunk": 2},
+)
+
+
+def test_devices_chunks_and_vmap_give_what_one_device_gives(federation):
+    spec = federation.spec("fedavg")
     one, _ = federation.run(spec)
-    close(federation.run(spec, devices=4)[0], one)
-    close(federation.run(spec, devices=2, parallel=2)[0], one)
-    close(federation.run(spec, parallel=4)[0], one)
-    close(federation.run(spec, devices=8, model=2)[0], one)  # clients 4, the base over pairs
-    close(federation.run(spec, devices=2, model=2)[0], one)
-    close(federation.run(spec, chunk=1)[0], one)
-    close(federation.run(spec, chunk=3)[0], one)  # the last chunk is padded
-    close(federation.run(spec, devices=2, chunk=2)[0], one)
+    for layout in LAYOUTS:
+        close(federation.run(spec, **layout)[0], one)
+    spec = federation.spec("scaffold")
+    one, _ = federation.run(spec)
+    for layout in LAYOUTS[3::2]:
+        close(federation.run(spec, **layout)[0], one)
 
 
 def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):

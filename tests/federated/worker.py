@@ -1,6 +1,6 @@
 """One of several processes that run the tiny federation together; writes what it ends with.
 
-python worker.py PROCESS PROCESSES PORT OUTPUT ALGORITHM
+python worker.py PROCESS PROCESSES PORT OUTPUT
 """
 
 import pathlib
@@ -20,13 +20,14 @@ from federation import make_federation  # noqa: E402
 
 from fedsafe_jax.federated import compression  # noqa: E402
 
-federation = make_federation()
-if sys.argv[5] == "scaffold":
-    spec = federation.spec("scaffold")
-else:
-    spec = federation.spec("fedavg", aggregator="median", compression=compression.make("int8"))
+federation, leaves = make_federation(), []
 weights = np.array([10, 20, 30, 5], np.float32)
-state, report = federation.run(spec, devices=4, rounds=3, weights=weights)
-leaves = [np.asarray(x) for x in jax.tree.leaves((state, report.norms, report.losses))]
+code = compression.make("int8")
+for spec in (
+    federation.spec("scaffold"),
+    federation.spec("fedavg", aggregator="median", compression=code),
+):
+    state, report = federation.run(spec, devices=4, rounds=3, weights=weights)
+    leaves += [np.asarray(x) for x in jax.tree.leaves((state, report.norms, report.losses))]
 if process == 0:
     np.savez(sys.argv[4], *leaves)

@@ -1,0 +1,171 @@
+"""From a config to a trained filter, to clients' scores, and to what writes replacements."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedsafe_jax import generation
+from fedsafe_jax.cai import revise as revise_lib
+from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
+from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.filters import actions, cache, classifier, guard, store
+from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.protocol import FilterError
+from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.models import encoder_hub, lora
+
+KINDS = ("classifier", "guard", "guardian", "simulated")
+
+
+class Scored(NamedTuple):
+    """Verdicts on pairs.
+
+    Attributes:
+      probability: calibrated P(unsafe), float32 `[n]`.
+      threshold: from which a pair is flagged.
+      make_filter: `() -> filter`, trains it when it was not needed so far.
+    """
+
+    probability: np.ndarray
+    threshold: float
+    make_filter: object
+
+
+def judged_by_answer(pairs: Sequence[Example]) -> tuple[list[Example], int]:
+    """Pairs for training and measuring a filter, with the number of labels that changed: an answer
+    that begins with a refusal is safe, whatever was asked."""
+    out, changed = [], 0
+    for pair in pairs:
+        if pair.label == UNSAFE and start_refusal(pair.response):
+            pair, changed = pair._replace(label=SAFE), changed + 1
+        out.append(pair)
+    return out, changed
+
+
+def options(f) -> TrainingOptions:
+    """Of a config's `filter`."""
+    return TrainingOptions(
+        f.epochs,
+        f.batch_size,
+        f.learning_rate,
+        patience=f.patience,
+        validation_share=f.validation_share,
+        target=f.target,
+        precision_floor=f.precision_floor,
+    )
+
+
+def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets: Sequence[str]):
+    """The filter that a config's `filter` asks for, trained on the server's pairs.
+
+    Args:
+      f: the section of the config.
+      pairs: labelled.
+      tokenizer: that a classifier from scratch reads with.
+      seed: of training.
+      dtype: of a guard's base.
+      targets: projections that a guard's adapter changes.
+
+    Returns:
+      `(filter, training.Trained or None)`.
+
+    Raises:
+      FilterError, ModelError: it cannot be loaded or trained.
+    """
+    if f.load:
+        return store.load(f.load, functools.partial(load_pretrained, dtype=dtype)), None
+    if f.kind in ("guard", "guardian"):
+        # Loaded here and let go after filtering: it may be as large as the model itself.
+        lm = load_pretrained(f.model, dtype)
+        shape = lora.LoraConfig(f.lora_rank, 2.0 * f.lora_rank, tuple(targets))
+        replies = None
+        if f.kind == "guardian":
+            replies = guard.safe_replies(pairs, actions.REFUSAL)
+        return guard.train(pairs, lm, shape, seed, options(f), f.max_length, replies)
+    if f.encoder and f.unsafe_labels:
+        return store.from_encoder(f.encoder, f.max_length, tuple(f.unsafe_labels)), None
+    start = None
+    if f.encoder:
+        from transformers import AutoTokenizer
+
+        folder = pathlib.Path(f.encoder)
+        if not (folder / "config.json").is_file():
+            raise FilterError(f"filter.encoder: {folder} holds no config.json.")
+        config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=seed)
+        start = dataclasses.replace(config, dropout=0.1), params
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return classifier.train(pairs, tokenizer, seed, options(f), f.max_length, start)
+
+
+def score(config, world, pairs: Sequence[Example], seed: int, folder: pathlib.Path) -> Scored:
+    """All clients' pairs in one stream; what was scored before is read from `folder`."""
+    f = config.filter
+    if f.kind == "simulated":
+        found = actions.simulated(pairs, f.simulated_recall, f.simulated_precision, [seed, 13])
+        return Scored(found, 0.5, None)
+
+    @functools.lru_cache(maxsize=1)
+    def make_filter():
+        targets = world.lora.targets
+        return make(f, world.filter_pairs, world.lm.tokenizer, seed, config.dtype, targets)[0]
+
+    known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
+    trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
+    scores = cache.ScoreCache(folder, cache.content_hash(trained, seed, config.dtype, known))
+    log_odds = scores.log_odds(pairs, make_filter)
+    decision = Decision(*scores.decision)
+    threshold = f.threshold or decision.threshold
+    return Scored(decision.probability(log_odds), threshold, make_filter)
+
+
+def rewriter(config, world, scored: Scored, seed: int):
+    """What writes new answers for flagged pairs, `examples -> list of answers`.
+
+    A guardian writes them itself; else the frozen base model criticises and revises the answer it
+    was given, as in Constitutional AI.
+    """
+    if config.filter.kind == "guardian":
+        return functools.partial(guardian_replies, scored.make_filter())
+    lm = dataclasses.replace(world.lm, adapter=None)
+    return functools.partial(revised, lm, world.principles, config.cai.max_new_tokens, seed)
+
+
+def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
+    """What a guardian says behind a verdict of "unsafe", which it is made to give."""
+    tokenizer = found.tokenizer
+    lead = [guard.verdict_ids(tokenizer)[1]]
+    lead += tokenizer("\n", add_special_tokens=False)["input_ids"]
+    rows = guard.render_pairs(tokenizer, pairs, found.max_length, found.template)
+    (answers,) = generation.generate_ids(
+        found.model, found.params, found.adapter, [[*row, *lead] for row in rows],
+        (tokenizer.eos_token_id,), max_new_tokens,
+    )  # fmt: skip
+    return [
+        tokenizer.decode(ids, skip_special_tokens=True).strip() if finished else ""
+        for ids, finished in zip(answers.ids, answers.finished, strict=True)
+    ]
+
+
+def revised(
+    lm: LanguageModel, principles, max_new_tokens: int, seed: int, pairs: Sequence[Example]
+) -> list[str]:
+    """Revisions of the pairs' answers by a model; "" where a revision is of no use."""
+
+    def answer(threads, call):
+        del threads, call
+        return [p.response for p in pairs], np.ones(len(pairs), bool)
+
+    def reviser(threads, call):
+        del call
+        return lm.answer_dialogues(threads, max_new_tokens, cut=True)
+
+    records = revise_lib.revise(
+        [p.prompt for p in pairs], principles, answer, reviser, [seed, 14],
+        wanted=[True] * len(pairs), refuses=start_refusal,
+    )  # fmt: skip
+    return ["" if r.dropped else r.revision for r in records]

@@ -1,0 +1,147 @@
+"""Trains a safety filter on its own, and measures it on pairs it has not seen.
+
+python -m fedsafe_jax.train_filter --config=configs/filter_minilm.py --config.data_dir=DIR \
+    --config.encoder=FOLDER --workdir=DIR
+"""
+
+import collections
+import json
+import pathlib
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the filter is written to.")
+
+
+def read(config):
+    """`(training pairs, held-out pairs, counts)`; no prompt is on both sides.
+
+    An answer that begins with a refusal is safe, whatever its label. At most `max_per_source` pairs
+    of each source are trained on.
+    """
+    import numpy as np
+
+    from fedsafe_jax.data import sources
+    from fedsafe_jax.filtering import judged_by_answer
+
+    def load(name):
+        found = [e for e in sources.load(name, config.data_dir) if e.response]
+        return judged_by_answer([e for e in found if e.label != sources.UNKNOWN])
+
+    held = [e for name in config.heldout_sources for e in load(name)[0]]
+    prompts = {e.prompt for e in held}
+    pairs: list = []
+    counts = {"read": 0, "refusals_labelled_safe": 0, "in_held_out": 0, "over_limit": 0}
+    for number, name in enumerate(config.sources):
+        found, changed = load(name)
+        counts["read"] += len(found)
+        counts["refusals_labelled_safe"] += changed
+        if not config.heldout_sources:
+            mine = [e for e in found if sources.part_of(e.prompt) == "heldout"]
+            held += mine
+            prompts |= {e.prompt for e in mine}
+        left = [e for e in found if e.prompt not in prompts]
+        counts["in_held_out"] += len(found) - len(left)
+        rng = np.random.default_rng([config.seed, 15, number])
+        some = rng.permutation(len(left))[: config.max_per_source or None]
+        counts["over_limit"] += len(left) - len(some)
+        pairs += [left[i] for i in sorted(some)]
+    return pairs, held, counts | {"trained_on": len(pairs), "held_out": len(held)}
+
+
+def measure(found, held, share: float, seed: int) -> dict:
+    """Quality on held-out pairs, in all and by source."""
+    import numpy as np
+
+    from fedsafe_jax.data.sources import UNSAFE
+    from fedsafe_jax.filters import quality
+
+    probability = found.score(held)
+    unsafe = np.array([e.label == UNSAFE for e in held], bool)
+    if share and unsafe.any() and not unsafe.all():
+        chosen = quality.resample(unsafe, share, seed)
+    else:
+        chosen = np.arange(len(held))
+    p, y = probability[chosen], unsafe[chosen]
+    flagged = p >= found.decision.threshold
+    by_source = collections.defaultdict(list)
+    for i, flag in zip(chosen, flagged, strict=True):
+        by_source[f"{held[i].source}/{held[i].label}"].append(bool(flag))
+    return (
+        quality.quality(y, flagged)._asdict()
+        | {"pairs": len(chosen), "unsafe_share": float(y.mean()) if len(y) else 0.0}
+        | {"auroc": quality.auroc(y, p), "calibration": quality.reliability(y, p)._asdict()}
+        | {"flagged_by_source": {k: [sum(v), len(v)] for k, v in sorted(by_source.items())}}
+    )
+
+
+def run(config, workdir: str) -> dict:
+    """Trains, saves, measures; returns what `filter_results.json` holds."""
+    from fedsafe_jax import filtering
+    from fedsafe_jax.filters import store
+    from fedsafe_jax.filters.protocol import FilterError
+    from fedsafe_jax.language_model import model_folder
+    from fedsafe_jax.models import lora
+    from fedsafe_jax.records import write_json
+    from fedsafe_jax.validation import validate_filter
+
+    validate_filter(config)
+    if config.kind == "simulated":
+        raise FilterError("filter.kind='simulated' is no filter that could be trained.")
+    pairs, held, counts = read(config)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
+    targets = lora.expand_targets(config.lora_targets)
+    found, trained = filtering.make(config, pairs, tokenizer, config.seed, config.dtype, targets)
+    shape = None
+    if config.kind in ("guard", "guardian"):
+        shape = lora.LoraConfig(config.lora_rank, 2.0 * config.lora_rank, targets)
+    store.save(found, workdir, shape, config.model)
+    results = {"counts": counts, "decision": found.decision._asdict()}
+    if trained is not None:
+        results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}
+    if held:
+        results |= {"heldout": measure(found, held, config.unsafe_share, config.seed)}
+    write_json(pathlib.Path(workdir) / "filter_results.json", results)
+    return results
+
+
+def main(argv):
+    del argv
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise SystemExit("--config and --workdir: give both.")
+    from fedsafe_jax.command_line import border_errors, prepare_libraries
+
+    prepare_libraries(_WORKDIR.value)
+    logging.set_verbosity(logging.WARNING)
+    try:
+        results = run(_CONFIG.value, _WORKDIR.value)
+    except border_errors() as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"pairs: {json.dumps(results['counts'])}")
+    for i, epoch in enumerate(results.get("epochs", ())):
+        mark = " (kept)" if i == results["best_epoch"] else ""
+        print(f"epoch {i + 1}: loss {epoch['loss']:.3f}, AUROC {epoch['auroc']:.3f}{mark}")
+    print("temperature {temperature:.2f}, threshold {threshold:.2f}".format(**results["decision"]))
+    if "heldout" in results:
+        print_quality(results["heldout"])
+    print(f"filter: {_WORKDIR.value}")
+
+
+def print_quality(q: dict) -> None:
+    """The measured rates as lines on the terminal."""
+    print(
+        f"held out: {q['pairs']} pairs, {100 * q['unsafe_share']:.0f}% unsafe: AUROC "
+        f"{q['auroc']:.3f}, precision {q['precision']:.1f}, recall {q['recall']:.1f}, harmonic "
+        f"mean {q['hmean']:.1f}, accuracy {q['accuracy']:.1f}, calibration error "
+        f"{q['calibration']['error']:.3f}"
+    )
+    for name, (flagged, seen) in q["flagged_by_source"].items():
+        print(f"  {name}: {flagged} of {seen} flagged")
+
+
+if __name__ == "__main__":
+    app.run(main)
