@@ -11,7 +11,7 @@ A cell that was finished is not run again.
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +59,7 @@ def main(argv):
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))
+    logging.set_verbosity(logging.WARNING)
     use_cores(10)
     table = Table(title="mean (95% interval)", title_justify="left")
     columns = ("malicious", "aggregator", "harmful refused %", "harmless refused %", "benign loss")

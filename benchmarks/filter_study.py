@@ -14,7 +14,7 @@ import copy
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
@@ -77,6 +77,7 @@ def main(argv):
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))
+    logging.set_verbosity(logging.WARNING)
     use_cores(_CONFIG.value.clients_per_round)
     table = Table(title="mean (95% interval)", title_justify="left")
     for name in (_STUDY.value, "harmful refused %", "harmless refused %", "benign loss"):

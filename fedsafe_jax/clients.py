@@ -8,7 +8,8 @@ import numpy as np
 from fedsafe_jax import filtering, rounds
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.sources import UNSAFE
-from fedsafe_jax.filters import actions, quality
+from fedsafe_jax.filters import actions
+from fedsafe_jax.filters import quality as rates
 from fedsafe_jax.world import encode_all
 
 
@@ -29,8 +30,8 @@ class Clients:
     filtered: list | None = None
     counts: list | None = None
     categories: dict | None = None
-    quality: quality.FilterQuality | None = None
-    reliability: quality.Reliability | None = None
+    quality: rates.FilterQuality | None = None
+    reliability: rates.Reliability | None = None
     auroc: float | None = None
     threshold: float | None = None
 
@@ -72,7 +73,7 @@ def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> 
             before = categories.get(name, (0, 0))
             categories[name] = (before[0] + flagged, before[1] + seen)
     unsafe = [e.label == UNSAFE for e in everything]
-    measured = quality.quality(unsafe, scored.probability >= scored.threshold)
+    measured = rates.quality(unsafe, scored.probability >= scored.threshold)
     progress.note(
         f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
         f"threshold {scored.threshold:.2f}"
@@ -83,8 +84,8 @@ def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> 
         counts,
         categories,
         measured,
-        quality.reliability(unsafe, scored.probability),
-        quality.auroc(unsafe, scored.probability),
+        rates.reliability(unsafe, scored.probability),
+        rates.auroc(unsafe, scored.probability),
         scored.threshold,
     )
 
