@@ -72,7 +72,8 @@ def describe(config) -> str:
     base = _base_bytes(shape, config)
     total = per_adapter * 4 * (4 * parallel + 2) + base + activations
     loaded = [
-        *(config.model, config.filter.model, *config.safe_sources, *config.unsafe_sources),
+        *(config.model, config.filter.model, config.filter.encoder, config.filter.load),
+        *(*config.safe_sources, *config.unsafe_sources),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
         *(config.eval.advbench, config.eval.over_refusal, config.eval.hhh),
     ]

@@ -50,6 +50,8 @@ def sample_ids(
         return np.sort(np.array(chosen, np.int32)), np.ones(len(chosen), np.int64)
     rng = np.random.default_rng([seed, round_number, 0])
     if sampling == "weighted":
+        if not sum(sizes):
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
         share = np.asarray(sizes, np.float64) / max(sum(sizes), 1)
         ids, times = np.unique(rng.choice(num, count, p=share), return_counts=True)
         return ids.astype(np.int32), times

@@ -67,6 +67,7 @@ def test_weights():
     assert set(uniform.weights) == {1.0}
     drawn = draw_cohort(0, 0, SIZES, 8, 10, sampling="weighted")
     assert drawn.weights.sum() == 8
+    assert len(draw_cohort(0, 0, [0, 0], 2, 10, sampling="weighted").ids) == 0
 
 
 def test_malicious_clients_are_a_share():
