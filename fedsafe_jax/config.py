@@ -28,7 +28,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.unsafe_sources = ("chat:package/clients_unsafe.jsonl",)
     # Benign pairs for the held-out loss; () holds out a tenth of safe_sources.
     c.heldout_sources = ()
-    c.partition = "iid"  # or dirichlet, user, category, source
+    c.partition = "iid"  # or dirichlet, user, language, category, source
     c.dirichlet_alpha = 0.5
     c.num_clients = 20
     c.examples_per_client = 43  # what the packaged pools give 20 clients

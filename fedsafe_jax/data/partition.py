@@ -6,6 +6,8 @@ import numpy as np
 
 from fedsafe_jax.data.sources import Example
 
+FIELDS = ("user", "language", "category", "source")
+
 
 class PartitionError(ValueError):
     """The examples cannot be split as asked."""
@@ -51,8 +53,8 @@ def partition(
       sizes: examples that each client holds, at most: a pool, or a client's part of it, may hold
         fewer.
       harmful_shares: share of unsafe examples at each client, in [0, 1].
-      kind: `iid`; `dirichlet` (safe examples skewed by source and category); `user`, `category` or
-        `source` (the safe examples of one value of that field stay together).
+      kind: `iid`; `dirichlet` (safe examples skewed by source and category); `user`, `language`,
+        `category` or `source` (the safe examples of one value of that field stay together).
       rng: numpy generator.
       alpha: concentration for `dirichlet`.
 
@@ -74,7 +76,7 @@ def partition(
     elif kind == "dirichlet":
         labels = [f"{e.source}/{e.category}" for e in safe]
         groups = dirichlet_groups(labels, num_clients, alpha, rng)
-    elif kind in ("user", "category", "source"):
+    elif kind in FIELDS:
         values = sorted({_field(e, kind) for e in safe})
         if len(values) < num_clients:
             raise PartitionError(
@@ -86,9 +88,7 @@ def partition(
         for j in order:
             groups[owner[_field(safe[j], kind)]].append(int(j))
     else:
-        raise PartitionError(
-            f"partition='{kind}': expected iid, dirichlet, user, category or source."
-        )
+        raise PartitionError(f"partition='{kind}': expected iid, dirichlet, {', '.join(FIELDS)}.")
     harmful = rng.permutation(len(unsafe))
     holders = [i for i, n in enumerate(num_unsafe) if n]
     dealt = {i: harmful[k :: len(holders)][: num_unsafe[i]] for k, i in enumerate(holders)}

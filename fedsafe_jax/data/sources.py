@@ -42,6 +42,7 @@ class Example(NamedTuple):
     source: str = ""
     user: str = ""  # who holds it, for a partition by user
     category: str = ""
+    language: str = ""
 
     @property
     def prompt(self) -> str:
@@ -264,6 +265,7 @@ def _chat(rows) -> Iterable[Example]:
             label,
             user=str(row.get("user", "")),
             category=str(row.get("category", "")),
+            language=str(row.get("language", "")),
         )
 
 

@@ -118,13 +118,13 @@ def test_only_the_answer_is_learned(packaged):
 
 def pools(n_safe=200, n_unsafe=100):
     safe = [
-        Example((("user", f"s{i}"),), "r", "safe", "a", f"u{i % 7}", "xy"[i % 2])
+        Example((("user", f"s{i}"),), "r", "safe", "a", f"u{i % 7}", "xy"[i % 2], f"l{i % 8}")
         for i in range(n_safe)
     ]
     return safe, [Example((("user", f"h{i}"),), "r", "unsafe") for i in range(n_unsafe)]
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "user"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "user", "language"])
 def test_partition_gives_each_example_to_one_client(kind):
     clients = partition.partition(*pools(), [40] * 5, [0.3] * 5, kind, np.random.default_rng(0))
     prompts = [e.prompt for c in clients for e in c]
@@ -132,8 +132,8 @@ def test_partition_gives_each_example_to_one_client(kind):
     for examples in clients:
         assert sum(e.label == "unsafe" for e in examples) == 12
         assert len(examples) <= 40
-    if kind == "user":
-        owners = [{e.user for e in c if e.label == "safe"} for c in clients]
+    if kind in ("user", "language"):
+        owners = [{getattr(e, kind) for e in c if e.label == "safe"} for c in clients]
         assert sum(map(len, owners)) == len(set.union(*owners))
 
 
