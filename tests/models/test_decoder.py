@@ -124,7 +124,8 @@ def test_unrolled_layers_go_on_from_packed_rows():
     )
     # Two rows: all eleven tokens, and the last five left-padded (of no meaning, but in shape).
     source = np.stack([np.arange(11), np.maximum(np.arange(11), 6)])
-    cache = spread_cache(config, cache, source, source >= np.array([[0], [6]]))
+    valid, length = source >= np.array([[0], [6]]), jnp.asarray(11, jnp.int32)
+    cache = spread_cache(config, cache, source, valid, length)
     cache = grow_cache(cache, 16)
     assert isinstance(cache.key, tuple) and cache.key[0].shape == (2, 2, 8, 16)
     apart = {"params": unstack(params, 2)}
