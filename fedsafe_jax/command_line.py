@@ -26,10 +26,9 @@ def border_errors():
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError
-    from fedsafe_jax.federated.client import OptimizerError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.records import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, EndpointError, FilterError, ModelError, OptimizerError
+    return *data, EndpointError, FilterError, ModelError

@@ -16,7 +16,7 @@ def decay(config, t: int) -> float:
     return rate(config, t) / config.learning_rate
 
 
-def constitutional(config, world, cai_fn, current, base, seed: int, t: int, clock):
+def run(config, world, cai_fn, current, base, seed: int, t: int, clock):
     """One round of CAI.
 
     Args:

@@ -16,7 +16,7 @@ from fedsafe_jax.cai import train as cai_train
 from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
-from fedsafe_jax.federated import client, simulation
+from fedsafe_jax.federated import simulation
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.progress import Progress
@@ -26,7 +26,6 @@ from fedsafe_jax.validation import validate
 def run(config, workdir: str) -> dict:
     """Runs or resumes everything the config asks for, and returns what `results.json` holds."""
     validate(config)
-    client.make_optimizer(config.optimizer, config.gradient_clip)  # a wrong one, named at once
     started = time.monotonic()
     world = world_lib.load(config)
     workdir = pathlib.Path(workdir)
@@ -120,10 +119,12 @@ class ArmRun:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, data, cai_fn, t)
                 with preemption.hold():
+                    # Recorded before saved: a kill in between repeats the round, and replaces its
+                    # lines, instead of losing them.
+                    self._record(row, cai_records)
                     state, done = new, t + 1
                     if done % config.checkpoint_every == 0 or done == config.rounds:
                         saved.save(done, state)
-                    self._record(row, cai_records)
         except preemption.Preempted:
             with preemption.hold():
                 if done:
@@ -152,7 +153,7 @@ class ArmRun:
         found = []
         if "cai" in self.arm:
             # Constitutional AI on the aggregated model.
-            adapter, row["cai"], found = constitutional.constitutional(
+            adapter, row["cai"], found = constitutional.run(
                 config,
                 self.world,
                 cai_fn,

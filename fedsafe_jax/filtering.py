@@ -19,8 +19,6 @@ from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import encoder_hub, lora
 
-KINDS = ("classifier", "guard", "guardian", "simulated")
-
 
 class Scored(NamedTuple):
     """Verdicts on pairs.

@@ -1,6 +1,7 @@
 """Checks of a config before any compute; every message names the field."""
 
 import difflib
+import importlib.util
 
 import ml_collections
 
@@ -8,6 +9,7 @@ from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
+from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS
 from fedsafe_jax.filters.actions import ACTIONS
@@ -129,7 +131,17 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
             f"federated.aggregator='{f.aggregator}' with byzantine={f.byzantine} needs at least "
             f"{need} clients a round, clients_per_round={c.clients_per_round}."
         )
+    try:
+        make_optimizer(c.optimizer, c.gradient_clip)
+    except OptimizerError as error:
+        raise ConfigError(f"optimizer: {error}") from None
     if f.noise_multiplier:
+        if importlib.util.find_spec("dp_accounting") is None:
+            raise ConfigError(
+                "federated.noise_multiplier: epsilon needs dp-accounting; pip install -e .[dp]"
+            )
+        if not 0 < f.delta < 1:
+            raise ConfigError(f"federated.delta={f.delta}: expected between 0 and 1.")
         if not f.clip_norm:
             raise ConfigError(
                 f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "

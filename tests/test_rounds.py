@@ -74,6 +74,7 @@ def test_every_config_is_valid(name):
         ({"federated.dropout": 1.0}, "federated.dropout=1.0: expected a share between 0 and 0.99"),
         ({"warmup_rounds": 6}, "warmup_rounds=6: expected fewer than rounds=6"),
         ({"step_schedule": "cosin"}, "Did you mean 'cosine'?"),
+        ({"optimizer": "adamm"}, "optimizer: 'adamm' is no optimizer"),
         ({"accumulation": 0}, "accumulation=0: expected at least 1"),
     ],
 )  # fmt: skip
@@ -94,3 +95,11 @@ def test_any_optax_optimizer_by_name(spec):
 def test_other_optimizers_are_refused(spec):
     with pytest.raises(OptimizerError):
         make_optimizer(spec)
+
+
+def test_privacy_without_its_accountant_is_named_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    c = default_config()
+    c.federated.clip_norm = c.federated.noise_multiplier = 1.0
+    with pytest.raises(ConfigError, match="needs dp-accounting"):
+        validate(c)

@@ -163,7 +163,7 @@ def run_round(
     if boosts is None:
         boosts = np.ones(count, np.float32)
     if ranks is None:
-        ranks = np.zeros(count, np.int32)
+        ranks = np.full(count, np.iinfo(np.int32).max)
     rates = replicate(np.asarray(rates, np.float32), mesh)
     gathered: Any = None if spec.linear and count > chunk else []
     kept, figures = [], []

@@ -163,7 +163,8 @@ def train(
         config, params = start
     model = Classifier(config)
 
-    def loss_fn(params, batch, target, weight, key):
+    def loss_fn(params, frozen, batch, target, weight, key):
+        del frozen
         rngs = {"dropout": key}
         logits = model.apply({"params": params}, *batch, deterministic=False, rngs=rngs)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)

@@ -206,16 +206,16 @@ def train(
         starts[: len(chosen)] = [len(rows[i]) for i in chosen]
         return tokens, lengths, starts
 
-    def loss_fn(adapter, batch, target, weight, key):
-        del key
+    def loss_fn(adapter, base, batch, target, weight, key):
+        del target, key
         tokens, lengths, starts = batch
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
-        hidden, _ = model.apply({"params": lm.params, "lora": adapter}, tokens, positions, segments)
+        hidden, _ = model.apply({"params": base, "lora": adapter}, tokens, positions, segments)
         targets = jnp.roll(tokens, -1, axis=1)
         verdict = positions == starts[:, None] - 1
         reply = (positions >= starts[:, None]) & (positions < lengths[:, None] - 1)
-        nll = loss.token_nll(model, lm.params, hidden, targets, verdict | reply)
+        nll = loss.token_nll(model, base, hidden, targets, verdict | reply)
         detected = jnp.sum(jnp.sum(nll * verdict, axis=1) * weight) / jnp.sum(weight)
         return detected + jnp.sum(nll * reply) / jnp.maximum(jnp.sum(reply), 1)
 
@@ -230,6 +230,7 @@ def train(
         ),
         (options or TrainingOptions(batch_size=16, learning_rate=5e-5))._replace(weight_decay=0.0),
         seed,
+        lm.params,
     )
     found = GuardFilter(
         model, lm.params, trained.params, tokenizer, max_length, trained.decision, template,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,7 +19,7 @@ class TrainingOptions(NamedTuple):
     Attributes:
       epochs: most passes over the data (the paper uses 5).
       batch_size: pairs a step.
-      learning_rate: peak, after a tenth of the steps; then falls linearly.
+      learning_rate: peak, after a tenth of the steps; then falls as a cosine.
       weight_decay: of AdamW.
       patience: epochs without a better validation loss before training ends; the best epoch's
         weights are kept.
@@ -63,6 +62,7 @@ def train(
     log_odds: Callable,
     options: TrainingOptions,
     seed: int,
+    frozen=(),
 ) -> Trained:
     """Trains, stops early, calibrates.
 
@@ -71,13 +71,15 @@ def train(
       params: trained from here.
       lengths: tokens of each pair.
       arrays: `(indices, width, rows) -> pytree` of a batch, rows past the end empty.
-      loss_fn: `(params, batch, unsafe int32 [rows], weights float32 [rows], key) -> scalar`.
+      loss_fn: `(params, frozen, batch, unsafe int32 [rows], weights float32 [rows], key) ->
+        scalar`.
       log_odds: `(params, indices) -> float32 [n]`.
       options: see `TrainingOptions`.
       seed: of order, split and dropout.
+      frozen: what is not trained, such as a guard's base.
 
     Raises:
-      FilterError: one of the labels is missing.
+      FilterError: one of the labels is missing, or no epoch gave a finite validation loss.
     """
     _, unsafe = protocol.labelled(pairs)
     learned, held = protocol.split(pairs, seed, options.validation_share)
@@ -96,8 +98,8 @@ def train(
     state, key = optimizer.init(params), jax.random.key(seed)
 
     @jax.jit
-    def step(params, state, batch, target, weight, key):
-        grads = jax.grad(loss_fn)(params, batch, target, weight, key)
+    def step(params, state, frozen, batch, target, weight, key):
+        grads = jax.grad(loss_fn)(params, frozen, batch, target, weight, key)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -112,7 +114,7 @@ def train(
             target[: len(rows)] = unsafe[rows]
             step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
             batch = arrays(rows, width, options.batch_size)
-            params, state = step(params, state, batch, target, jnp.asarray(weight), step_key)
+            params, state = step(params, state, frozen, batch, target, weight, step_key)
         if not len(held):
             kept, chosen = params, epoch
             continue
@@ -125,6 +127,11 @@ def train(
             best, kept, chosen = loss, params, epoch
         elif epoch - chosen >= options.patience:
             break
+    if options.epochs and chosen < 0:
+        raise protocol.FilterError(
+            "the filter's validation loss was never finite; lower filter.learning_rate "
+            f"({options.learning_rate})."
+        )
     found = decision.Decision()
     if len(held):
         found = decision.fit(
