@@ -32,3 +32,13 @@ def border_errors():
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
     return *data, EndpointError, FilterError, ModelError
+
+
+def check_flags(argv: list[str], defaults) -> None:
+    """Finds a mistyped `--config.field` before absl does, to name the field that was meant."""
+    from fedsafe_jax.config import check_override
+
+    for argument in argv[1:]:
+        name, _, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and name.startswith("config."):
+            check_override(name.removeprefix("config.").split("[")[0], defaults)

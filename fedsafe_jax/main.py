@@ -10,22 +10,12 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fedsafe_jax.command_line import border_errors, prepare_libraries
+from fedsafe_jax.command_line import border_errors, check_flags, prepare_libraries
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: everything it writes goes there."
 )
-
-
-def check_flags(argv: list[str]) -> None:
-    """Finds a mistyped `--config.field` before absl does, to name the field that was meant."""
-    from fedsafe_jax.config import check_override, default_config
-
-    for argument in argv[1:]:
-        name, _, _ = argument.lstrip("-").partition("=")
-        if argument.startswith("--") and name.startswith("config."):
-            check_override(name.removeprefix("config.").split("[")[0], default_config())
 
 
 def main(argv):
@@ -68,9 +58,10 @@ def main(argv):
 
 if __name__ == "__main__":
     from fedsafe_jax.config import ConfigError as _ConfigError
+    from fedsafe_jax.config import default_config as _default_config
 
     try:
-        check_flags(sys.argv)
+        check_flags(sys.argv, _default_config())
     except _ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     app.run(main)

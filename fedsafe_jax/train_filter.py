@@ -7,6 +7,7 @@ python -m fedsafe_jax.train_filter --config=configs/filter_minilm.py --config.da
 import collections
 import json
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -144,4 +145,12 @@ def print_quality(q: dict) -> None:
 
 
 if __name__ == "__main__":
+    from fedsafe_jax.command_line import check_flags as _check_flags
+    from fedsafe_jax.config import ConfigError as _ConfigError
+    from fedsafe_jax.config import filter_config as _filter_config
+
+    try:
+        _check_flags(sys.argv, _filter_config())
+    except _ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
     app.run(main)
