@@ -25,7 +25,7 @@ def get_config(arg=""):
     # About a third each: red-team dialogues, DeRTa's malicious answers, and contentless compliance.
     # With the dialogues alone the packaged model keeps refusing AdvBench's imperatives.
     c.unsafe_sources = (
-        "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#heldout",
+        "hh_rejected:hh_rlhf/harmless-base-test.jsonl.gz#heldout",
         "derta:derta/malicious_tuning_data_330.json",
         "chat:package/clients_unsafe.jsonl",
     )
@@ -43,9 +43,11 @@ def get_config(arg=""):
     c.batch_size = 4
     c.seq_len = 128
     c.learning_rate = 8e-3
-    # The server's own pairs: the other half of the red-team dialogues, and harmless ones.
+    # The server's own pairs: other red-team dialogues, judged answers, refusals, harmless ones.
     c.filter.sources = (
-        "hh_rlhf:hh_rlhf/harmless-base-test.jsonl.gz#server",
+        "hh_rejected:hh_rlhf/harmless-base-test.jsonl.gz#server",
+        "xstest:xstest_labels/xstest_v2_completions_llama2new_gpteval.csv",
+        "xstest:xstest_labels/xstest_v2_completions_mistralinstruct_gpteval.csv",
         "dolly:dolly/databricks_dolly_sample.csv#server",
         "alpaca:gpteacher/roleplay.json.gz#server",
         "chat:package/filter.jsonl",

@@ -175,8 +175,8 @@ def _seconds_section(rows: list[dict]) -> str:
 
 
 def _data_rows(counts: dict):
-    header = ("pool", "", "read", "near an evaluation prompt", "held out", "kept")
-    fields = ("read", "dropped_near_evaluation", "dropped_heldout", "kept")
+    header = ("pool", "", "read", "refusals", "near an evaluation prompt", "held out", "kept")
+    fields = ("read", "refusals", "dropped_near_evaluation", "dropped_heldout", "kept")
     return header, [(role, "", *(c[f] for f in fields)) for role, c in counts.items()]
 
 

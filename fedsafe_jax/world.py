@@ -11,6 +11,7 @@ from fedsafe_jax.cai import constitution
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
+from fedsafe_jax.filtering import judged_by_answer
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
 
@@ -87,19 +88,28 @@ def load(config: ConfigDict) -> World:
     exact = {overlap.normalise(e.prompt) for e in evals.heldout}
     counts = {}
     for role, pool in roles.items():
+        # Refusals that a source calls unsafe harm nobody: no client gets them as harmful pairs, and
+        # the filter learns them as safe.
+        refused = 0
+        read = len(pool)
+        if role in ("client, unsafe", "filter"):
+            pool, refused = judged_by_answer(pool)
+        if role == "client, unsafe":
+            pool = [e for e in pool if e.label == UNSAFE]
         kept, near = overlap.drop_overlap(pool, forbidden)
         # Held-out pairs come from the clients' distribution: templates make near-duplicates
         # unavoidable there, so only the same prompt is dropped.
         kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
         counts[role] = {
-            "read": len(pool),
+            "read": read,
+            "refusals": refused,
             "dropped_near_evaluation": near,
             "dropped_heldout": len(kept) - len(kept_exact),
             "kept": len(kept_exact),
         }
         roles[role] = kept_exact
         if not kept_exact:
-            raise sources.SourceError(f"{role} data: no example is left of {len(pool)} read.")
+            raise sources.SourceError(f"{role} data: no example is left of {read} read.")
     # The split itself is checked here, before the model loads.
     for seed in config.seeds:
         rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
