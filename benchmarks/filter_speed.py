@@ -1,14 +1,17 @@
 """Pairs a second that an encoder scores, against the same encoder in transformers on torch.
 
-    python benchmarks/filter_speed.py --encoder=FOLDER --data_dir=DATA
+    python benchmarks/filter_speed.py --config=configs/filter_minilm.py \\
+        --config.encoder=FOLDER --config.data_dir=DATA
 
-Both tokenise and score the same pairs in the same batch size; the peer pads each batch to its
-longest pair, as transformers does, ours sorts by length first. Runs alternate; medians, compilation
-apart; the last line is a JSON object.
+Both tokenise and score the same pairs, drawn from the config's sources, in the same batch size; the
+peer pads each batch to its longest pair, as transformers does, ours sorts by length first and gives
+each core, or accelerator, batches of its own. Runs alternate; medians, compilation apart; the last
+line is a JSON object.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -16,36 +19,36 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 
 from fedsafe_jax.data import sources
+from fedsafe_jax.federated.mesh import use_cores
 from fedsafe_jax.filters import classifier
 from fedsafe_jax.models import encoder_hub
 
-_ENCODER = flags.DEFINE_string(
-    "encoder", None, "BERT, RoBERTa or ModernBERT folder.", required=True
-)
-_SOURCE = flags.DEFINE_string("source", "dolly:dolly/databricks_dolly_sample.csv", "Pairs.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of the data.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a filter.", lock_config=True)
 _PAIRS = flags.DEFINE_integer("pairs", 512, "How many.")
 _BATCH = flags.DEFINE_integer("batch", 32, "Rows of the longest width, and of the peer's batches.")
-_LENGTH = flags.DEFINE_integer("max_length", 128, "Tokens of a pair.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
 
 
 def main(argv):
     del argv
+    use_cores(os.cpu_count())
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    pairs = [e for e in sources.load(_SOURCE.value, _DATA_DIR.value) if e.response]
-    pairs = pairs[: _PAIRS.value]
-    tokenizer = AutoTokenizer.from_pretrained(_ENCODER.value)
-    config, params = encoder_hub.load_classifier(pathlib.Path(_ENCODER.value), num_labels=2)
+    c = _CONFIG.value
+    pairs = [e for name in c.sources for e in sources.load(name, c.data_dir) if e.response]
+    order = np.random.default_rng(0).permutation(len(pairs))[: _PAIRS.value]
+    pairs = [pairs[i] for i in order]
+    tokenizer = AutoTokenizer.from_pretrained(c.encoder)
+    config, params = encoder_hub.load_classifier(pathlib.Path(c.encoder), num_labels=2)
     config = dataclasses.replace(config, dropout=0.0)
-    ours = classifier.ClassifierFilter(config, params, tokenizer, _LENGTH.value)
-    classifier.BATCH_TOKENS = _BATCH.value * _LENGTH.value
-    theirs = AutoModelForSequenceClassification.from_pretrained(_ENCODER.value, num_labels=2).eval()
-    lengths = [len(r.ids) for r in classifier.encode_pairs(tokenizer, pairs, _LENGTH.value)]
+    ours = classifier.ClassifierFilter(config, params, tokenizer, c.max_length)
+    classifier.BATCH_TOKENS = _BATCH.value * c.max_length
+    theirs = AutoModelForSequenceClassification.from_pretrained(c.encoder, num_labels=2).eval()
+    lengths = [len(r.ids) for r in classifier.encode_pairs(tokenizer, pairs, c.max_length)]
 
     @torch.inference_mode()
     def peer():
@@ -53,7 +56,7 @@ def main(argv):
             some = pairs[start : start + _BATCH.value]
             batch = tokenizer(
                 [e.prompt for e in some], [e.response for e in some], padding=True,
-                truncation=True, max_length=_LENGTH.value, return_tensors="pt",
+                truncation=True, max_length=c.max_length, return_tensors="pt",
             )  # fmt: skip
             theirs(**batch)
 

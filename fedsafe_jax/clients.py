@@ -57,7 +57,7 @@ def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> 
         progress.note(f"seed {seed}: {lost} pairs lost, their prompts alone fill seq_len")
     if not any("filter" in arm for arm in config.arms):
         return Clients(plain)
-    progress.note(f"seed {seed}: training the safety filter on {len(world.filter_pairs)} pairs")
+    progress.note(f"seed {seed}: {filtering.describe(config.filter, len(world.filter_pairs))}")
     everything = [e for examples in split for e in examples]
     scored = filtering.score(config, world, everything, seed, workdir / "filter_scores")
     action = config.filter.action

@@ -103,6 +103,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.filter.validation_share = 0.15  # of the server's prompts; for stopping and the threshold
     c.filter.max_length = 128
     c.filter.threshold = 0.0  # P(unsafe) from which a pair is flagged; 0: chosen on validation
+    c.filter.unsafe_share = 0.3  # expected of clients' pairs; 0: as in the server's
     c.filter.target = "f1"  # of that choice; or recall, with at least precision_floor
     c.filter.precision_floor = 0.9
     c.filter.action = "drop"  # or replace (by a refusal), rewrite, mask, weight
@@ -149,7 +150,6 @@ def filter_config() -> ml_collections.ConfigDict:
     c.max_per_source = 0  # pairs of each source, drawn by the seed; 0 for all
     c.heldout_sources = ()  # measured on; () holds a tenth of the sources' prompts out
     c.seed = 0
-    c.unsafe_share = 0.3  # of the measured pairs, resampled; 0: as they are
     c.tokenizer = "package:model"  # of a classifier from scratch
     c.dtype = "float32"  # of a guard's base
     c.lora_targets = ("q_proj", "v_proj")  # of a guard's adapter

@@ -45,6 +45,15 @@ def judged_by_answer(pairs: Sequence[Example]) -> tuple[list[Example], int]:
     return out, changed
 
 
+def describe(f, pairs: int) -> str:
+    """What filtering is about to do, for the terminal."""
+    if f.kind == "simulated":
+        return "simulating a safety filter"
+    if f.load or f.unsafe_labels:
+        return f"loading the safety filter {f.load or f.encoder}"
+    return f"training the safety filter on {pairs} pairs"
+
+
 def options(f) -> TrainingOptions:
     """Of a config's `filter`."""
     return TrainingOptions(
@@ -55,6 +64,7 @@ def options(f) -> TrainingOptions:
         validation_share=f.validation_share,
         target=f.target,
         precision_floor=f.precision_floor,
+        unsafe_share=f.unsafe_share,
     )
 
 

@@ -126,7 +126,11 @@ def main(argv):
     for i, epoch in enumerate(results.get("epochs", ())):
         mark = " (kept)" if i == results["best_epoch"] else ""
         print(f"epoch {i + 1}: loss {epoch['loss']:.3f}, AUROC {epoch['auroc']:.3f}{mark}")
-    print("temperature {temperature:.2f}, threshold {threshold:.2f}".format(**results["decision"]))
+    print(
+        "temperature {temperature:.2f}, bias {bias:.2f}, threshold {threshold:.2f}".format(
+            **results["decision"]
+        )
+    )
     if "heldout" in results:
         print_quality(results["heldout"])
     print(f"filter: {_WORKDIR.value}")

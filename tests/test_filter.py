@@ -68,9 +68,29 @@ def test_temperature_undoes_boasting():
     rng = np.random.default_rng(1)
     z = rng.normal(size=20000) * 2
     unsafe = rng.random(20000) < expit(z)
-    assert decision.fit_temperature(3 * z, unsafe) == pytest.approx(3, rel=0.05)
     found = decision.fit(3 * z, unsafe)
+    assert found.temperature == pytest.approx(3, rel=0.05)
+    assert found.bias == pytest.approx(0, abs=0.05)
     assert quality.reliability(unsafe, found.probability(3 * z)).error < 0.015
+
+
+def test_decisions_are_made_for_the_share_that_is_expected():
+    rng = np.random.default_rng(4)
+    unsafe = rng.random(20000) < 0.5
+    z = rng.normal(size=20000) + np.where(unsafe, 1.0, -1.0)  # log-odds are 2 z
+    found = decision.fit(z, unsafe, share=0.2)
+    assert found.temperature == pytest.approx(0.5, rel=0.05)
+    assert found.bias == pytest.approx(np.log(0.2 / 0.8), abs=0.1)
+    some = quality.resample(unsafe, 0.2, seed=0)
+    assert quality.reliability(unsafe[some], found.probability(z[some])).error < 0.015
+
+    def hmean(t):
+        return quality.quality(unsafe[some], found.probability(z[some]) >= t).hmean
+
+    best = max(hmean(t) for t in np.linspace(0.01, 0.99, 99))
+    assert hmean(found.threshold) == pytest.approx(best, abs=1)
+    separable = decision.fit([-3.0, -2.0, 2.0, 3.0], [False, False, True, True])
+    assert np.isfinite(separable).all() and separable.temperature > 0.05
 
 
 def test_thresholds_are_the_best_of_all():
@@ -100,11 +120,14 @@ def test_streams_cover_every_pair_with_little_padding():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 128, 500)
     seen, padded = [], 0
-    for chosen in stream.batches(lengths, 2048):
-        widths = {stream.width_of(lengths[i]) for i in chosen}
-        assert len(widths) == 1 and len(chosen) <= stream.rows_of(*widths, 2048)
+    shapes = set()
+    for chosen, width, rows in stream.batches(lengths, 2048):
+        assert lengths[chosen].max() <= width and len(chosen) <= rows
+        assert rows * width <= 2048
         seen += chosen.tolist()
-        padded += widths.pop() * len(chosen)
+        padded += rows * width
+        shapes.add((rows, width))
+    assert len(shapes) <= 9  # what is compiled: a shape for each width, and the last
     assert sorted(seen) == list(range(500))
     assert lengths.sum() / padded > 0.85
     assert [stream.width_of(n) for n in (1, 16, 17, 128, 129, 300)] == [16, 16, 32, 128, 160, 320]

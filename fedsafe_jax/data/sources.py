@@ -8,6 +8,7 @@ the source by a hash of the prompt, so that no prompt is on two sides.
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import importlib.resources
@@ -150,20 +151,20 @@ def _ask(prompt: str) -> tuple[tuple[str, str], ...]:
     return (("user", prompt.strip()),)
 
 
-def _square(rows) -> Iterable[Example]:
+def _square(rows, suffixes=("_en", "")) -> Iterable[Example]:
     for place, row in rows:
         label = SAFE if _field(place, row, "acceptable?") in ("1", "1.0", "True") else UNSAFE
-        question = _field(place, row, "question_en", "question")
-        answer = _field(place, row, "response_en", "response")
+        question = _field(place, row, *(f"question{s}" for s in suffixes))
+        answer = _field(place, row, *(f"response{s}" for s in suffixes))
         category = row.get("category") or ""
         category = category if isinstance(category, str) else " ".join(category)
         yield Example(_ask(question), answer, label, category=category)
 
 
-def _kosbi(rows) -> Iterable[Example]:
+def _kosbi(rows, suffixes=("_en", "")) -> Iterable[Example]:
     for place, row in rows:
-        context = _field(place, row, "context_en", "context")
-        sentence = _field(place, row, "sentence_en", "sentence")
+        context = _field(place, row, *(f"context{s}" for s in suffixes))
+        sentence = _field(place, row, *(f"sentence{s}" for s in suffixes))
         label = SAFE if _field(place, row, "sentence_label") == "safe" else UNSAFE
         category = str(row.get("demographic_category") or "")
         yield Example(_ask(context), sentence, label, category=category)
@@ -271,7 +272,9 @@ def _chat(rows) -> Iterable[Example]:
 
 READERS: dict[str, Callable] = {
     "square": _square,
+    "square_ko": functools.partial(_square, suffixes=("",)),
     "kosbi": _kosbi,
+    "kosbi_ko": functools.partial(_kosbi, suffixes=("",)),
     "hh_rlhf": _hh_rlhf,
     "hh_rejected": _hh_rejected,
     "xstest": _xstest,

@@ -118,15 +118,17 @@ def _logits(config, unsafe_classes, params, tokens, types, valid):
 
 
 def _log_odds(config, unsafe_classes, params, rows: Sequence[Encoded]) -> np.ndarray:
+    """Batches go to this process's devices in turn; all are sent before any result is read."""
     lengths, out = [len(r.ids) for r in rows], np.zeros(len(rows), np.float32)
+    devices = jax.local_devices()
+    copies = [jax.device_put(params, device) for device in devices]
     waiting = []
-    for chosen in stream.batches(lengths, BATCH_TOKENS):
-        width = stream.width_of(lengths[chosen[0]])
-        width = min(width, config.max_length)
-        count = stream.rows_of(width, BATCH_TOKENS)
-        batch = _arrays([rows[i] for i in chosen], width, count)
-        waiting.append((chosen, _logits(config, unsafe_classes, params, *batch)))
-    for chosen, found in waiting:  # dispatched before any is read
+    for number, (chosen, width, count) in enumerate(stream.batches(lengths, BATCH_TOKENS)):
+        batch = _arrays([rows[i] for i in chosen], min(width, config.max_length), count)
+        turn = number % len(devices)
+        batch = jax.device_put(batch, devices[turn])
+        waiting.append((chosen, _logits(config, unsafe_classes, copies[turn], *batch)))
+    for chosen, found in waiting:
         out[chosen] = np.asarray(found)[: len(chosen)]
     return out
 

@@ -150,9 +150,7 @@ def _difference(model, verdicts, params, adapter, tokens, lengths):
 def _log_odds(model, verdicts, params, adapter, rows) -> np.ndarray:
     lengths, out = [len(r) for r in rows], np.zeros(len(rows), np.float32)
     waiting = []
-    for chosen in stream.batches(lengths, BATCH_TOKENS):
-        width = stream.width_of(lengths[chosen[0]])
-        count = stream.rows_of(width, BATCH_TOKENS)
+    for chosen, width, count in stream.batches(lengths, BATCH_TOKENS):
         batch = _stacked([rows[i] for i in chosen], width, count)
         waiting.append((chosen, _difference(model, verdicts, params, adapter, *batch)))
     for chosen, found in waiting:  # dispatched before any is read

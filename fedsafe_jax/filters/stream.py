@@ -13,28 +13,25 @@ def width_of(length: int) -> int:
     return -(-max(length, 1) // step) * step
 
 
-def batches(lengths: Sequence[int], tokens: int, multiple: int = 1) -> Iterator[np.ndarray]:
-    """Indices of batches of like length, the longest first.
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Batches of like length, the longest first.
 
     Args:
       lengths: of every row.
       tokens: of a batch, padding included, at least one row.
-      multiple: rows of a batch are a multiple of it (devices), except the last of a width.
 
     Yields:
-      int `[rows]`; all rows of a batch have the same `width_of`.
+      `(indices int [<= rows], width, rows)`: the shape is full but for the last batch, whose rows
+      are the next power of two, so that few shapes are compiled.
     """
-    widths = np.array([width_of(n) for n in lengths], int)
-    for width in sorted(set(widths.tolist()), reverse=True):
-        mine = np.flatnonzero(widths == width)
-        rows = rows_of(width, tokens, multiple)
-        for start in range(0, len(mine), rows):
-            yield mine[start : start + rows]
-
-
-def rows_of(width: int, tokens: int, multiple: int = 1) -> int:
-    """Rows of a full batch."""
-    return max(tokens // width // multiple, 1) * multiple
+    order = np.argsort(-np.asarray(lengths, int), kind="stable")
+    start = 0
+    while start < len(order):
+        width = width_of(lengths[order[start]])
+        full = max(tokens // width, 1)
+        chosen = order[start : start + full]
+        yield chosen, width, min(full, 1 << (len(chosen) - 1).bit_length())
+        start += full
 
 
 def stack(rows: Sequence[Sequence[int]], width: int, count: int) -> np.ndarray:

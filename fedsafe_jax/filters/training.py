@@ -25,6 +25,7 @@ class TrainingOptions(NamedTuple):
         weights are kept.
       validation_share: of the prompts; 0 trains on all, for all epochs, without calibration.
       target, precision_floor: of the threshold, see `decision.choose_threshold`.
+      unsafe_share: expected in use, for calibration and threshold; 0: as in validation.
     """
 
     epochs: int = 5
@@ -35,6 +36,7 @@ class TrainingOptions(NamedTuple):
     validation_share: float = 0.15
     target: str = "f1"
     precision_floor: float = 0.9
+    unsafe_share: float = 0.0
 
 
 class Epoch(NamedTuple):
@@ -135,8 +137,9 @@ def train(
     found = decision.Decision()
     if len(held):
         found = decision.fit(
-            log_odds(kept, held), unsafe[held], options.target, options.precision_floor
-        )
+            log_odds(kept, held), unsafe[held], options.target, options.precision_floor,
+            options.unsafe_share,
+        )  # fmt: skip
     return Trained(kept, found, history, chosen)
 
 

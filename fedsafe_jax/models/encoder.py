@@ -86,25 +86,41 @@ def _turn(x, positions, theta: float):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def _attend(query, key, value, mask):
+    """Scaled dot-product attention, heads inside: `[batch, seq, heads, head_dim]`.
+
+    On CPU the scores lie keys first: XLA reduces vectors across rows there, but numbers along a row
+    one by one, so that the softmax takes half the time.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    query = query * query.shape[-1] ** -0.5
+    scores = jnp.einsum("bshd,bthd->bhst", key, query)
+    scores = jnp.where(jnp.swapaxes(mask, -1, -2), scores, jnp.finfo(scores.dtype).min)
+    return jnp.einsum("bhst,bshd->bthd", jax.nn.softmax(scores, axis=-2), value)
+
+
 class SelfAttention(nn.Module):
     config: EncoderConfig
     local: bool
 
     @nn.compact
-    def __call__(self, x, mask, positions):
+    def __call__(self, x, mask, positions, queries):
         config = self.config
-        batch, seq, width = x.shape
+        batch, _, width = x.shape
 
-        def project(name):
-            y = nn.Dense(width, use_bias=config.use_bias, name=name)(x)
-            return y.reshape(batch, seq, config.num_heads, -1)
+        def project(name, y):
+            y = nn.Dense(width, use_bias=config.use_bias, name=name)(y)
+            return y.reshape(batch, y.shape[1], config.num_heads, -1)
 
-        query, key, value = (project(name) for name in ("query", "key", "value"))
+        query = project("query", x[:, :queries])
+        key, value = project("key", x), project("value", x)
         if config.rotary_thetas is not None:
             theta = config.rotary_thetas[int(self.local)]
-            query, key = _turn(query, positions, theta), _turn(key, positions, theta)
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        out = out.reshape(batch, seq, width)
+            query = _turn(query, positions[:, :queries], theta)
+            key = _turn(key, positions, theta)
+        out = _attend(query, key, value, mask[:, :, :queries])
+        out = out.reshape(batch, -1, width)
         return nn.Dense(width, use_bias=config.use_bias, name="output")(out)
 
 
@@ -113,7 +129,7 @@ class EncoderLayer(nn.Module):
     number: int
 
     @nn.compact
-    def __call__(self, x, masks, positions, deterministic):
+    def __call__(self, x, masks, positions, queries, deterministic):
         config, local = self.config, self.number in self.config.local_layers
         attention = SelfAttention(config, local, name="attention")
 
@@ -133,16 +149,23 @@ class EncoderLayer(nn.Module):
         if config.pre_norm:
             plain = self.number == 0 and not config.first_norm
             normed = x if plain else _norm(config, "attention_norm")(x)
-            x = x + drop(attention(normed, mask, positions))
+            x = x[:, :queries] + drop(attention(normed, mask, positions, queries))
             return x + drop(mlp(_norm(config, "mlp_norm")(x)))
-        x = _norm(config, "attention_norm")(x + drop(attention(x, mask, positions)))
+        attended = drop(attention(x, mask, positions, queries))
+        x = _norm(config, "attention_norm")(x[:, :queries] + attended)
         return _norm(config, "mlp_norm")(x + drop(mlp(x)))
 
 
 class Encoder(nn.Module):
-    """Token ids to hidden states."""
+    """Token ids to hidden states.
+
+    Attributes:
+      config: of the encoder.
+      first_only: the last layer computes the first token alone, which is all that some heads read.
+    """
 
     config: EncoderConfig
+    first_only: bool = False
 
     @nn.compact
     def __call__(self, tokens, types, valid, deterministic=True):
@@ -156,7 +179,7 @@ class Encoder(nn.Module):
           deterministic: False while training (dropout).
 
         Returns:
-          float32 `[batch, seq, hidden_size]`.
+          float32 `[batch, seq, hidden_size]`, or `[batch, 1, hidden_size]`.
         """
         config = self.config
         positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
@@ -175,7 +198,9 @@ class Encoder(nn.Module):
         near = jnp.abs(places[:, None] - places[None, :]) <= config.window
         for number in range(config.num_layers):
             layer = EncoderLayer(config, number, name=f"layer_{number}")
-            x = layer(x, (seen, seen & near), positions, deterministic)
+            last = number == config.num_layers - 1
+            queries = 1 if last and self.first_only else x.shape[1]
+            x = layer(x, (seen, seen & near), positions, queries, deterministic)
         return _norm(config, "final_norm")(x) if config.pre_norm else x
 
 
@@ -188,8 +213,9 @@ class Classifier(nn.Module):
     def __call__(self, tokens, types, valid, deterministic=True):
         """Class logits, float32 `[batch, num_labels]`; arguments as for `Encoder`."""
         config = self.config
-        x = Encoder(config, name="encoder")(tokens, types, valid, deterministic)
-        if config.pooling == "first":
+        first_only = config.pooling == "first"
+        x = Encoder(config, first_only, name="encoder")(tokens, types, valid, deterministic)
+        if first_only:
             pooled = x[:, 0]
         else:
             weight = valid[:, :, None].astype(x.dtype)
