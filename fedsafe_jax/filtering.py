@@ -14,7 +14,6 @@ from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import actions, cache, classifier, guard, store
 from fedsafe_jax.filters.decision import Decision
-from fedsafe_jax.filters.protocol import FilterError
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import encoder_hub, lora
@@ -54,6 +53,14 @@ def describe(f, pairs: int) -> str:
     return f"training the safety filter on {pairs} pairs"
 
 
+def check_folders(f) -> None:
+    """Raises `FilterError` where a folder that a config's `filter` names holds none."""
+    if f.load:
+        store.check(f.load)
+    elif f.encoder:
+        store.check_encoder(f.encoder)
+
+
 def options(f) -> TrainingOptions:
     """Of a config's `filter`."""
     return TrainingOptions(
@@ -85,6 +92,7 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
     Raises:
       FilterError, ModelError: it cannot be loaded or trained.
     """
+    check_folders(f)
     if f.load:
         return store.load(f.load, functools.partial(load_pretrained, dtype=dtype)), None
     if f.kind in ("guard", "guardian"):
@@ -102,8 +110,6 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
         from transformers import AutoTokenizer
 
         folder = pathlib.Path(f.encoder)
-        if not (folder / "config.json").is_file():
-            raise FilterError(f"filter.encoder: {folder} holds no config.json.")
         config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=seed)
         start = dataclasses.replace(config, dropout=0.1), params
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -122,7 +128,10 @@ def score(config, world, pairs: Sequence[Example], seed: int, folder: pathlib.Pa
         targets = world.lora.targets
         return make(f, world.filter_pairs, world.lm.tokenizer, seed, config.dtype, targets)[0]
 
-    known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
+    if f.load or f.unsafe_labels:
+        known = cache.folder_hash(f.load or f.encoder)
+    else:
+        known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
     trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
     scores = cache.ScoreCache(folder, cache.content_hash(trained, seed, config.dtype, known))
     log_odds = scores.log_odds(pairs, make_filter)

@@ -126,11 +126,7 @@ def main(argv):
     for i, epoch in enumerate(results.get("epochs", ())):
         mark = " (kept)" if i == results["best_epoch"] else ""
         print(f"epoch {i + 1}: loss {epoch['loss']:.3f}, AUROC {epoch['auroc']:.3f}{mark}")
-    print(
-        "temperature {temperature:.2f}, bias {bias:.2f}, threshold {threshold:.2f}".format(
-            **results["decision"]
-        )
-    )
+    print(", ".join(f"{name} {value:.2f}" for name, value in results["decision"].items()))
     if "heldout" in results:
         print_quality(results["heldout"])
     print(f"filter: {_WORKDIR.value}")

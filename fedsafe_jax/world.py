@@ -11,7 +11,7 @@ from fedsafe_jax.cai import constitution
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
-from fedsafe_jax.filtering import judged_by_answer
+from fedsafe_jax.filtering import check_folders, judged_by_answer
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
 
@@ -113,6 +113,8 @@ def load(config: ConfigDict) -> World:
     # The split itself is checked here, before the model loads.
     for seed in config.seeds:
         rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
+    if any("filter" in arm for arm in config.arms):
+        check_folders(config.filter)
     if config.filter.kind in ("guard", "guardian") and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = constitution.load(config.cai.constitution)

@@ -291,9 +291,24 @@ def test_scores_are_kept_by_content(tmp_path):
     np.testing.assert_array_equal(first, [0, 1, 2, 0])  # equal pairs are scored once
     again = cache.ScoreCache(tmp_path, "f")
     np.testing.assert_array_equal(again.log_odds(EXAMPLES[::-1], Fake), [2, 1, 0])
-    assert calls == [3] and again.decision == [2.0, 0.4]
+    assert calls == [3] and again.decision == [2.0, 0.4, 0.0]
     again.log_odds([pair("new", "one")], Fake)
     assert calls == [3, 1]
+
+
+def test_a_filter_that_was_trained_again_is_another(tmp_path):
+    (tmp_path / "filter.json").write_text("{}")
+    (tmp_path / "classifier.safetensors").write_bytes(b"one")
+    before = cache.folder_hash(tmp_path)
+    assert cache.folder_hash(tmp_path) == before
+    (tmp_path / "classifier.safetensors").write_bytes(b"two")
+    assert cache.folder_hash(tmp_path) != before
+
+
+def test_training_that_diverges_is_one_error(packaged, pairs):
+    options = TrainingOptions(epochs=1, learning_rate=float("nan"))
+    with pytest.raises(protocol.FilterError, match="never finite; lower filter.learning_rate"):
+        classifier.train(pairs[::8], packaged.tokenizer, 0, options)
 
 
 def test_a_refusal_is_safe_whatever_was_asked():

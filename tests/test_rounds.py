@@ -103,3 +103,12 @@ def test_privacy_without_its_accountant_is_named_at_once(monkeypatch):
     c.federated.clip_norm = c.federated.noise_multiplier = 1.0
     with pytest.raises(ConfigError, match="needs dp-accounting"):
         validate(c)
+
+
+def test_the_delta_of_privacy_is_a_probability():
+    pytest.importorskip("dp_accounting")
+    c = default_config()
+    c.federated.clip_norm = c.federated.noise_multiplier = 1.0
+    c.federated.delta = 0.0
+    with pytest.raises(ConfigError, match="federated.delta=0.0: expected between 0 and 1"):
+        validate(c)

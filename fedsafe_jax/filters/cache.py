@@ -22,6 +22,15 @@ def pair_hash(pair: Example) -> str:
     return content_hash(pair.prompt, pair.response)
 
 
+def folder_hash(folder) -> str:
+    """Of the files right in a folder: a filter that was trained again scores anew."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in pathlib.Path(folder).iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return found.hexdigest()[:32]
+
+
 class ScoreCache:
     """Raw log-odds of one filter.
 

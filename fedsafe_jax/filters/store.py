@@ -54,6 +54,21 @@ def save(found, folder, lora_config: lora.LoraConfig | None = None, base_model: 
     write_json(folder / NAME, about)
 
 
+def check(folder) -> None:
+    """Raises `FilterError` where there is no filter."""
+    if not (pathlib.Path(folder) / NAME).is_file():
+        raise FilterError(
+            f"{folder}: no {NAME}; give a folder that fedsafe_jax.train_filter wrote, or an "
+            "encoder with a classification head as filter.encoder and filter.unsafe_labels."
+        )
+
+
+def check_encoder(folder) -> None:
+    """Raises `FilterError` where there is no encoder."""
+    if not (pathlib.Path(folder) / "config.json").is_file():
+        raise FilterError(f"filter.encoder: {folder} holds no config.json.")
+
+
 def load(folder, load_guard=None):
     """Reads a filter that `save` wrote.
 
@@ -67,11 +82,7 @@ def load(folder, load_guard=None):
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(folder)
-    if not (folder / NAME).is_file():
-        raise FilterError(
-            f"{folder}: no {NAME}; give a folder that fedsafe_jax.train_filter wrote, or an "
-            "encoder with a classification head as filter.encoder and filter.unsafe_labels."
-        )
+    check(folder)
     try:
         about = read_json(folder / NAME)
         decision, length = Decision(**about["decision"]), int(about["max_length"])
