@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
 from fedsafe_jax import filtering, rounds
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.sources import UNSAFE
+from fedsafe_jax.data.sources import UNSAFE, Example
 from fedsafe_jax.filters import actions
 from fedsafe_jax.filters import quality as rates
 from fedsafe_jax.world import encode_all
@@ -24,6 +25,7 @@ class Clients:
       quality, reliability, auroc: of the verdicts, as labels are known in simulation; None without
         a filter.
       threshold: that pairs were flagged from.
+      make_filter: `() -> filter`; None without one, or for a simulated one.
     """
 
     plain: list
@@ -34,6 +36,17 @@ class Clients:
     reliability: rates.Reliability | None = None
     auroc: float | None = None
     threshold: float | None = None
+    make_filter: Callable | None = None
+
+    def judge(self):
+        """`((prompts, answers) -> P(unsafe), threshold)` of the seed's filter."""
+        found = self.make_filter()
+
+        def unsafe(prompts, answers):
+            pairs = zip(prompts, answers, strict=True)
+            return found.score([Example((("user", p),), a) for p, a in pairs])
+
+        return unsafe, self.threshold
 
     def filter_record(self) -> dict:
         """What `results.json` keeps of a seed."""
@@ -87,6 +100,7 @@ def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> 
         rates.reliability(unsafe, scored.probability),
         rates.auroc(unsafe, scored.probability),
         scored.threshold,
+        scored.make_filter,
     )
 
 

@@ -118,12 +118,23 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.red_team_prompts = 24  # a round
     c.cai.benign_prompts = 8  # a round: their answers must not turn into refusals
     c.cai.replay_examples = 48  # a round, imitated beside the revisions
-    c.cai.steps = 10
+    c.cai.few_shots = 0  # examples of the constitution put before each prompt
+    c.cai.few_shot_file = ""  # such examples in Anthropic's form; "": those of the constitution
+    c.cai.revision_rounds = 1  # of critique and revision
+    c.cai.check = "rules"  # what drops revisions: rules (refusals), filter, both or none
+    c.cai.data = "on_policy"  # or cached (the first revisions, again and again), or mixed
+    c.cai.schedule = "light"  # or full (an epoch a round), final (last round only), adaptive
+    c.cai.target = 95.0  # adaptive: refusal of its own prompts, in percent, below which CAI runs
+    c.cai.probe_prompts = 48  # adaptive: so many, which are not trained on
+    c.cai.steps = 10  # a light round; adaptive: when everything is to be mended
     c.cai.batch_size = 8
     c.cai.pairs_per_step = 4
     c.cai.learning_rate = 1e-3  # decays over rounds as the clients' does
-    c.cai.dpo_weight = 0.5
-    c.cai.beta = 0.1
+    c.cai.losses = ("sft", "dpo")  # some of sft, dpo, ipo, kto, derta; replay is always imitated
+    c.cai.weights = (1.0, 0.5)  # of each
+    c.cai.beta = 0.1  # of dpo, ipo, kto
+    c.cai.reference = "base"  # of dpo, ipo, kto; or global: the model that the round began with
+    c.cai.refusal_word = " Sorry"  # derta: its first token is what harmful answers turn to
     c.cai.max_new_tokens = 48
     c.cai.temperature = 0.0  # of the initial answers
 

@@ -1,13 +1,23 @@
-"""Light CAI on the aggregated model: generate, criticise, revise, then SFT and DPO."""
+"""Constitutional AI on the aggregated model: probe, generate, criticise, revise, train."""
+
+import functools
+import math
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax import records
+from fedsafe_jax.cai import derta, forms, schedule
 from fedsafe_jax.cai import revise as revise_lib
-from fedsafe_jax.cai import train as cai_train
-from fedsafe_jax.data import chat
+from fedsafe_jax.cai import train as train_lib
+from fedsafe_jax.data import chat, sources
 from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.rounds import rate
+from fedsafe_jax.world import limit
+
+BATCH = 32  # dialogues generated at once
 
 
 def decay(config, t: int) -> float:
@@ -16,81 +26,195 @@ def decay(config, t: int) -> float:
     return rate(config, t) / config.learning_rate
 
 
-def run(config, world, cai_fn, current, base, seed: int, t: int, clock):
-    """One round of CAI.
+def recipe(config) -> train_lib.Recipe:
+    """How the config trains."""
+    c = config.cai
+    return train_lib.Recipe(
+        tuple(c.losses), tuple(c.weights), c.beta, c.batch_size, c.pairs_per_step, config.seq_len
+    )
+
+
+class Server:
+    """The server's CAI for one arm and seed.
 
     Args:
       config, world: of the run.
-      cai_fn: from `cai.train.make_train`.
-      current, base: the global model, and the model without an adapter.
-      seed, t: what is drawn depends on nothing else.
-      clock: has a `lap`.
-
-    Returns:
-      `(new adapter, counts for the metrics, records)`.
+      model: the decoder that adapters belong to.
+      clients: of the seed; their filter judges revisions where the config says so.
+      folder: of the records, `cai/`.
+      mine: `row -> bool`, whether a record is of this arm and seed.
+      seed: what is drawn depends on it and the round alone.
     """
-    c = config.cai
-    rng = np.random.default_rng([seed, t, 2])
 
-    def some(pool, count):
-        return [pool[i] for i in rng.permutation(len(pool))[:count]]
+    def __init__(self, config, world, model, clients, folder: pathlib.Path, mine, seed: int):
+        self.config, self.world, self.clients, self.seed = config, world, clients, seed
+        self.folder, self.mine = folder, mine
+        self.recipe = recipe(config)
+        self.start, self.step = train_lib.make_step(model, self.recipe)
+        self.tokenizer = world.lm.tokenizer
+        self.red_team, self.probes = world.red_team, []
+        if config.cai.schedule == "adaptive":
+            # The estimate must not be of prompts that were trained on.
+            self.probes = limit(world.red_team, config.cai.probe_prompts)
+            asked = {e.prompt for e in self.probes}
+            self.red_team = [e for e in world.red_team if e.prompt not in asked]
 
-    harmful = [e.prompt for e in some(world.red_team, c.red_team_prompts)]
-    benign = [e.prompt for e in some(world.replay, c.benign_prompts)]
-    reviser = current if c.reviser == "global" else base
+    def run(self, current, base, t: int, clock):
+        """One round.
 
-    def answering(lm, temperature):
-        def generate(threads, call):
-            call_seed = int(np.random.default_rng([seed, t, 3, call]).integers(2**31))
-            return lm.answer_dialogues(
-                threads, c.max_new_tokens, temperature, seed=call_seed, batch_size=32, cut=True
+        Args:
+          current, base: the global model, and the model without an adapter.
+          t: the round.
+          clock: has a `lap`.
+
+        Returns:
+          `(new adapter, counts for the metrics, new records)`.
+        """
+        c = self.config.cai
+        amount = self._amount(current, t)
+        if amount.probe is not None:
+            clock.lap("cai_probe")
+        counts = {"schedule": c.schedule} | ({"probe": amount.probe} if amount.probe else {})
+        if not amount.steps:
+            return current.adapter, counts | {"kept": 0, "steps": 0}, []
+        rng = np.random.default_rng([self.seed, t, 2])
+        earlier = self._earlier(t) if c.data != "on_policy" else []
+        found = []
+        if c.data != "cached" or not earlier:
+            found = self._revise(current, base, amount, rng, t)
+            clock.lap("cai_generate")
+        counts |= revise_lib.tally(found) | {"tokens_generated": self._tokens(found)}
+        kept = [r for r in [*earlier, *found] if not r.dropped]
+        replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
+        adapter, trained = self._train(current, base, kept, replay, amount, t)
+        clock.lap("cai_train")
+        return adapter, counts | {"reused": len(earlier), "replay": len(replay)} | trained, found
+
+    def _amount(self, current, t: int) -> schedule.Amount:
+        c = self.config.cai
+        if c.schedule != "adaptive":
+            return schedule.amount(c.schedule, t == self.config.rounds - 1)
+        prompts = [e.prompt for e in self.probes]
+        answers = current.generate(
+            prompts, max_new_tokens=self.config.eval.max_new_tokens, cut=True
+        )
+        refused = [start_refusal(a) for a in answers]
+        low, high = wilson(sum(refused), len(refused))
+        mean = 100 * float(np.mean(refused))
+        return schedule.adaptive(mean, (100 * low, 100 * high), c.target)
+
+    def _earlier(self, t: int) -> list[revise_lib.Record]:
+        """Records of the rounds before, from disk, so that a resumed run has the same."""
+        out = []
+        for path in sorted(self.folder.glob("round_*.jsonl")):
+            rows = [r for r in records.read_lines(path) if self.mine(r) and r["round"] < t]
+            out += [
+                revise_lib.Record(**{f: row[f] for f in revise_lib.Record._fields}) for row in rows
+            ]
+        return out
+
+    def _count(self, asked: int, share: float, pool: int) -> int:
+        return pool if math.isinf(share) else min(math.ceil(asked * share), pool)
+
+    def _replay_count(self, amount, kept: int) -> int:
+        c = self.config.cai
+        if math.isinf(amount.prompts):  # as many for each revision as in a light round
+            return round(kept * c.replay_examples / max(c.red_team_prompts + c.benign_prompts, 1))
+        return c.replay_examples
+
+    def _revise(self, current, base, amount, rng, t: int) -> list[revise_lib.Record]:
+        c = self.config.cai
+        red = self._count(c.red_team_prompts, amount.prompts, len(self.red_team))
+        share = red / c.red_team_prompts
+        harmful = [e.prompt for e in _some(self.red_team, red, rng)]
+        benign = [
+            e.prompt for e in _some(self.world.replay, math.ceil(c.benign_prompts * share), rng)
+        ]
+        wanted = [True] * len(harmful) + [False] * len(benign)
+        checks = {}
+        if c.check in ("rules", "both"):
+            checks["rules"] = revise_lib.Rules(wanted, start_refusal)
+        if c.check in ("filter", "both"):
+            checks["judge"] = revise_lib.Judge(wanted, *self.clients.judge())
+        speak = functools.partial(generate, c.max_new_tokens, [self.seed, t, 3])
+        return revise_lib.revise(
+            harmful + benign,
+            self.world.constitution,
+            speak(current, c.temperature),
+            speak(current if c.reviser == "global" else base, 0.0),
+            (self.seed, t, 4),
+            c.revision_rounds,
+            c.few_shots,
+            **checks,
+        )
+
+    def _tokens(self, found) -> int:
+        """Generated, as the tokenizer counts the texts."""
+        texts = [text for r in found for text in (r.initial, r.critique, r.revision)]
+        texts += [text for r in found for _, *pair in r.earlier for text in pair]
+        if not texts:
+            return 0
+        return sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    def _encode(self, prompt: str, response: str):
+        return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
+
+    def _train(self, current, base, kept, replay, amount, t: int):
+        """`(adapter, counts)`; without anything to imitate the adapter stays as it is."""
+        c = self.config.cai
+        imitation = [
+            chat.encode(self.tokenizer, e.messages, e.response, self.config.seq_len) for e in replay
+        ]
+        if "sft" in self.recipe.losses:
+            imitation += [self._encode(r.prompt, r.revision) for r in kept]
+        imitation = [e for e in imitation if e is not None]
+        triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
+        if not imitation:
+            return current.adapter, {"pairs": len(triples), "steps": 0}
+        count = math.ceil(len(imitation) / c.batch_size)
+        if not math.isinf(amount.steps):
+            count = math.ceil(c.steps * amount.steps)
+        refusal = 0
+        if "derta" in self.recipe.losses:
+            refusal = derta.refusal_token(self.tokenizer, c.refusal_word)
+        data = train_lib.steps(
+            self.recipe, count, imitation, triples, self._encode, (self.seed, t, 5),
+            self.tokenizer, refusal,
+        )  # fmt: skip
+        local = current.on_one_device()
+        reference = local.adapter if c.reference == "global" else None
+        adapter, state = local.adapter, self.start(local.adapter)
+        learning_rate = jnp.float32(c.learning_rate * decay(self.config, t))
+        found = []
+        for step in data:
+            adapter, state, losses = self.step(
+                adapter, state, reference, local.params, step, learning_rate
             )
+            found.append(losses)
+        rows = [r for s in data for r in (s.imitation, s.pairs and s.pairs.rows, s.derta) if r]
+        names = sorted({name for losses in found for name in losses})
+        return adapter, {
+            "pairs": len(triples),
+            "steps": count,
+            "tokens_trained": int(sum((r.segment_ids > 0).sum() for r in rows)),
+        } | {
+            f"{name}_loss": float(np.mean([losses[name] for losses in found if name in losses]))
+            for name in names
+        }
 
-        return generate
 
-    found = revise_lib.revise(
-        harmful + benign,
-        world.principles,
-        answering(current, c.temperature),
-        answering(reviser, 0.0),
-        (seed, t, 4),
-        wanted=[True] * len(harmful) + [False] * len(benign),
-        refuses=start_refusal,
-    )
-    clock.lap("cai_generate")
-    counts: dict[str, int] = {"kept": 0}
-    for record in found:
-        counts[record.dropped or "kept"] = counts.get(record.dropped or "kept", 0) + 1
-    kept = [r for r in found if not r.dropped]
-    tokenizer = world.lm.tokenizer
+def generate(max_new_tokens: int, seed, lm, temperature: float) -> revise_lib.Generate:
+    """How a chat model answers threads, for `cai.revise`; what is sampled depends on the call."""
 
-    def encode(prompt, response):
-        return chat.encode(tokenizer, (("user", prompt),), response, config.seq_len)
+    def say(threads, call):
+        call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
+        return lm.answer_dialogues(
+            [forms.as_chat(thread) for thread in threads],
+            max_new_tokens, temperature, seed=call_seed, batch_size=BATCH, cut=True,
+        )  # fmt: skip
 
-    replay = some(world.replay, c.replay_examples)
-    sft = [encode(r.prompt, r.revision) for r in kept] + [
-        chat.encode(tokenizer, e.messages, e.response, config.seq_len) for e in replay
-    ]
-    pairs = [
-        (encode(r.prompt, r.revision), encode(r.prompt, r.initial)) for r in kept if r.preferred
-    ]
-    sft = [e for e in sft if e is not None]
-    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-    batches = cai_train.make_batches(
-        sft, pairs, c.steps, c.batch_size, c.pairs_per_step, config.seq_len, (seed, t, 5)
-    )
-    local = current.on_one_device()
-    adapter, sft_losses, dpo_losses = cai_fn(
-        local.adapter,
-        local.params,
-        batches,
-        jnp.float32(c.learning_rate * decay(config, t)),
-    )
-    counts |= {
-        "pairs": len(pairs),
-        "replay": len(replay),
-        "sft_loss": float(sft_losses.mean()),
-        "dpo_loss": float(dpo_losses.mean()),
-    }
-    clock.lap("cai_train")
-    return adapter, counts, found
+    return say
+
+
+def _some(pool: list[sources.Example], count: int, rng) -> list[sources.Example]:
+    return [pool[i] for i in rng.permutation(len(pool))[:count]]

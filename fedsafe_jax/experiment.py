@@ -12,7 +12,6 @@ import numpy as np
 
 from fedsafe_jax import checkpoint, constitutional, export, preemption, records, report, rounds
 from fedsafe_jax import world as world_lib
-from fedsafe_jax.cai import train as cai_train
 from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
@@ -111,13 +110,13 @@ class ArmRun:
         if self.arm == "base":
             return None
         config = self.config
-        cai_fn = cai_train.make_train(self.model, config.cai.beta, config.cai.dpo_weight)
+        server = self._server() if "cai" in self.arm else None
         data = self.clients.filtered if "filter" in self.arm else self.clients.plain
         saved = checkpoint.RoundCheckpoints(self.folder)
         state, done = self._restored(saved)
         try:
             for t in range(done, config.rounds):
-                new, row, cai_records = self._round(state, data, cai_fn, t)
+                new, row, cai_records = self._round(state, data, server, t)
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.
@@ -134,7 +133,13 @@ class ArmRun:
         saved.close()
         return state.server.adapter
 
-    def _round(self, state, data, cai_fn, t: int):
+    def _server(self):
+        return constitutional.Server(
+            self.config, self.world, self.model, self.clients, self.workdir / "cai", self._mine,
+            self.seed,
+        )  # fmt: skip
+
+    def _round(self, state, data, server, t: int):
         """`(state, row of metrics, records of CAI)` of one round."""
         config, clock = self.config, Clock()
         # Filtered local training and aggregation.
@@ -151,18 +156,10 @@ class ArmRun:
                 k: sum(getattr(c, k) for c in counts) for k in self.clients.counts[0]._fields
             }
         found = []
-        if "cai" in self.arm:
+        if server is not None:
             # Constitutional AI on the aggregated model.
-            adapter, row["cai"], found = constitutional.run(
-                config,
-                self.world,
-                cai_fn,
-                self._language_model(state.server.adapter),
-                self._language_model(None),
-                self.seed,
-                t,
-                clock,
-            )
+            current, base = map(self._language_model, (state.server.adapter, None))
+            adapter, row["cai"], found = server.run(current, base, t, clock)
             adapter = simulation.replicate(adapter, self.world.lm.mesh)
             state = state._replace(server=state.server._replace(adapter=adapter))
         if config.eval.every_round_prompts:

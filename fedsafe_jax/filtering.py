@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsafe_jax import generation
+from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
 from fedsafe_jax.evals.judges import start_refusal
@@ -149,7 +150,7 @@ def rewriter(config, world, scored: Scored, seed: int):
     if config.filter.kind == "guardian":
         return functools.partial(guardian_replies, scored.make_filter())
     lm = dataclasses.replace(world.lm, adapter=None)
-    return functools.partial(revised, lm, world.principles, config.cai.max_new_tokens, seed)
+    return functools.partial(revised, lm, world.constitution, config.cai.max_new_tokens, seed)
 
 
 def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
@@ -169,7 +170,7 @@ def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) 
 
 
 def revised(
-    lm: LanguageModel, principles, max_new_tokens: int, seed: int, pairs: Sequence[Example]
+    lm: LanguageModel, constitution, max_new_tokens: int, seed: int, pairs: Sequence[Example]
 ) -> list[str]:
     """Revisions of the pairs' answers by a model; "" where a revision is of no use."""
 
@@ -179,10 +180,10 @@ def revised(
 
     def reviser(threads, call):
         del call
-        return lm.answer_dialogues(threads, max_new_tokens, cut=True)
+        return lm.answer_dialogues([forms.as_chat(t) for t in threads], max_new_tokens, cut=True)
 
     records = revise_lib.revise(
-        [p.prompt for p in pairs], principles, answer, reviser, [seed, 14],
-        wanted=[True] * len(pairs), refuses=start_refusal,
+        [p.prompt for p in pairs], constitution, answer, reviser, [seed, 14],
+        rules=revise_lib.Rules([True] * len(pairs), start_refusal),
     )  # fmt: skip
     return ["" if r.dropped else r.revision for r in records]

@@ -93,8 +93,10 @@ def describe(config) -> str:
         f"{', '.join(trained)}) and the base model",
         f"a run            {config.rounds} rounds, {examples:,} client examples, "
         f"<= {examples * config.seq_len:,} tokens",
-        f"CAI a round      {config.cai.red_team_prompts} + {config.cai.benign_prompts} prompts, "
-        f"3 generations of <= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps",
+        f"CAI a round      {config.cai.schedule}: {config.cai.red_team_prompts} + "
+        f"{config.cai.benign_prompts} prompts, {1 + 2 * config.cai.revision_rounds} generations of "
+        f"<= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps of "
+        f"{' + '.join(config.cai.losses)}",
         "would load       " + "\n                 ".join(dict.fromkeys(filter(None, loaded))),
         f"not the default  {', '.join(changed)}",
     ]  # fmt: skip

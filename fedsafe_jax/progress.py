@@ -37,7 +37,9 @@ class Progress:
             counts = row["filter"]
             parts.append(" ".join(f"{n} {counts[n]}" for n in acted if counts[n] or n == "kept"))
         if "cai" in row:
-            parts.append(f"revisions {row['cai']['kept']}")
+            cai = row["cai"]
+            refused = f" ({cai['probe']['refused']:.0f}% refused)" if "probe" in cai else ""
+            parts.append(f"revisions {cai['kept']}" if cai["steps"] else f"no CAI needed{refused}")
         parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
         self._show(" | ".join(parts))
 

@@ -5,6 +5,8 @@ import importlib.util
 
 import ml_collections
 
+from fedsafe_jax.cai.schedule import SCHEDULES
+from fedsafe_jax.cai.train import LOSSES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.aggregation import AGGREGATORS
@@ -45,7 +47,14 @@ def validate(c: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
     _choice("arms", c.arms, ARMS)
     _choice("algorithms", c.algorithms, ALGORITHMS)
-    _choice("cai.reviser", (c.cai.reviser,), ("global", "base"))
+    _validate_cai(c.cai)
+    if c.cai.check in ("filter", "both"):
+        judging = c.filter.kind != "simulated" and any("filter" in arm for arm in c.arms)
+        if not judging:
+            raise ConfigError(
+                f"cai.check='{c.cai.check}': no filter is trained; add 'fl+filter' or "
+                "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
+            )
     _choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
     validate_filter(c.filter)
     if bool(c.eval.judge_url) != bool(c.eval.judge_model):
@@ -66,8 +75,6 @@ def validate(c: ml_collections.ConfigDict) -> None:
         _at_least(field, c[field], 1)
     _at_least("seq_len", c.seq_len, 16)
     _validate_federated(c)
-    for field in ("steps", "batch_size", "pairs_per_step", "red_team_prompts"):
-        _at_least(f"cai.{field}", c.cai[field], 1)
     if c.clients_per_round > c.num_clients:
         raise ConfigError(
             f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
@@ -172,6 +179,35 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
     ):
         if a and b:
             raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def _validate_cai(c: ml_collections.ConfigDict) -> None:
+    """Fields of `cai`."""
+    for field, allowed in (
+        ("reviser", ("global", "base")),
+        ("check", ("rules", "filter", "both", "none")),
+        ("data", ("on_policy", "cached", "mixed")),
+        ("schedule", SCHEDULES),
+        ("reference", ("base", "global")),
+    ):
+        _choice(f"cai.{field}", (c[field],), allowed)
+    _choice("cai.losses", c.losses, LOSSES)
+    if not c.losses or len(set(c.losses)) != len(c.losses):
+        raise ConfigError(f"cai.losses={tuple(c.losses)}: expected distinct losses, at least one.")
+    if len(c.weights) != len(c.losses) or min(c.weights) <= 0:
+        raise ConfigError(
+            f"cai.weights={tuple(c.weights)}: expected a positive weight for each of "
+            f"cai.losses={tuple(c.losses)}."
+        )
+    positive = ("steps", "batch_size", "pairs_per_step", "red_team_prompts", "revision_rounds")
+    for field in (*positive, "probe_prompts", "max_new_tokens"):
+        _at_least(f"cai.{field}", c[field], 1)
+    for field in ("benign_prompts", "replay_examples", "few_shots"):
+        _at_least(f"cai.{field}", c[field], 0)
+    if not 0 < c.target <= 100:
+        raise ConfigError(f"cai.target={c.target}: expected a rate in percent, more than 0.")
+    if not c.beta > 0:
+        raise ConfigError(f"cai.beta={c.beta}: expected more than 0.")
 
 
 def validate_filter(f: ml_collections.ConfigDict) -> None:

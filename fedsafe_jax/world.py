@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedsafe_jax import rounds
-from fedsafe_jax.cai import constitution
+from fedsafe_jax.cai import constitution as constitution_lib
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
@@ -37,7 +37,7 @@ class World(NamedTuple):
     filter_pairs: list[Example]
     red_team: list[Example]
     replay: list[Example]
-    principles: list[constitution.Principle]
+    constitution: constitution_lib.Constitution
     evals: EvalSets
     counts: dict  # examples read, kept and dropped, by role
 
@@ -117,7 +117,12 @@ def load(config: ConfigDict) -> World:
         check_folders(config.filter)
     if config.filter.kind in ("guard", "guardian") and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
-    principles = constitution.load(config.cai.constitution)
+    constitution = constitution_lib.load(config.cai.constitution, config.cai.few_shot_file)
+    if config.cai.few_shots > len(constitution.few_shots):
+        raise constitution_lib.ConstitutionError(
+            f"cai.few_shots={config.cai.few_shots}: {config.cai.constitution} has "
+            f"{len(constitution.few_shots)}; lower it, or give cai.few_shot_file."
+        )
     targets = lora.expand_targets(config.lora_targets)
     lora_config = lora.LoraConfig(
         config.lora_rank, config.lora_alpha, targets, config.lora_rank_stabilized
@@ -134,7 +139,7 @@ def load(config: ConfigDict) -> World:
         roles["filter"],
         roles["CAI red team"],
         roles["CAI replay"],
-        principles,
+        constitution,
         evals,
         counts,
     )

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "evals": {"evals", "data", "models", "generation", "filters"},
     "checkpoint": {"federated"},
     "config": set(),
-    "validation": {"config", "data", "federated", "filters"},
+    "validation": {"cai", "config", "data", "federated", "filters"},
 }
 
 

@@ -1,9 +1,14 @@
-"""Principles of Constitutional AI: a critique request and a revision request each."""
+"""Principles of Constitutional AI, and example dialogues that show what to do with them."""
 
 import importlib.resources
 import json
 import pathlib
+import re
 from typing import NamedTuple
+
+from fedsafe_jax.cai.forms import LABELS
+
+Turns = tuple[tuple[str, str], ...]  # (role, text), roles as in `forms.LABELS`
 
 
 class Principle(NamedTuple):
@@ -13,31 +18,39 @@ class Principle(NamedTuple):
     revision_request: str
 
 
+class Constitution(NamedTuple):
+    """What criticism and revision go by.
+
+    Attributes:
+      principles: at least one.
+      few_shots: dialogues from a question to the revision of its answer.
+    """
+
+    principles: list[Principle]
+    few_shots: list[Turns]
+
+
 class ConstitutionError(ValueError):
     """The constitution file cannot be read."""
 
 
-def load(path: str) -> list[Principle]:
+def load(path: str, few_shots: str = "") -> Constitution:
     """Reads a constitution.
 
     Args:
-      path: a JSON file in either public form: `{"constitutions": [{"critic", "revision"}]}`, or
-        Anthropic's `{name: {"prompt", "edit_request"}}`. `package:constitution` is the packaged
-        one.
+      path: a JSON file in either public form: `{"constitutions": [{"critic", "revision"}],
+        "system_chat": [[{"role", "content"}]]}` (llm-swarm), or Anthropic's `{name: {"prompt",
+        "edit_request"}}`. `package:constitution` is the packaged one.
+      few_shots: a JSON file in Anthropic's form, a list of texts, that replaces those in `path`.
 
     Raises:
-      ConstitutionError: the file is missing, in another form, or empty.
+      ConstitutionError: a file is missing, in another form, or holds no principle.
     """
-    if path == "package:constitution":
-        file = importlib.resources.files("fedsafe_jax") / "assets" / "constitution.json"
-    else:
-        file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConstitutionError(f"cai.constitution: no such file: {path}")
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = _read(path, "cai.constitution")
     try:
         if "constitutions" in raw:
             principles = [Principle(c["critic"], c["revision"]) for c in raw["constitutions"]]
+            shots = [_from_chat(chat) for chat in raw.get("system_chat", [])]
         else:
             principles = [
                 Principle(
@@ -45,13 +58,54 @@ def load(path: str) -> list[Principle]:
                 )
                 for c in raw.values()
             ]
+            shots = []
     except (TypeError, KeyError, AttributeError) as error:
         raise ConstitutionError(
             f"{path}: expected critic/revision or prompt/edit_request."
         ) from error
     if not principles:
         raise ConstitutionError(f"{path}: holds no principle.")
-    return principles
+    if few_shots:
+        texts = _read(few_shots, "cai.few_shot_file")
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise ConstitutionError(f"{few_shots}: expected a list of dialogues as texts.")
+        shots = [parse_few_shot(text) for text in texts]
+    for number, shot in enumerate(shots):
+        if not shot or shot[-1][0] != "revision":
+            raise ConstitutionError(
+                f"{few_shots or path}: example {number} does not end in a revision."
+            )
+    return Constitution(principles, shots)
+
+
+def parse_few_shot(text: str) -> Turns:
+    """Turns of a text in Anthropic's form: "Human: ...", "Assistant: ...", "CritiqueRequest: ...",
+    each after an empty line."""
+    roles = {label: role for role, label in LABELS.items()}
+    parts = re.split(rf"\n\n({'|'.join(roles)}):", "\n\n" + text.lstrip())[1:]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return tuple((roles[label], said.strip()) for label, said in turns if said.strip())
+
+
+def _from_chat(chat) -> Turns:
+    """A user and assistant chat whose last four turns are critique and revision."""
+    turns = [(m["role"], m["content"]) for m in chat]
+    ending = ("critique_request", "critique", "revision_request", "revision")
+    last = [(role, text) for role, (_, text) in zip(ending, turns[-4:], strict=False)]
+    return tuple(turns[:-4] + last)
+
+
+def _read(path: str, field: str):
+    if path == "package:constitution":
+        file = importlib.resources.files("fedsafe_jax") / "assets" / "constitution.json"
+    else:
+        file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConstitutionError(f"{field}: no such file: {path}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConstitutionError(f"{path}: not JSON ({error}).") from None
 
 
 def _request(text, kind: str) -> str:

@@ -1,0 +1,68 @@
+"""How critique and revision are put to a model, and how its text is read back.
+
+Threads are (role, text) turns whose roles are the keys of `LABELS`. An instruct model sees them as
+a chat of user and assistant; a base model as one text in the form of Bai et al. (2022), which
+`DIALOGUE` writes as a chat template.
+"""
+
+import re
+from collections.abc import Sequence
+
+LABELS = {
+    "user": "Human",
+    "assistant": "Assistant",
+    "critique_request": "CritiqueRequest",
+    "critique": "Critique",
+    "revision_request": "RevisionRequest",
+    "revision": "Revision",
+}
+ANSWERED_BY = {
+    "user": "assistant",
+    "critique_request": "critique",
+    "revision_request": "revision",
+}
+
+DIALOGUE = (
+    "{%- set labels = " + repr(LABELS) + " -%}"
+    "{%- set answers = " + repr(ANSWERED_BY) + " -%}"
+    "{%- for m in messages -%}"
+    "{{ '\n\n' + labels[m['role']] + ': ' + m['content'] }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '\n\n' + labels[answers[messages[-1]['role']]] + ':' }}"
+    "{%- endif -%}"
+)
+
+_NEXT_TURN = re.compile(r"\n\s*(?:Human|Assistant|(?:Critique|Revision)(?:Request)?):")
+_LEAD = re.compile(
+    r"^(?:(?:Sure|Certainly|Of course|Okay)[,.!]?\s+)?"
+    r"(?:(?:Critique|Revision|(?:Here (?:is|are)|Here's)\b[^\n:]{0,80}|"
+    r"(?:The )?[Rr]evised (?:response|answer|version)[^\n:]{0,40}):)\s*"
+)
+_QUOTES = {'"': '"', "“": "”"}
+
+
+def as_chat(thread: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A thread as turns of user and assistant."""
+    spoken = {"critique_request": "user", "revision_request": "user"}
+    spoken |= {"critique": "assistant", "revision": "assistant"}
+    return [(spoken.get(role, role), text) for role, text in thread]
+
+
+def clean(text: str) -> tuple[str, bool]:
+    """What a model said, without what it said for others.
+
+    Removes a label or a sentence that announces the text ("Here is the revised response:"), quotes
+    around it, and everything from where the model goes on as another speaker.
+
+    Returns:
+      `(text, ended)`: ended when it went on, so that the text itself is complete.
+    """
+    text = text.strip()
+    text = _LEAD.sub("", text, count=1)
+    parts = _NEXT_TURN.split("\n" + text, maxsplit=1)
+    text, ended = parts[0].strip(), len(parts) > 1
+    # Only where they enclose the whole: an answer may begin and end with different quotations.
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text, ended
