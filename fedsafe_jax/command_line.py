@@ -4,14 +4,19 @@ import os
 import pathlib
 
 
+def quiet_libraries() -> None:
+    """Nothing but what the project prints on the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def prepare_libraries(workdir: str) -> None:
     """Quiet libraries, and compiled programs kept under the workdir for arms and resumed runs.
 
     An environment variable of the same purpose wins. The cache is set through `jax.config`: the
     package has imported jax by now, and jax reads its environment only then.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:

@@ -203,14 +203,25 @@ class Server:
         }
 
 
-def generate(max_new_tokens: int, seed, lm, temperature: float) -> revise_lib.Generate:
-    """How a chat model answers threads, for `cai.revise`; what is sampled depends on the call."""
+def generate(
+    max_new_tokens: int, seed, lm, temperature: float, batch_size: int = BATCH, chat_form=True
+) -> revise_lib.Generate:
+    """How a model answers threads, for `cai.revise`; what is sampled depends on the call.
+
+    Args:
+      max_new_tokens: of an answer, critique or revision.
+      seed: of the samples.
+      lm: a chat model, or one whose template is `forms.DIALOGUE`.
+      temperature: 0 for greedy.
+      batch_size: threads at once.
+      chat_form: threads become chats of user and assistant.
+    """
 
     def say(threads, call):
         call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
         return lm.answer_dialogues(
-            [forms.as_chat(thread) for thread in threads],
-            max_new_tokens, temperature, seed=call_seed, batch_size=BATCH, cut=True,
+            [forms.as_chat(thread) if chat_form else thread for thread in threads],
+            max_new_tokens, temperature, seed=call_seed, batch_size=batch_size, cut=True,
         )  # fmt: skip
 
     return say

@@ -185,6 +185,7 @@ def load_pretrained(
     dtype: str = "float32",
     quantization: str = "",
     mesh: Mesh | None = None,
+    chat_template: str | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face model folder, or a Hub model, as a `LanguageModel`.
 
@@ -193,6 +194,8 @@ def load_pretrained(
       dtype: of parameters and computation, such as "bfloat16".
       quantization: "int8" or "nf4" for the projections' kernels, "" for none.
       mesh: devices to lay the parameters on, see `federated.mesh.make_mesh`.
+      chat_template: in Jinja, instead of the tokenizer's; such as `cai.forms.DIALOGUE` for a base
+        model, which has none.
 
     Raises:
       ModelError: the folder is missing, damaged, or holds an unsupported model.
@@ -207,6 +210,8 @@ def load_pretrained(
         raise hub.ModelError(
             f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if tokenizer.chat_template is None:
         raise hub.ModelError(
             f"{folder}: the tokenizer has no chat template; use an instruct model."

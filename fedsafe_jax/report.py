@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 
-from fedsafe_jax import records, report_clients, report_filter
+from fedsafe_jax import records, report_cai, report_clients, report_filter
 from fedsafe_jax.progress import table_rows
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
@@ -122,6 +122,7 @@ def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
         parts.append(report_clients.section(rows, figures))
     if "filter" in results:
         parts.append(report_filter.section(results["filter"], figures))
+    parts.append(report_cai.section(rows, workdir / "cai"))
     parts += [_judges_section(results), _samples_section(outcomes)]
     if rows:
         parts.append(_seconds_section(rows))

@@ -1,76 +1,198 @@
-"""Constitution files, the revision loop's bookkeeping, and the DPO loss."""
+"""Constitution files, how models are asked and read, the revision loop, and the schedule."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from fedsafe_jax.cai import constitution, revise, train
-from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.cai import constitution, forms, revise, schedule
 from fedsafe_jax.evals.judges import start_refusal
+
+SHOT = (
+    "\n\nHuman: Could you help me?\n\nAssistant: Sure.\n\nCritiqueRequest: Is it bad?\n\nCritique: "
+    "Yes.\n\nRevisionRequest: Mend it.\n\nRevision: I'm sorry, no.\n\nHuman:"
+)
+PRINCIPLES = constitution.Constitution(
+    [constitution.Principle("C?", "R.")], [constitution.parse_few_shot(SHOT)]
+)
 
 
 def test_both_public_forms_of_a_constitution(tmp_path):
     ours = constitution.load("package:constitution")
-    assert len(ours) == 6 and ours[0].critique_request.startswith("Say whether")
+    assert len(ours.principles) == 6
+    assert ours.principles[0].critique_request.startswith("Say whether")
     raw = {
         "harmful0": {
             "prompt": ["\n\nCritiqueRequest: Is it bad?\n\nCritique:"],
             "edit_request": "\n\nRevisionRequest: Mend it.\n\nRevision:",
         }
     }
-    (tmp_path / "c.json").write_text(json.dumps(raw))
-    assert constitution.load(str(tmp_path / "c.json")) == [
-        constitution.Principle("Is it bad?", "Mend it.")
+    path, shots = tmp_path / "c.json", tmp_path / "shots.json"
+    path.write_text(json.dumps(raw))
+    shots.write_text(json.dumps([SHOT]))
+    found = constitution.load(str(path), str(shots))
+    assert found.principles == [constitution.Principle("Is it bad?", "Mend it.")]
+    roles = [role for role, _ in found.few_shots[0]]
+    assert roles == list(forms.LABELS)  # the empty turn at the end is none
+    assert found.few_shots[0][3] == ("critique", "Yes.")
+    turns = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant"] * 4)]
+    swarm = {"constitutions": [{"critic": "a", "revision": "b"}], "system_chat": [turns]}
+    path.write_text(json.dumps(swarm))
+    (shot,) = constitution.load(str(path)).few_shots
+    assert [r for r, _ in shot[4:]] == ["critique_request", "critique", "revision_request"] + [
+        "revision"
     ]
-    (tmp_path / "c.json").write_text(json.dumps({"constitutions": [{"critic": "x"}]}))
-    with pytest.raises(constitution.ConstitutionError, match="critic/revision"):
-        constitution.load(str(tmp_path / "c.json"))
+    assert [text for _, text in shot] == list("01234567")
+
+
+@pytest.mark.parametrize(
+    ("text", "shots", "message"),
+    [
+        ('{"constitutions": [{"critic": "x"}]}', "", "expected critic/revision"),
+        ('{"constitutions": []}', "", "holds no principle"),
+        ("{", "", "not JSON"),
+        ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '{"a": 1}', "list of dialogues"),
+        ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '["Human: a"]', "example 0"),
+    ],
+)
+def test_bad_constitutions_are_named(tmp_path, text, shots, message):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    if shots:
+        (tmp_path / "s.json").write_text(shots)
+        shots = str(tmp_path / "s.json")
+    with pytest.raises(constitution.ConstitutionError, match=message):
+        constitution.load(str(path), shots)
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "ended"),
+    [
+        (" A plain answer.", "A plain answer.", False),
+        ("An answer.\n\nHuman: And now?\n\nAssistant: Well", "An answer.", True),
+        ("An answer.\n\nCritiqueRequest: Is it", "An answer.", True),
+        ("\n\nHuman: again", "", True),
+        ("Revision: Mended.", "Mended.", False),
+        ("Sure! Here is the revised response:\n\nMended.", "Mended.", False),
+        ("Here's a version without harm: Mended: all of it.", "Mended: all of it.", False),
+        ("Revised answer: Mended.", "Mended.", False),
+        ('"Mended."', "Mended.", False),
+        ('"One" and "two"', '"One" and "two"', False),
+        ("The human: a study", "The human: a study", False),
+        ("Two\n\nparagraphs.", "Two\n\nparagraphs.", False),
+    ],
+)
+def test_what_models_say_is_read_back(said, text, ended):
+    assert forms.clean(said) == (text, ended)
+
+
+def test_base_models_are_asked_in_dialogue_form(packaged):
+    import copy
+
+    tokenizer = copy.deepcopy(packaged.tokenizer)
+    tokenizer.chat_template = forms.DIALOGUE
+    turns = [{"role": role, "content": text} for role, text in PRINCIPLES.few_shots[0]]
+    question = [*turns, {"role": "user", "content": "And this?"}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert text == SHOT + " And this?\n\nAssistant:"
+    text = tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("\n\nCritiqueRequest: Is it bad?\n\nCritique:")
+    chat = forms.as_chat([*PRINCIPLES.few_shots[0], ("user", "And this?")])
+    assert [role for role, _ in chat] == ["user", "assistant"] * 3 + ["user"]
+
+
+def speaker(initial, revisions, finished=None, seen=None):
+    """An `answer` and a `reviser` that say what is given, the revisions round by round."""
+    finished = np.ones(len(initial), bool) if finished is None else np.array(finished)
+
+    def answer(threads, call):
+        assert call == 0
+        return initial, np.ones(len(initial), bool)
+
+    def reviser(threads, call):
+        if seen is not None:
+            seen.append([list(t) for t in threads])
+        if call % 2:
+            return ["critique"] * len(initial), np.ones(len(initial), bool)
+        return revisions[call // 2 - 1], finished
+
+    return answer, reviser
 
 
 def test_records_say_why_a_revision_is_dropped():
     prompts = ["kept", "same", "empty", "cut", "still", "over", "refused"]
     initial = ["Sure", "No", "Sure", "Sure", "Sure", "A cake", "I'm sorry"]
     revisions = ["I'm sorry", "No", "", "I'm sorry", "Fine", "I'm sorry", "I cannot"]
-    wanted = [True, True, True, True, True, False, True]
-    threads_seen = []
-
-    def answer(threads, call):
-        assert call == 0
-        return initial, np.ones(7, bool)
-
-    def reviser(threads, call):
-        threads_seen.append([list(t) for t in threads])
-        if call == 1:
-            return ["critique"] * 7, np.ones(7, bool)
-        return revisions, np.array([True, True, True, False, True, True, True])
-
-    principle = constitution.Principle("C?", "R.")
-    found = revise.revise(prompts, [principle], answer, reviser, (0,), wanted, start_refusal)
+    rules = revise.Rules([True, True, True, True, True, False, True], start_refusal)
+    seen = []
+    answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1], seen)
+    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), rules=rules)
     reasons = [r.dropped for r in found]
     assert reasons == ["", "unchanged", "empty", "cut", "still harmful", "over-refusal", ""]
     assert [r.preferred for r in found] == [True] + [False] * 6
-    assert threads_seen[0][0] == [("user", "kept"), ("assistant", "Sure"), ("user", "C?")]
-    assert threads_seen[1][0][3:] == [("assistant", "critique"), ("user", "R.")]
+    assert seen[0][0] == [("user", "kept"), ("assistant", "Sure"), ("critique_request", "C?")]
+    assert seen[1][0][3:] == [("critique", "critique"), ("revision_request", "R.")]
+    assert revise.tally(found) == {"kept": 2} | dict.fromkeys(
+        ("unchanged", "empty", "cut", "still harmful", "over-refusal"), 1
+    )
 
 
-def test_dpo_loss_is_the_formula():
-    np.testing.assert_allclose(train.dpo_loss(1.0, 2.0, 1.0, 2.0, 0.1), np.log(2), rtol=1e-6)
-    chosen, rejected, ref_chosen, ref_rejected = np.random.default_rng(0).normal(size=(4, 5))
-    margin = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    expected = np.log(1 + np.exp(-margin))
-    found = train.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32
+def test_revisions_go_on_from_revisions_behind_few_shots():
+    seen = []
+    answer, reviser = speaker(["Sure"], [["Better"], ["Best\n\nHuman: next"]], [False], seen)
+    (record,) = revise.revise(["q"], PRINCIPLES, answer, reviser, (0,), rounds=2, few_shots=1)
+    assert record.revision == "Best" and record.dropped == ""  # what follows shows that it ended
+    assert record.earlier == ((0, "critique", "Better"),) and record.preferred
+    assert seen[0][0][:6] == list(PRINCIPLES.few_shots[0])
+    assert [role for role, _ in seen[3][0][6:]] == [
+        "user", "assistant", "critique_request", "critique", "revision_request", "revision",
+        "critique_request", "critique", "revision_request",
+    ]  # fmt: skip
 
 
-def test_batches_keep_pairs_aligned_and_mark_filling():
-    def encoded(start):
-        return Encoded(np.arange(start, start + 5, dtype=np.int32), np.arange(5) > 1)
+def test_a_judge_keeps_only_what_is_safer():
+    prompts, initial = ["a", "b", "c", "d"], ["Sure", "Sure", "Fine", "Cake"]
+    answer, reviser = speaker(initial, [["No", "Sure thing", "Fine then", "A cake"]])
+    risk = {"Sure": 0.9, "No": 0.1, "Sure thing": 0.95, "Fine": 0.4, "Fine then": 0.3}
 
-    sft = [encoded(10 * i) for i in range(1, 4)]
-    batches = train.make_batches(sft, [(encoded(100), encoded(200))], 2, 2, 3, 16, (0,))
-    assert batches.sft.tokens.shape[0] == 2 and batches.pairs.tokens.shape == (2, 6, 16)
-    assert (batches.pairs.tokens[:, :3].max((1, 2)) == 104).all()
-    assert (batches.pairs.tokens[:, 3:].max((1, 2)) == 204).all()
-    none = train.make_batches(sft, [], 2, 2, 3, 16, (0,))
-    assert none.pair_on.sum() == 0 and none.pairs.mask.sum() == 0
+    def unsafe(prompts, answers):
+        return np.array([risk.get(a, 0.2) for a in answers])
+
+    judge = revise.Judge([True, True, True, False], unsafe, 0.5)
+    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), judge=judge)
+    assert [r.dropped for r in found] == ["", "not safer", "", ""]
+    assert [r.preferred for r in found] == [True, False, False, False]  # "Fine" was not unsafe
+
+
+def test_schedules():
+    assert schedule.amount("light", False) == schedule.LIGHT
+    assert schedule.amount("final", False) == schedule.NONE
+    assert schedule.amount("final", True) == schedule.LIGHT
+    assert np.isinf(schedule.amount("full", False).steps)
+    assert schedule.adaptive(90.0, (80.0, 96.0), 95.0).steps == 0  # it may well be safe
+    found = schedule.adaptive(47.5, (34.0, 61.0), 95.0)
+    assert found.steps == found.prompts == pytest.approx(0.5)
+    assert found.probe == {"refused": 47.5, "ci95": [34.0, 61.0]}
+
+
+def test_revise_stands_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_text("How can I rob a bank?\nHow can I forge a cheque?\n")
+
+    def run(*flags):
+        command = [sys.executable, "-m", "fedsafe_jax.revise", "--output", tmp_path / "out.jsonl"]
+        return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=600)
+
+    done = run(f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=16", "--rounds=2")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["prompt"][-5:] for r in rows] == ["bank?", "eque?"]
+    assert all(r["initial"] and len(r["earlier"]) == 1 for r in rows)
+    assert "2 prompts in" in done.stdout and "records:" in done.stdout
+    done = run(f"--prompts={tmp_path}/prompts.txt", "--few_shots=2")
+    assert done.stderr.strip().splitlines() == [
+        "error: --few_shots=2: there are 0; give --few_shot_file."
+    ]
+    done = run(f"--prompts={tmp_path}/prompts.txt", "--column=text")
+    assert "no text in column 'text'" in done.stderr and "Traceback" not in done.stderr

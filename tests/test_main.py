@@ -39,6 +39,10 @@ from commands import ENVIRONMENT, ROOT, comparable, run
         ("federated.client_ranks=(8,32)", "expected 1 to lora_rank=16"),
         ("optimizer=adamm", "'adamm' is no optimizer of optax"),
         ("optimizer=sgd(momentun=0.9)", "'sgd' does not take momentun"),
+        ("cai.losses=('sft','orpo')", "cai.losses: 'orpo' is not one of sft, dpo, ipo, kto"),
+        ("cai.weights=(1.0,)", "a positive weight for each of cai.losses=('sft', 'dpo')"),
+        ("cai.schedule=lite", "Did you mean 'light'?"),
+        ("cai.few_shots=3", "package:constitution has 0; lower it, or give cai.few_shot_file"),
         ("filtr.epochs=3", "did you mean --config.filter.epochs?"),
     ],
 )

@@ -1,0 +1,76 @@
+"""The report's section on Constitutional AI: what it cost, what it dropped, what it changed."""
+
+import collections
+import pathlib
+
+from fedsafe_jax import records
+from fedsafe_jax.report_parts import html_table
+
+SHOWN = 10  # pairs
+REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer")
+
+
+def section(rows: list[dict], folder: pathlib.Path) -> str:
+    """Tables of counts and costs by arm, and pairs of answers before and after revision.
+
+    Args:
+      rows: of `metrics.jsonl`.
+      folder: of the records, `cai/`.
+
+    Returns:
+      "" where no arm had CAI.
+    """
+    by_arm = collections.defaultdict(list)
+    for row in rows:
+        if "cai" in row:
+            by_arm[row["arm"]].append(row)
+    if not by_arm:
+        return ""
+    header = ("arm", "rounds with CAI", "revisions kept", *REASONS, "pairs", "steps")
+    costs = ("tokens generated", "tokens trained", "seconds")
+    table = [(arm, *_counts(found)) for arm, found in by_arm.items()]
+    parts = ["<h2>Constitutional AI</h2>"]
+    parts.append(html_table((header[0], "", *header[1:], *costs), table))
+    if probes := _probes(by_arm):
+        parts.append("<h3>Refusal before each round's CAI, in percent</h3>")
+        parts.append(html_table(("arm", "seed", "by round; in brackets: no CAI"), probes))
+    if pairs := _pairs(folder):
+        parts.append("<h3>Before and after revision</h3>")
+        parts.append(html_table(("prompt", "before", "after"), pairs, "text"))
+    return "".join(parts)
+
+
+def _counts(rows: list[dict]) -> tuple:
+    def total(name):
+        return sum(row["cai"].get(name, 0) for row in rows)
+
+    ran = sum(row["cai"]["steps"] > 0 for row in rows)
+    seconds = sum(v for row in rows for k, v in row["seconds"].items() if k.startswith("cai"))
+    return (
+        "", f"{ran} of {len(rows)}", total("kept"), *map(total, REASONS), total("pairs"),
+        total("steps"), f"{total('tokens_generated'):,}", f"{total('tokens_trained'):,}",
+        f"{seconds:.0f}",
+    )  # fmt: skip
+
+
+def _probes(by_arm) -> list[tuple]:
+    found = collections.defaultdict(list)
+    for arm, rows in by_arm.items():
+        for row in rows:
+            if "probe" in row["cai"]:
+                text = f"{row['cai']['probe']['refused']:.0f}"
+                found[arm, row["seed"]].append(text if row["cai"]["steps"] else f"({text})")
+    return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in found.items()]
+
+
+def _pairs(folder: pathlib.Path) -> list[tuple[str, str, str]]:
+    """Answers that revision mended, from the first round that has some: the damage is new there."""
+    found: list[tuple[str, str, str]] = []
+    for path in sorted(folder.glob("round_*.jsonl")):
+        for row in records.read_lines(path):
+            pair = (row["prompt"], row["initial"], row["revision"])
+            if row["preferred"] and pair not in found:
+                found.append(pair)
+        if len(found) >= SHOWN:
+            break
+    return found[:SHOWN]

@@ -1,0 +1,41 @@
+"""Constitutional AI within runs: what it reuses, when it rests, what it says of itself."""
+
+import json
+
+from commands import rows, run
+
+
+def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
+    run(
+        tmp_path,
+        "arms=('fl+filter+cai',)",
+        "cai.data=mixed",
+        "cai.check=both",
+        "cai.revision_rounds=2",
+        "cai.losses=('sft','kto','derta')",
+        "cai.weights=(1.0,0.5,0.5)",
+        "rounds=2",
+    )
+    found = [r["cai"] for r in rows(tmp_path)]
+    kept = [json.loads(line) for line in (tmp_path / "cai/round_000.jsonl").open()]
+    assert [c["reused"] for c in found] == [0, len(kept)]
+    assert all(c["steps"] == 2 and c["tokens_generated"] > 0 for c in found)
+    assert all(len(r["earlier"]) == 1 for r in kept)
+    report = (tmp_path / "report.html").read_text()
+    assert "Constitutional AI</h2>" in report and "2 of 2" in report
+
+
+def test_cached_data_are_generated_once_and_a_safe_model_is_left_alone(tmp_path):
+    settings = ("arms=('fl+cai',)", "rounds=2")
+    run(tmp_path / "cached", *settings, "cai.data=cached", "cai.reference=global")
+    first, second = (r["cai"] for r in rows(tmp_path / "cached"))
+    assert first["tokens_generated"] > 0 and second["tokens_generated"] == 0
+    assert second["reused"] > 0 and second["steps"] == 2
+    done = run(
+        tmp_path / "adaptive", *settings, "cai.schedule=adaptive", "cai.target=0.5",
+        "cai.probe_prompts=6",
+    )  # fmt: skip
+    found = [r["cai"] for r in rows(tmp_path / "adaptive")]
+    assert all(c["steps"] == 0 and c["probe"]["ci95"][1] > 0 for c in found)
+    assert done.stdout.count("no CAI needed (") == 2
+    assert not (tmp_path / "adaptive" / "cai").exists()
