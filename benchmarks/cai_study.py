@@ -14,6 +14,7 @@ finished is not run again.
 import copy
 import json
 import pathlib
+import shutil
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -84,6 +85,9 @@ def main(argv):
     for name, config in cells(_CONFIG.value):
         workdir = folder / name
         if not (workdir / "results.json").is_file():
+            # Filters are trained once: scores are known by filter and pair.
+            for scores in folder.glob("*/filter_scores"):
+                shutil.copytree(scores, workdir / "filter_scores", dirs_exist_ok=True)
             experiment.run(config, str(workdir))
         arms = json.loads((workdir / "results.json").read_text())["arms"]
         metrics = records.read_lines(workdir / "metrics.jsonl")

@@ -37,5 +37,5 @@ def test_cached_data_are_generated_once_and_a_safe_model_is_left_alone(tmp_path)
     )  # fmt: skip
     found = [r["cai"] for r in rows(tmp_path / "adaptive")]
     assert all(c["steps"] == 0 and c["probe"]["ci95"][1] > 0 for c in found)
-    assert done.stdout.count("no CAI needed (") == 2
+    assert done.stderr.count("no CAI needed (") == 2
     assert not (tmp_path / "adaptive" / "cai").exists()
