@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BACKENDS = ("auto", "xla", "cudnn", "splash")
+from fedsafe_jax.models import block_attention
+
+BACKENDS = ("auto", "xla", "cudnn", "splash", "blocks")
 SPLASH_BLOCK = 128  # sequences and heads must be multiples of it on TPU
 
 
@@ -35,7 +37,7 @@ class Visibility(NamedTuple):
 def choose_backend(
     wanted: str, q_len: int, kv_len: int, head_dim: int, dtype, softcap: float | None
 ) -> str:
-    """`cudnn` (flash) on GPU, `splash` on TPU, `xla` elsewhere and where those do not apply.
+    """`cudnn` (flash) on GPU, `splash` on TPU, `blocks` on CPU, `xla` where those do not apply.
 
     Args:
       wanted: one of `BACKENDS`; any but `auto` is taken as it is.
@@ -53,6 +55,8 @@ def choose_backend(
         return "cudnn" if jnp.dtype(dtype).itemsize == 2 else "xla"
     if platform == "tpu" and q_len % SPLASH_BLOCK == 0 and head_dim % SPLASH_BLOCK == 0:
         return "splash"
+    if platform == "cpu" and q_len >= block_attention.SHORTEST:
+        return "blocks"
     return "xla"
 
 
@@ -128,6 +132,10 @@ def splash(query, key, value, segments, window: int, scale: float, softcap: floa
     by_head = [x.swapaxes(1, 2) for x in (query * scale, key, value)]
     out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segments, segments))
     return out.swapaxes(1, 2).astype(query.dtype)
+
+
+# Backends that read segments instead of a mask.
+SEGMENTED = {"splash": splash, "blocks": block_attention.attend}
 
 
 def frequency_tables(config) -> tuple[np.ndarray, np.ndarray]:

@@ -111,9 +111,10 @@ def _windows(config: DecoderConfig) -> tuple[int, ...]:
 
 
 def _sight(config: DecoderConfig, visibility: Visibility):
-    """What the layers look through: segments for splash, else a mask for each window."""
+    """What the layers look through: a mask for each window, or segments, where a backend wants
+    these."""
     q_len, kv_len = (segments.shape[1] for segments in visibility[:2])
-    if _backend(config, q_len, kv_len) == "splash":
+    if _backend(config, q_len, kv_len) in attention.SEGMENTED:
         return visibility.query_segments
     return tuple(visibility.mask(window) for window in _windows(config))
 
@@ -126,12 +127,12 @@ def _pick(masks, windowed):
 def _attend(config: DecoderConfig, query, key, value, sight, windowed):
     scale, softcap = config.attention_scale, config.attention_softcap
     backend = _backend(config, query.shape[1], key.shape[1])
-    if backend != "splash":
+    if backend not in attention.SEGMENTED:
         mask = _pick(sight, windowed)
         return attention.attend(query, key, value, mask, scale, softcap, backend)
     inputs = (query, key, value, sight)
     kernels = [
-        functools.partial(attention.splash, window=window, scale=scale, softcap=softcap)
+        functools.partial(attention.SEGMENTED[backend], window=window, scale=scale, softcap=softcap)
         for window in _windows(config)
     ]
     if len(kernels) == 1:

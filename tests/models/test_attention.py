@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedsafe_jax.models import attention
+from fedsafe_jax.models import attention, block_attention
 from fedsafe_jax.models.attention import Visibility
 
 SEQ, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 128
@@ -42,7 +42,7 @@ def plain(query, key, value, segments, window, scale, softcap):
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, None), (50, None), (50, 4.0)])
-def test_xla_and_splash_equal_the_formula(arrays, window, softcap):
+def test_backends_equal_the_formula(arrays, window, softcap):
     query, key, value, segments = arrays
     scale = HEAD_DIM**-0.5
     expected = plain(*arrays, window, scale, softcap)
@@ -51,15 +51,61 @@ def test_xla_and_splash_equal_the_formula(arrays, window, softcap):
     found = attention.attend(query, key, value, mask, scale, softcap)
     # float32 sums over at most 256 keys.
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
+    found = block_attention.attend(query, key, value, jnp.asarray(segments), window, scale, softcap)
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
     # The TPU kernel, interpreted; it sums blocks in another order.
     found = attention.splash(query, key, value, jnp.asarray(segments), window, scale, softcap)
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (50, None), (90, 4.0)])
+def test_gradients_of_blocks_equal_those_of_xla(arrays, window, softcap):
+    query, key, value, segments = arrays
+    short = 200  # not a multiple of a block
+    query, key, value, segments = (x[:, :short] for x in (query, key, value, segments))
+    mask = Visibility(segments, segments, 0).mask(window)
+    real = (segments > 0)[..., None, None]
+
+    def loss(attend, *inputs):
+        return jnp.sum(jnp.square(attend(*inputs)) * real)
+
+    def dense(q, k, v):
+        return attention.attend(q, k, v, mask, 0.1, softcap)
+
+    def blocks(q, k, v):
+        return block_attention.attend(q, k, v, jnp.asarray(segments), window, 0.1, softcap)
+
+    expected = jax.grad(lambda *x: loss(dense, *x), (0, 1, 2))(query, key, value)
+    found = jax.jit(jax.grad(lambda *x: loss(blocks, *x), (0, 1, 2)))(query, key, value)
+    for a, b in zip(found, expected, strict=True):
+        # float32 sums over at most 200 keys, of terms up to about ten.
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_blocks_under_vmap_are_the_same_rows(arrays):
+    query, key, value, segments = (np.stack([x, x[::-1]]) for x in arrays)
+
+    def loss(q, k, v, s):
+        return jnp.sum(jnp.sin(block_attention.attend(q, k, v, s, 0, 0.1)))
+
+    each = jax.grad(loss, (0, 1, 2))
+    together = jax.vmap(each)(query, key, value, segments)
+    for i in range(2):
+        alone = each(*(jnp.asarray(x[i]) for x in (query, key, value, segments)))
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-5)
+    shared = jax.vmap(each, (0, None, None, None))(
+        query, *(jnp.asarray(x[0]) for x in (key, value, segments))
+    )
+    np.testing.assert_allclose(shared[0][0], together[0][0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "lengths", "head_dim", "softcap", "expected"),
     [
-        ("cpu", "bfloat16", (256, 256), 128, None, "xla"),
+        ("cpu", "bfloat16", (128, 128), 128, None, "xla"),
+        ("cpu", "bfloat16", (256, 256), 128, 50.0, "blocks"),
+        ("cpu", "float32", (1, 256), 128, None, "xla"),
         ("gpu", "bfloat16", (256, 256), 128, None, "cudnn"),
         ("gpu", "float32", (256, 256), 128, None, "xla"),
         ("gpu", "bfloat16", (256, 256), 128, 50.0, "xla"),
