@@ -6,9 +6,10 @@
 For each set and seed, prompts are split; no prompt is on both sides. `minilm` is the configured
 encoder, `prompt` the same one that sees no answers, `scratch` a small one without pre-training,
 `guard` the packaged language model as a guard, `torch` the encoder fine-tuned by
-`torch_classifier.py`, `all` calls everything unsafe. Held-out pairs are resampled to 30% unsafe.
-Means over seeds with 95% intervals (bootstrap of seeds and pairs). A cell that was finished is not
-run again.
+`torch_classifier.py`, `all` calls everything unsafe. Held-out pairs are resampled to 30% unsafe. On
+the lab's data every held-out harmful question also stands with a refusal, by a model, to another
+one. `refusals` are safe refusals that are flagged, in percent. Means over seeds with 95% intervals
+(bootstrap of seeds and pairs). A cell that was finished is not run again.
 """
 
 import copy
@@ -25,6 +26,7 @@ from rich.table import Table
 from fedsafe_jax import filtering
 from fedsafe_jax.command_line import prepare_libraries
 from fedsafe_jax.data import sources
+from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality
 from fedsafe_jax.language_model import model_folder
 
@@ -43,7 +45,7 @@ SOURCES = {
 }
 HELD = {"lab": 0.15, "kosbi": 0.3, "kosbi_ko": 0.3, "square": 0.4}
 SHARE = 0.3
-MEASURES = ("auroc", "precision", "recall", "hmean", "error")
+MEASURES = ("auroc", "precision", "recall", "hmean", "error", "refusals_flagged")
 RESAMPLES = 1000
 
 
@@ -60,20 +62,28 @@ def split(name, config, seed):
     pairs = pairs_of(name, config)
     learned, held = protocol.split(pairs, 100 + seed, HELD[name])
     order = np.random.default_rng([seed, 16]).permutation(learned)[: _PAIRS.value or None]
-    held_unsafe = np.array([pairs[i].label == sources.UNSAFE for i in held])
+    held = [pairs[i] for i in held]
+    if name == "lab":  # refusals by models, of held-out questions, to held-out harmful questions
+        twins = filtering.hard_negatives(held, 1.0, seed)
+        held += [e._replace(source="refusal") for e in twins]
+    held_unsafe = np.array([e.label == sources.UNSAFE for e in held])
     chosen = quality.resample(held_unsafe, SHARE, seed)
-    return [pairs[i] for i in sorted(order)], [pairs[held[i]] for i in chosen]
+    return [pairs[i] for i in sorted(order)], [held[i] for i in chosen]
 
 
-def score(kind, config, train, held, seed):
+def score(name, kind, config, train, held, seed):
     """`(probability [held], threshold)`."""
     if kind == "all":
         return np.full(len(held), SHARE), 0.0
     if kind == "torch":
         return torch_score(config, train, held, seed)
     c = copy.deepcopy(config)
+    if name != "lab":  # their answers to a question differ by themselves
+        c.hard_negatives = 0.0
     if kind == "prompt":  # an answer that says nothing, since an empty one may mean something
+        train = [*train, *filtering.hard_negatives(train, c.hard_negatives, seed)]
         train, held = ([e._replace(response="-") for e in side] for side in (train, held))
+        c.hard_negatives = 0.0
     if kind in ("scratch", "guard"):
         c.encoder, c.learning_rate, c.epochs = "", 1e-3, 5
     if kind == "guard":
@@ -104,27 +114,31 @@ def torch_score(config, train, held, seed):
     return chosen.probability(peer.log_odds(held)), chosen.threshold
 
 
-def rates(unsafe, probability, threshold):
+def rates(unsafe, probability, refusal, threshold):
     """The measures of one seed."""
     found = quality.quality(unsafe, probability >= threshold)
     return [
         100 * quality.auroc(unsafe, probability), found.precision, found.recall, found.hmean,
         100 * quality.reliability(unsafe, probability).error,
+        100 * float((probability[refusal] >= threshold).mean()) if refusal.any() else 0.0,
     ]  # fmt: skip
 
 
 def interval(cells):
     """Means `[measures]` and bounds `[2, measures]` over seeds and pairs."""
     rng = np.random.default_rng(0)
-    known = [(np.array(c["unsafe"], bool), np.array(c["p"]), c["threshold"]) for c in cells]
+    known = [
+        (np.array(c["unsafe"], bool), np.array(c["p"]), np.array(c["refusal"]), c["threshold"])
+        for c in cells
+    ]
     means = np.mean([rates(*k) for k in known], axis=0)
     drawn = np.empty((RESAMPLES, len(means)))
     for i in range(RESAMPLES):
         found = []
         for j in rng.integers(len(known), size=len(known)):
-            unsafe, p, threshold = known[j]
+            unsafe, p, refusal, threshold = known[j]
             some = rng.integers(len(p), size=len(p))
-            found.append(rates(unsafe[some], p[some], threshold))
+            found.append(rates(unsafe[some], p[some], refusal[some], threshold))
         drawn[i] = np.mean(found, axis=0)
     return means, np.percentile(drawn, [2.5, 97.5], axis=0)
 
@@ -136,7 +150,16 @@ def main(argv):
     prepare_libraries(str(folder))
     logging.set_verbosity(logging.WARNING)
     table = Table(title=f"{100 * SHARE:.0f}% unsafe; mean (95% interval)", title_justify="left")
-    for name in ("set", "filter", "AUROC", "precision", "recall", "harmonic mean", "calibration"):
+    for name in (
+        "set",
+        "filter",
+        "AUROC",
+        "precision",
+        "recall",
+        "harmonic mean",
+        "calibration",
+        "refusals",
+    ):
         table.add_column(name)
     out = {}
     for name in _SETS.value:
@@ -147,11 +170,11 @@ def main(argv):
                 if not path.is_file():
                     started = time.monotonic()
                     train, held = split(name, config, seed)
-                    p, threshold = score(kind, config, train, held, seed)
+                    p, threshold = score(name, kind, config, train, held, seed)
                     cell = {
                         "p": [float(x) for x in p], "threshold": float(threshold),
                         "unsafe": [e.label == sources.UNSAFE for e in held],
-                        "kinds": [f"{e.source}/{e.category}" for e in held],
+                        "refusal": [start_refusal(e.response) for e in held],
                         "trained_on": len(train), "seconds": time.monotonic() - started,
                     }  # fmt: skip
                     path.write_text(json.dumps(cell))
@@ -164,7 +187,7 @@ def main(argv):
                 "seconds": [round(c["seconds"], 1) for c in cells],
                 **dict(zip(MEASURES, np.stack([means, low, high], 1).tolist(), strict=True)),
             }
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     print(json.dumps(out))
 
 

@@ -96,6 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.filter.model = ""  # guard, guardian: folder or Hub id
     c.filter.lora_rank = 16  # guard, guardian: of its own adapter
     c.filter.sources = ("chat:package/filter.jsonl",)
+    c.filter.hard_negatives = 1.0  # share of the unsafe pairs that get a safe twin: a refusal
     c.filter.epochs = 5  # at most
     c.filter.batch_size = 32
     c.filter.learning_rate = 1e-3  # about 1e-4 for a pre-trained encoder

@@ -45,6 +45,32 @@ def judged_by_answer(pairs: Sequence[Example]) -> tuple[list[Example], int]:
     return out, changed
 
 
+def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Refusals to the questions of harmful pairs, labelled safe.
+
+    Without them a filter can tell most harmful pairs by the question, and flags a refusal to it as
+    well: then the very answers that keep a model safe are lost.
+
+    Args:
+      pairs: labelled ones.
+      share: of the unsafe pairs that get such a twin.
+      seed: of which, and of their refusals.
+
+    Returns:
+      The twins alone. Their answers are the refusals among the pairs, or one of the package.
+    """
+    rng = np.random.default_rng([seed, 19])
+    refusals = sorted({p.response for p in pairs if p.label == SAFE and start_refusal(p.response)})
+    refusals = refusals or [actions.REFUSAL]
+    unsafe = [p for p in pairs if p.label == UNSAFE]
+    chosen = sorted(rng.permutation(len(unsafe))[: round(share * len(unsafe))].tolist())
+    said = rng.integers(len(refusals), size=len(chosen))
+    return [
+        unsafe[i]._replace(response=refusals[j], label=SAFE)
+        for i, j in zip(chosen, said, strict=True)
+    ]
+
+
 def describe(f, pairs: int) -> str:
     """What filtering is about to do, for the terminal."""
     if f.kind == "simulated":
@@ -81,7 +107,7 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
 
     Args:
       f: the section of the config.
-      pairs: labelled.
+      pairs: labelled; `hard_negatives` are added.
       tokenizer: that a classifier from scratch reads with.
       seed: of training.
       dtype: of a guard's base.
@@ -96,6 +122,7 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
     check_folders(f)
     if f.load:
         return store.load(f.load, functools.partial(load_pretrained, dtype=dtype)), None
+    pairs = [*pairs, *hard_negatives(pairs, f.hard_negatives, seed)]
     if f.kind in ("guard", "guardian"):
         # Loaded here and let go after filtering: it may be as large as the model itself.
         lm = load_pretrained(f.model, dtype)

@@ -222,8 +222,9 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     if f.unsafe_labels and not f.encoder:
         raise ConfigError("filter.unsafe_labels: they are labels of filter.encoder; give it.")
     shares = ("threshold", "validation_share", "precision_floor", "unsafe_share")
-    for field in (*shares, "simulated_recall"):
-        if not 0 <= f[field] < 1 and not (field == "simulated_recall" and f[field] == 1):
+    for field in (*shares, "simulated_recall", "hard_negatives"):
+        whole = field in ("simulated_recall", "hard_negatives") and f[field] == 1
+        if not 0 <= f[field] < 1 and not whole:
             raise ConfigError(f"filter.{field}={f[field]}: expected a share between 0 and 1.")
     if not 0 < f.simulated_precision <= 1:
         raise ConfigError(

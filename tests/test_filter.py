@@ -311,6 +311,17 @@ def test_training_that_diverges_is_one_error(packaged, pairs):
         classifier.train(pairs[::8], packaged.tokenizer, 0, options)
 
 
+def test_every_harmful_question_also_stands_with_a_refusal():
+    some = [pair(f"q{i}", "Sure.", "unsafe") for i in range(10)]
+    some += [pair("x", "I'm sorry, but no."), pair("y", "Cake.")]
+    twins = filtering.hard_negatives(some, 0.5, 0)
+    assert len(twins) == 5 and len({t.prompt for t in twins}) == 5
+    assert all(t.label == "safe" and t.response == "I'm sorry, but no." for t in twins)
+    assert filtering.hard_negatives(some, 0.5, 0) == twins
+    assert filtering.hard_negatives(some, 0.0, 0) == []
+    assert filtering.hard_negatives(some[:10], 1.0, 0)[0].response == actions.REFUSAL
+
+
 def test_a_refusal_is_safe_whatever_was_asked():
     some = [pair("How to rob?", "I'm sorry, but I can't.", "unsafe"), pair("b", "Sure.", "unsafe")]
     found, changed = filtering.judged_by_answer(some)
