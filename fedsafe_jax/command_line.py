@@ -33,10 +33,11 @@ def border_errors():
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
+    from fedsafe_jax.processes import ClusterError
     from fedsafe_jax.records import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, EndpointError, FilterError, ModelError
+    return *data, ClusterError, EndpointError, FilterError, ModelError
 
 
 def check_flags(argv: list[str], defaults) -> None:

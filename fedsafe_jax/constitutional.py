@@ -52,6 +52,7 @@ class Server:
         self.recipe = recipe(config)
         self.start, self.step = train_lib.make_step(model, self.recipe)
         self.tokenizer = world.lm.tokenizer
+        self._past: list[tuple[int, revise_lib.Record]] | None = None
         self.red_team, self.probes = world.red_team, []
         if config.cai.schedule == "adaptive":
             # The estimate must not be of prompts that were trained on.
@@ -82,6 +83,7 @@ class Server:
         found = []
         if c.data != "cached" or not earlier:
             found = self._revise(current, base, amount, rng, t)
+            self._past = [*(self._past or []), *((t, r) for r in found)]
             clock.lap("cai_generate")
         counts |= revise_lib.tally(found) | {"tokens_generated": self._tokens(found)}
         kept = [r for r in [*earlier, *found] if not r.dropped]
@@ -104,14 +106,15 @@ class Server:
         return schedule.adaptive(mean, (100 * low, 100 * high), c.target)
 
     def _earlier(self, t: int) -> list[revise_lib.Record]:
-        """Records of the rounds before, from disk, so that a resumed run has the same."""
-        out = []
-        for path in sorted(self.folder.glob("round_*.jsonl")):
-            rows = [r for r in records.read_lines(path) if self.mine(r) and r["round"] < t]
-            out += [
-                revise_lib.Record(**{f: row[f] for f in revise_lib.Record._fields}) for row in rows
-            ]
-        return out
+        """Records of the rounds before: a resumed run's from disk, then as they come."""
+        if self._past is None:
+            self._past = []
+            for path in sorted(self.folder.glob("round_*.jsonl")):
+                for row in filter(self.mine, records.read_lines(path)):
+                    found = revise_lib.Record(**{f: row[f] for f in revise_lib.Record._fields})
+                    if row["round"] < t:  # others are of a round that is repeated now
+                        self._past.append((row["round"], found))
+        return [record for _, record in self._past]
 
     def _count(self, asked: int, share: float, pool: int) -> int:
         return pool if math.isinf(share) else min(math.ceil(asked * share), pool)

@@ -10,7 +10,16 @@ import time
 import jax
 import numpy as np
 
-from fedsafe_jax import checkpoint, constitutional, export, preemption, records, report, rounds
+from fedsafe_jax import (
+    checkpoint,
+    constitutional,
+    export,
+    preemption,
+    processes,
+    records,
+    report,
+    rounds,
+)
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
@@ -23,7 +32,11 @@ from fedsafe_jax.validation import validate
 
 
 def run(config, workdir: str) -> dict:
-    """Runs or resumes everything the config asks for, and returns what `results.json` holds."""
+    """Runs or resumes everything the config asks for.
+
+    Returns:
+      What `results.json` holds; {} in all processes but the first.
+    """
     validate(config)
     started = time.monotonic()
     world = world_lib.load(config)
@@ -39,8 +52,10 @@ def run(config, workdir: str) -> dict:
         for arm_id, algorithm, arm in arm_list(config):
             path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
             runner = ArmRun(config, world, clients, workdir, progress, seed, arm_id, algorithm, arm)
-            if path.is_file():
-                outcome, adapter = json.loads(path.read_text()), runner.restored_adapter()
+            if processes.agreed(path.is_file()):
+                # The file is the first process's; the others need not see it.
+                outcome = json.loads(path.read_text()) if processes.is_first() else {}
+                adapter = runner.restored_adapter()
             else:
                 adapter = runner.train()
                 outcome = runner.evaluate(adapter)
@@ -49,12 +64,16 @@ def run(config, workdir: str) -> dict:
             final_adapters.setdefault(arm_id, adapter)
         if clients.quality is not None:
             filter_quality.append(clients.filter_record())
+    if not processes.is_first():
+        processes.wait_for_all("reported")
+        return {}
     results = summarise(config, world, workdir, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     records.write_json(workdir / "results.json", results)
     export_best(config, world, workdir, final_adapters, results)
     report.write(workdir, config, results, outcomes)
     progress.table(results)
+    processes.wait_for_all("reported")
     return results
 
 
@@ -81,7 +100,7 @@ class ArmRun:
 
     @functools.cached_property
     def _programs(self):
-        return rounds.build(self.config, self.algorithm, self.model, self.world.lm.mesh)
+        return rounds.build(self.config, self.algorithm, self.model, self.world.mesh)
 
     def _initial_state(self):
         adapter = lora.init(jax.random.key(self.seed), self.world.lm.config, self.world.lora)
@@ -89,7 +108,7 @@ class ArmRun:
 
     def _restored(self, saved):
         state, done = saved.restore(self._initial_state())
-        server = simulation.replicate(state.server, self.world.lm.mesh)
+        server = simulation.replicate(state.server, self.world.mesh)
         return state._replace(server=server), done
 
     def restored_adapter(self):
@@ -144,7 +163,7 @@ class ArmRun:
         config, clock = self.config, Clock()
         # Filtered local training and aggregation.
         state, figures = rounds.run(
-            config, self.algorithm, self._programs, state, self.world.lm.params, data, self.seed, t
+            config, self.algorithm, self._programs, state, self.world.base, data, self.seed, t
         )
         clock.lap("federated")
         row = {"arm": self.arm_id, "seed": self.seed, "round": t} | figures
@@ -160,7 +179,7 @@ class ArmRun:
             # Constitutional AI on the aggregated model.
             current, base = map(self._language_model, (state.server.adapter, None))
             adapter, row["cai"], found = server.run(current, base, t, clock)
-            adapter = simulation.replicate(adapter, self.world.lm.mesh)
+            adapter = simulation.replicate(processes.same(adapter), self.world.mesh)
             state = state._replace(server=state.server._replace(adapter=adapter))
         if config.eval.every_round_prompts:
             row["eval"] = self._probe(state.server.adapter)
@@ -197,7 +216,8 @@ class ArmRun:
         return row["arm"] == self.arm_id and row["seed"] == self.seed
 
     def _language_model(self, adapter):
-        return dataclasses.replace(self.world.lm, adapter=adapter)
+        own = processes.local(adapter, self.world.mesh)
+        return dataclasses.replace(self.world.lm, adapter=own)
 
     def _probe(self, adapter) -> dict:
         """Refusal rates on a few prompts, for the curves."""
@@ -217,7 +237,7 @@ class ArmRun:
         self.progress.note(f"{self.arm_id} seed {self.seed}: evaluating")
         started = time.monotonic()
         c, judge = self.config.eval, None
-        if c.judge_url and self.arm != "base":
+        if c.judge_url and self.arm != "base" and processes.is_first():
             judge = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
         outcome = suite.evaluate(
             self._language_model(adapter), self.world.evals, c, judge, self._language_model(None)
@@ -272,4 +292,5 @@ def export_best(config, world, workdir, adapters, results) -> None:
     names = [n for n in adapters if n == config.export_arm or n.endswith("/" + config.export_arm)]
     if names and adapters[names[0]] is not None:
         card = export.model_card(config, names[0], results["arms"][names[0]])
-        export.export(world.lm, adapters[names[0]], world.lora, workdir / "export", card)
+        own = processes.local(adapters[names[0]], world.mesh)
+        export.export(world.lm, own, world.lora, workdir / "export", card)

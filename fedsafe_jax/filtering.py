@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsafe_jax import generation
+from fedsafe_jax import generation, processes
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
@@ -161,7 +161,8 @@ def score(config, world, pairs: Sequence[Example], seed: int, folder: pathlib.Pa
     else:
         known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
     trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
-    scores = cache.ScoreCache(folder, cache.content_hash(trained, seed, config.dtype, known))
+    fingerprint = cache.content_hash(trained, seed, config.dtype, known)
+    scores = cache.ScoreCache(folder, fingerprint, processes.is_first())
     log_odds = scores.log_odds(pairs, make_filter)
     decision = Decision(*scores.decision)
     threshold = f.threshold or decision.threshold

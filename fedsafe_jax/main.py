@@ -40,13 +40,15 @@ def main(argv):
             print(plan.describe(config))
             return
         validate(config)
-        from fedsafe_jax import experiment, preemption
+        from fedsafe_jax import experiment, preemption, processes
         from fedsafe_jax.federated.mesh import use_cores
 
         use_cores(config.clients_per_round)
+        processes.join()
         preemption.listen()
         experiment.run(config, _WORKDIR.value)
-        print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
+        if processes.is_first():
+            print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
     except (ConfigError, *border_errors()) as error:
         raise SystemExit(f"error: {error}") from None
     except Preempted as signal_:

@@ -6,6 +6,8 @@ import time
 from rich.console import Console
 from rich.table import Table
 
+from fedsafe_jax import processes
+
 
 class Progress:
     """Reports rounds; knows how many there are from the config."""
@@ -16,6 +18,7 @@ class Progress:
         self._done = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)
+        self._silent = not processes.is_first()
         self._last_text = ""
 
     def round_done(self, row: dict) -> None:
@@ -49,9 +52,13 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """A line that stays on the terminal."""
+        if self._silent:
+            return
         print(("\n" if self._console.is_terminal else "") + f"WARNING: {text}", file=sys.stderr)
 
     def _show(self, text: str) -> None:
+        if self._silent:
+            return
         share = self._done / max(self._total, 1)
         if self._console.is_terminal:
             filled = round(24 * share)

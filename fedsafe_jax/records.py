@@ -5,13 +5,20 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from fedsafe_jax import processes
+
 
 class WorkdirError(RuntimeError):
     """The workdir holds another run."""
 
 
 def write_json(path: pathlib.Path, content) -> None:
-    """Writes JSON through a temporary file, so that a killed run leaves the old or the new one."""
+    """Writes JSON through a temporary file, so that a killed run leaves the old or the new one.
+
+    Nothing in all processes but the first, here and below.
+    """
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -32,6 +39,8 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def replace_lines(path: pathlib.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
     """Drops the rows that are `stale` and appends `rows`, atomically."""
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_lines(path) if not stale(row)] + rows
     temporary = path.with_suffix(path.suffix + ".tmp")

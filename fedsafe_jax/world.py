@@ -4,9 +4,10 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax import rounds
+from fedsafe_jax import processes, rounds
 from fedsafe_jax.cai import constitution as constitution_lib
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
@@ -30,7 +31,9 @@ class EvalSets(NamedTuple):
 class World(NamedTuple):
     """Model, pools and evaluation sets of a run."""
 
-    lm: LanguageModel
+    lm: LanguageModel  # of this process, which generates and evaluates with it
+    base: dict  # its parameters on the devices of all processes, to train on
+    mesh: Mesh  # of these devices
     lora: lora.LoraConfig
     safe: list[Example]
     unsafe: list[Example]
@@ -131,8 +134,12 @@ def load(config: ConfigDict) -> World:
     lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
     lm.lora_scale = lora_config.scale
     lm.config = dataclasses.replace(lm.config, remat=config.remat)
+    base = lm.params
+    lm.params, lm.mesh = processes.local(base, devices), processes.local_mesh(devices)
     return World(
         lm,
+        base,
+        devices,
         lora_config,
         roles["client, safe"],
         roles["client, unsafe"],

@@ -37,9 +37,11 @@ class ScoreCache:
     Args:
       folder: of all caches; one file a filter.
       fingerprint: of the filter: its settings, seed and training pairs.
+      writes: False where another process of the run writes the file.
     """
 
-    def __init__(self, folder: pathlib.Path, fingerprint: str):
+    def __init__(self, folder: pathlib.Path, fingerprint: str, writes: bool = True):
+        self._writes = writes
         self._path = pathlib.Path(folder) / f"{fingerprint}.json"
         self._known: dict[str, float] = {}
         self.decision: list[float] | None = None
@@ -65,6 +67,8 @@ class ScoreCache:
         return np.array([self._known[k] for k in keys], np.float32)
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         content = {"decision": self.decision, "log_odds": self._known}

@@ -45,7 +45,7 @@ def leaf_spec(path: Sequence[str], shape: Sequence[int], size: int) -> Partition
 def leaf_sharding(path: Sequence[str], shape: Sequence[int], mesh: Mesh | None):
     """Sharding of one leaf; without a mesh, the first device."""
     if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
+        return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh, leaf_spec(path, shape, mesh.shape.get(MODEL, 1)))
 
 
@@ -57,7 +57,7 @@ def is_shared(mesh: Mesh | None) -> bool:
 
 
 def share(tree, mesh: Mesh):
-    """Arrays of the first core for all cores of a mesh, without a copy.
+    """Arrays of the first core for all cores of a mesh (in this process), without a copy.
 
     The cores then read the same memory, of which more fits into the cache that they share.
     """
@@ -65,6 +65,9 @@ def share(tree, mesh: Mesh):
 
     def one(x):
         # A view of the first core's buffer; the others take it over as it is.
-        return jax.device_put(np.asarray(x.addressable_data(0)), sharding, may_alias=True)
+        view = np.asarray(x.addressable_data(0))
+        devices = sorted(sharding.addressable_devices, key=lambda d: d.id)
+        parts = [jax.device_put(view, device, may_alias=True) for device in devices]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
     return jax.tree.map(one, tree)

@@ -1,0 +1,110 @@
+"""What the launch scripts run, and a run in two processes against one."""
+
+import os
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from commands import ENVIRONMENT, ROOT, SMALL, run
+from safetensors.numpy import load_file
+
+from fedsafe_jax import processes
+
+SCRIPT = ROOT / "launch" / "local_multiprocess.sh"
+
+
+def launch(*arguments, **variables):
+    import sys
+
+    environment = ENVIRONMENT | {"PYTHON": sys.executable} | variables
+    return subprocess.run(
+        ["bash", SCRIPT, *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_the_dry_run_prints_a_command_a_process():
+    done = launch("--dry-run", 2, "--config=configs/demo.py", "--workdir=/tmp/a b", PORT="1234")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) == 2
+    for i, line in enumerate(lines):
+        assert {"JAX_COORDINATOR_ADDRESS=localhost:1234", f"JAX_PROCESS_ID={i}"} < set(line)
+        assert line[-4:] == [
+            "-m", "fedsafe_jax.main", "--config=configs/demo.py", "--workdir=/tmp/a b",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [(), ("two", "--config=a"), ("2",), ("0", "--config=a")])
+def test_wrong_use_prints_the_usage(arguments):
+    done = launch(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("usage: local_multiprocess.sh")
+
+
+def test_two_processes_end_with_the_adapter_of_one(tmp_path):
+    settings = ("arms=('fl+filter+cai',)", "rounds=2", "clients_per_round=3")
+    fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = launch(2, "--config=configs/demo.py", f"--workdir={tmp_path / 'two'}", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1  # the first process alone speaks
+    run(tmp_path / "one", *settings)
+    found = [
+        load_file(tmp_path / name / "export/adapter/adapter_model.safetensors")
+        for name in ("one", "two")
+    ]
+    for name, value in found[0].items():
+        # Sums in another order, which Adam magnifies where gradients are tiny.
+        np.testing.assert_allclose(found[1][name], value, atol=2e-5)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+    assert len(lines[0].splitlines()) == len(lines[1].splitlines()) == 2
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    done = launch(2, "--config=configs/demo.py", f"--workdir={tmp_path}", "--config.rounds=0")
+    assert done.returncode != 0 and "rounds=0: expected at least 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+            },
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"},
+            "expected two numbers",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "less than JAX_NUM_PROCESSES=2",
+        ),
+    ],
+)
+def test_clusters_are_recognised(environment, expected):
+    if isinstance(expected, str):
+        with pytest.raises(processes.ClusterError, match=expected):
+            processes.described(environment)
+    else:
+        assert processes.described(environment) == expected
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck():
+    scripts = sorted(str(p) for p in (ROOT / "launch").glob("*.sh"))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert os.access(SCRIPT, os.X_OK)
