@@ -1,11 +1,10 @@
 """Orbax checkpoints of a federated run, written while the next round computes."""
 
 import logging
-import pathlib
-import shutil
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from fedsafe_jax.federated.simulation import FederatedState
 
@@ -22,8 +21,8 @@ class RoundCheckpoints:
       keep: how many of the newest to keep.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2):
-        self._folder = pathlib.Path(folder).resolve()
+    def __init__(self, folder: epath.PathLike, keep: int = 2):
+        self._folder = epath.Path(folder).resolve()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=True
         )
@@ -50,7 +49,7 @@ class RoundCheckpoints:
                     self._folder / str(step),
                     reason,
                 )
-                shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                (self._folder / str(step)).rmtree(missing_ok=True)
                 continue
             self._newest = step
             self._manager.reload()

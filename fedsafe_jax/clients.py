@@ -1,10 +1,10 @@
 """The clients of one seed: who holds which pairs, and what the filter leaves of them."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 
 from fedsafe_jax import filtering, rounds
 from fedsafe_jax.data import chat
@@ -58,7 +58,7 @@ class Clients:
         }
 
 
-def build_clients(config, world, seed: int, workdir: pathlib.Path, progress) -> Clients:
+def build_clients(config, world, seed: int, workdir: epath.Path, progress) -> Clients:
     """Partitions the pools, trains the filter once, and filters every client's pairs."""
     split = rounds.split(config, world.safe, world.unsafe, seed)
     asked, held = config.num_clients * config.examples_per_client, sum(map(len, split))

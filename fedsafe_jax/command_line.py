@@ -1,7 +1,8 @@
 """What the command lines of the package share."""
 
 import os
-import pathlib
+
+from etils import epath
 
 
 def quiet_libraries() -> None:
@@ -20,7 +21,7 @@ def prepare_libraries(workdir: str) -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        cache = str(pathlib.Path(workdir).resolve() / "compilation_cache")
+        cache = str(epath.Path(workdir).resolve() / "compilation_cache")
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

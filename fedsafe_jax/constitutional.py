@@ -2,10 +2,10 @@
 
 import functools
 import math
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from fedsafe_jax import records
 from fedsafe_jax.cai import derta, forms, schedule
@@ -46,7 +46,7 @@ class Server:
       seed: what is drawn depends on it and the round alone.
     """
 
-    def __init__(self, config, world, model, clients, folder: pathlib.Path, mine, seed: int):
+    def __init__(self, config, world, model, clients, folder: epath.Path, mine, seed: int):
         self.config, self.world, self.clients, self.seed = config, world, clients, seed
         self.folder, self.mine = folder, mine
         self.recipe = recipe(config)

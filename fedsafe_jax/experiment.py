@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import time
 
 import jax
 import numpy as np
+from etils import epath
 
 from fedsafe_jax import (
     checkpoint,
@@ -40,7 +40,7 @@ def run(config, workdir: str) -> dict:
     validate(config)
     started = time.monotonic()
     world = world_lib.load(config)
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     progress = Progress(config)
     if records.claim(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")
@@ -143,6 +143,7 @@ class ArmRun:
                     state, done = new, t + 1
                     if done % config.checkpoint_every == 0 or done == config.rounds:
                         saved.save(done, state)
+                preemption.reached(self.progress.rounds_done)
         except preemption.Preempted:
             with preemption.hold():
                 if done:

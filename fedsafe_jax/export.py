@@ -1,13 +1,16 @@
 """Hugging Face export of an arm: the PEFT adapter and the merged model."""
 
-import pathlib
+import contextlib
+import tempfile
+
+from etils import epath
 
 from fedsafe_jax.language_model import LanguageModel, save_pretrained
 from fedsafe_jax.models import lora
 
 
 def export(
-    lm: LanguageModel, adapter, lora_config: lora.LoraConfig, folder: pathlib.Path, card: str
+    lm: LanguageModel, adapter, lora_config: lora.LoraConfig, folder: epath.Path, card: str
 ) -> None:
     """Writes `adapter/` (peft loads it on the base) and `merged/` (transformers loads it).
 
@@ -19,10 +22,19 @@ def export(
       card: text of the model card, written to both.
     """
     found = lora.Adapter(adapter, lora_config, lm.name)
-    lora.save_adapter(found, folder / "adapter")
-    save_pretrained(lm.with_adapter(found), folder / "merged")
-    for name in ("adapter", "merged"):
-        (folder / name / "README.md").write_text(card)
+    with contextlib.ExitStack() as stack:
+        written = folder
+        if "://" in str(folder):  # safetensors writes local files; a bucket gets copies
+            written = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        lora.save_adapter(found, written / "adapter")
+        save_pretrained(lm.with_adapter(found), written / "merged")
+        for name in ("adapter", "merged"):
+            (written / name / "README.md").write_text(card)
+        if written != folder:
+            for path in written.glob("*/*"):
+                target = folder / path.parent.name / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.copy(target, overwrite=True)
 
 
 def model_card(config, arm_id: str, summary: dict) -> str:

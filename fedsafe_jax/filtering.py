@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from fedsafe_jax import generation, processes
 from fedsafe_jax.cai import forms
@@ -144,7 +145,7 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
     return classifier.train(pairs, tokenizer, seed, options(f), f.max_length, start)
 
 
-def score(config, world, pairs: Sequence[Example], seed: int, folder: pathlib.Path) -> Scored:
+def score(config, world, pairs: Sequence[Example], seed: int, folder: epath.Path) -> Scored:
     """All clients' pairs in one stream; what was scored before is read from `folder`."""
     f = config.filter
     if f.kind == "simulated":

@@ -4,10 +4,10 @@ python -m fedsafe_jax.main --config=configs/demo.py --workdir=DIR [--config.FIEL
 """
 
 import os
-import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from fedsafe_jax.command_line import border_errors, check_flags, prepare_libraries
@@ -48,7 +48,7 @@ def main(argv):
         preemption.listen()
         experiment.run(config, _WORKDIR.value)
         if processes.is_first():
-            print(f"report: {pathlib.Path(_WORKDIR.value) / 'report.html'}")
+            print(f"report: {epath.Path(_WORKDIR.value) / 'report.html'}")
     except (ConfigError, *border_errors()) as error:
         raise SystemExit(f"error: {error}") from None
     except Preempted as signal_:

@@ -3,6 +3,9 @@
 import contextlib
 import signal
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Preempted(BaseException):
     """The run was told to end; raised between two steps of Python, never inside `hold`."""
@@ -28,9 +31,24 @@ _signals = _Signals()
 
 
 def listen() -> None:
-    """Turns SIGTERM and SIGINT into `Preempted`, from now on; main thread only."""
-    signal.signal(signal.SIGTERM, _signals.handle)
+    """Turns SIGTERM and SIGINT into `Preempted`, from now on; main thread only.
+
+    With several processes SIGTERM is left to jax: the others must end after the same round, see
+    `reached`.
+    """
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, _signals.handle)
     signal.signal(signal.SIGINT, _signals.handle)
+
+
+def reached(step: int) -> None:
+    """Raises `Preempted` in all processes at the same step, after one of them got a SIGTERM.
+
+    Args:
+      step: rises with every call, alike in all processes.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        raise Preempted(signal.SIGTERM)
 
 
 @contextlib.contextmanager

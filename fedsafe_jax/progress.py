@@ -21,6 +21,11 @@ class Progress:
         self._silent = not processes.is_first()
         self._last_text = ""
 
+    @property
+    def rounds_done(self) -> int:
+        """By this process, of all arms."""
+        return self._done
+
     def round_done(self, row: dict) -> None:
         """One finished round, as written to `metrics.jsonl`."""
         self._done += 1

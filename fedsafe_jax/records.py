@@ -1,9 +1,9 @@
 """The files of a run's workdir, written so that a resumed run never doubles a line."""
 
 import json
-import os
-import pathlib
 from collections.abc import Callable
+
+from etils import epath
 
 from fedsafe_jax import processes
 
@@ -12,7 +12,7 @@ class WorkdirError(RuntimeError):
     """The workdir holds another run."""
 
 
-def write_json(path: pathlib.Path, content) -> None:
+def write_json(path: epath.Path, content) -> None:
     """Writes JSON through a temporary file, so that a killed run leaves the old or the new one.
 
     Nothing in all processes but the first, here and below.
@@ -22,10 +22,10 @@ def write_json(path: pathlib.Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
-def read_lines(path: pathlib.Path) -> list[dict]:
+def read_lines(path: epath.Path) -> list[dict]:
     """The rows of a JSONL file, none without the file; a last line cut by a kill is skipped."""
     rows = []
     if path.is_file():
@@ -37,7 +37,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def replace_lines(path: pathlib.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
+def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
     """Drops the rows that are `stale` and appends `rows`, atomically."""
     if not processes.is_first():
         return
@@ -46,7 +46,7 @@ def replace_lines(path: pathlib.Path, stale: Callable[[dict], bool], rows: list[
     temporary = path.with_suffix(path.suffix + ".tmp")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -59,7 +59,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def claim(workdir: pathlib.Path, config: dict) -> bool:
+def claim(workdir: epath.Path, config: dict) -> bool:
     """Writes `config.json`, or checks that the one there is the same.
 
     Returns:

@@ -4,7 +4,8 @@ import collections
 import html
 import importlib.metadata
 import json
-import pathlib
+
+from etils import epath
 
 from fedsafe_jax import records, report_cai, report_clients, report_filter
 from fedsafe_jax.progress import table_rows
@@ -84,7 +85,7 @@ def _curves(rows, value, label):
     return draw
 
 
-def write(workdir: pathlib.Path, config, results: dict, outcomes: dict) -> None:
+def write(workdir: epath.Path, config, results: dict, outcomes: dict) -> None:
     """Writes the report, the figures and TensorBoard events of a finished run.
 
     Args:
@@ -181,10 +182,12 @@ def _data_rows(counts: dict):
     return header, [(role, "", *(c[f] for f in fields)) for role, c in counts.items()]
 
 
-def _tensorboard(workdir: pathlib.Path, rows: list[dict]) -> None:
+def _tensorboard(workdir: epath.Path, rows: list[dict]) -> None:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:  # the extra [report]
+        return
+    if "://" in str(workdir):  # its writer knows local folders alone
         return
     for arm in sorted({(r["arm"], r["seed"]) for r in rows}):
         folder = workdir / "tensorboard" / f"{arm[0].replace('/', '_')}_seed{arm[1]}"

@@ -1,7 +1,8 @@
 """The report's section on Constitutional AI: what it cost, what it dropped, what it changed."""
 
 import collections
-import pathlib
+
+from etils import epath
 
 from fedsafe_jax import records
 from fedsafe_jax.report_parts import html_table
@@ -10,7 +11,7 @@ SHOWN = 10  # pairs
 REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer")
 
 
-def section(rows: list[dict], folder: pathlib.Path) -> str:
+def section(rows: list[dict], folder: epath.Path) -> str:
     """Tables of counts and costs by arm, and pairs of answers before and after revision.
 
     Args:
@@ -63,7 +64,7 @@ def _probes(by_arm) -> list[tuple]:
     return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in found.items()]
 
 
-def _pairs(folder: pathlib.Path) -> list[tuple[str, str, str]]:
+def _pairs(folder: epath.Path) -> list[tuple[str, str, str]]:
     """Answers that revision mended, from the first round that has some: the damage is new there."""
     found: list[tuple[str, str, str]] = []
     for path in sorted(folder.glob("round_*.jsonl")):

@@ -1,13 +1,14 @@
 """The report's section on clients: who pulled the model, who was left out, what was sent."""
 
 import collections
-import pathlib
 import statistics
+
+from etils import epath
 
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
 
-def section(rows: list[dict], figures: pathlib.Path) -> str:
+def section(rows: list[dict], figures: epath.Path) -> str:
     """HTML of the section; its figure is written to `clients.png`.
 
     Args:

@@ -1,13 +1,13 @@
 """The report's section on the safety filter: confusion, reliability, categories."""
 
-import pathlib
+from etils import epath
 
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
 RATES = ("accuracy", "precision", "recall", "hmean")
 
 
-def section(quality: dict, figures: pathlib.Path) -> str:
+def section(quality: dict, figures: epath.Path) -> str:
     """HTML of the section; its figure is written to `reliability.png`.
 
     Args:

@@ -3,12 +3,13 @@
 import base64
 import html
 import io
-import pathlib
+
+from etils import epath
 
 COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
 
 
-def figure_tag(path: pathlib.Path, draw) -> str:
+def figure_tag(path: epath.Path, draw) -> str:
     """Draws, saves a PNG and returns it as an `<img>`."""
     import matplotlib
 
@@ -17,10 +18,10 @@ def figure_tag(path: pathlib.Path, draw) -> str:
 
     drawn = draw(plt)
     drawn.tight_layout()
-    drawn.savefig(path, dpi=120)
     buffer = io.BytesIO()
     drawn.savefig(buffer, dpi=120, format="png")
     plt.close(drawn)
+    path.write_bytes(buffer.getvalue())
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}">'
 

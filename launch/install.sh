@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv current with the given extras, or returns at once.
 # Usage: install EXTRAS, such as: install '[report]'
 install() {

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
 from fedsafe_jax.data.sources import Example
 
@@ -40,9 +40,9 @@ class ScoreCache:
       writes: False where another process of the run writes the file.
     """
 
-    def __init__(self, folder: pathlib.Path, fingerprint: str, writes: bool = True):
+    def __init__(self, folder: epath.PathLike, fingerprint: str, writes: bool = True):
         self._writes = writes
-        self._path = pathlib.Path(folder) / f"{fingerprint}.json"
+        self._path = epath.Path(folder) / f"{fingerprint}.json"
         self._known: dict[str, float] = {}
         self.decision: list[float] | None = None
         if self._path.is_file():
@@ -73,4 +73,4 @@ class ScoreCache:
         temporary = self._path.with_suffix(".tmp")
         content = {"decision": self.decision, "log_odds": self._known}
         temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, self._path)
+        temporary.replace(self._path)

@@ -1,0 +1,60 @@
+"""A workdir on a bucket: every file but checkpoints, which Orbax writes there by itself."""
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from fedsafe_jax import export, records, report_parts
+from fedsafe_jax.filters import cache
+from fedsafe_jax.models import lora
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for Google Cloud Storage."""
+
+    protocol = ("gcs", "gs")
+    store: dict = {}
+    pseudo_dirs = [""]
+
+
+@pytest.fixture
+def workdir(monkeypatch):
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    monkeypatch.setattr(Bucket, "store", {})
+    yield epath.Path("gs://bucket/run")
+    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+
+
+def test_records_of_a_run(workdir):
+    assert not records.claim(workdir, {"rounds": 3})
+    assert records.claim(workdir, {"rounds": 3})
+    with pytest.raises(records.WorkdirError, match="rounds=3"):
+        records.claim(workdir, {"rounds": 4})
+    path = workdir / "cai" / "round_000.jsonl"
+    records.replace_lines(path, lambda row: False, [{"a": 1}, {"a": 2}])
+    records.replace_lines(path, lambda row: row["a"] == 1, [{"a": 3}])
+    assert [row["a"] for row in records.read_lines(path)] == [2, 3]
+    assert [p.name for p in (workdir / "cai").glob("round_*.jsonl")] == ["round_000.jsonl"]
+    scores = cache.ScoreCache(workdir / "filter_scores", "f")
+    scores.decision = [1.0, 0.5, 0.0]
+    scores._write()
+    assert cache.ScoreCache(workdir / "filter_scores", "f").decision == [1.0, 0.5, 0.0]
+
+
+def test_figures_and_exports(workdir, packaged):
+    def draw(plt):
+        return plt.figure()
+
+    (workdir / "figures").mkdir(parents=True)
+    assert report_parts.figure_tag(workdir / "figures" / "a.png", draw).startswith("<img")
+    assert (workdir / "figures" / "a.png").read_bytes()[1:4] == b"PNG"
+    shape = lora.LoraConfig(2, 4.0, ("q_proj",))
+    import jax
+
+    adapter = lora.init(jax.random.key(0), packaged.config, shape)
+    export.export(packaged, adapter, shape, workdir / "export", "a card")
+    assert (workdir / "export" / "merged" / "model.safetensors").stat().length > 1e6
+    assert (workdir / "export" / "adapter" / "README.md").read_text() == "a card"
+    assert np.isfinite(workdir.joinpath("export/adapter/adapter_model.safetensors").stat().length)
