@@ -65,7 +65,7 @@ def run(config, workdir: str) -> dict:
         if clients.quality is not None:
             filter_quality.append(clients.filter_record())
     if not processes.is_first():
-        processes.wait_for_all("reported")
+        processes.meet("reported")
         return {}
     results = summarise(config, world, workdir, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
@@ -73,7 +73,7 @@ def run(config, workdir: str) -> dict:
     export_best(config, world, workdir, final_adapters, results)
     report.write(workdir, config, results, outcomes)
     progress.table(results)
-    processes.wait_for_all("reported")
+    processes.meet("reported")
     return results
 
 
@@ -162,6 +162,7 @@ class ArmRun:
     def _round(self, state, data, server, t: int):
         """`(state, row of metrics, records of CAI)` of one round."""
         config, clock = self.config, Clock()
+        processes.meet("round")
         # Filtered local training and aggregation.
         state, figures = rounds.run(
             config, self.algorithm, self._programs, state, self.world.base, data, self.seed, t

@@ -5,6 +5,7 @@ and evaluation are computed by every process on its own devices, from the same s
 differ between hosts is decided by the first process, which alone writes records and reports.
 """
 
+import itertools
 import os
 from collections.abc import Mapping
 
@@ -12,6 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+
+PATIENCE_S = 24 * 3600  # with processes that are behind
+_meetings = itertools.count()
 
 
 class ClusterError(RuntimeError):
@@ -65,10 +69,24 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def meet(name: str) -> None:
+    """Returns when every process has come here.
+
+    A collective of devices gives up after half a minute on CPU, and work that each process does by
+    itself may differ by more; a process that died is noticed by its missing heartbeats.
+    """
+    if jax.process_count() > 1:
+        import orbax.checkpoint as ocp  # a second to import, which few runs need
+
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"{name}_{next(_meetings)}", timeout_ms=PATIENCE_S * 1000)
+
+
 def agreed(value: bool) -> bool:
     """The first process's value, in all: files may not be seen by every process at once."""
     if jax.process_count() == 1:
         return value
+    meet("agreed")
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -76,13 +94,8 @@ def same(tree):
     """The first process's arrays, in all."""
     if jax.process_count() == 1:
         return tree
+    meet("same")
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

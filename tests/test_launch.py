@@ -102,9 +102,89 @@ def test_clusters_are_recognised(environment, expected):
         assert processes.described(environment) == expected
 
 
+BUCKET = "--workdir=gs://bucket/run"
+
+
+def script(name, *arguments, **variables):
+    return subprocess.run(
+        ["bash", ROOT / "launch" / name, *arguments],
+        cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_tpu_run_creates_installs_starts_and_follows():
+    arms = "--config.arms=('fl',)"
+    done = script(
+        "tpu_vm.sh", "--dry-run", "run", "--config=configs/paper.py", BUCKET, arms,
+        PROJECT="p", ZONE="z", NAME="mine", TYPE="v5p-64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [line[3:6] for line in lines if line[0] == "gcloud"] == [
+        ["queued-resources", "create", "mine"], ["tpu-vm", "scp", lines[2][5]],
+        ["tpu-vm", "ssh", "mine"], ["tpu-vm", "ssh", "mine"], ["tpu-vm", "ssh", "mine"],
+    ]  # fmt: skip
+    assert {"--spot", "--accelerator-type=v5p-64", "--project=p", "--zone=z"} < set(lines[0])
+    # What the hosts' shells make of the command, twice quoted on its way.
+    command = lines[4][-1].removeprefix("--command=")
+    inner = shlex.split(command)
+    loop = shlex.split(inner[inner.index("-c") + 1])
+    assert loop[loop.index("fedsafe_jax.main") + 1 :][:3] == [
+        "--config=configs/paper.py", BUCKET, arms,
+    ]  # fmt: skip
+    on_demand = script(
+        "tpu_vm.sh", "--dry-run", "create", PROJECT="p", ZONE="z", SPOT="0"
+    )  # fmt: skip
+    assert "--spot" not in on_demand.stdout
+
+
+def test_a_gke_workload_and_a_slurm_job():
+    done = script(
+        "gke_xpk.sh", "--dry-run", "--config=a b.py", BUCKET,
+        CLUSTER="c", PROJECT="p", ZONE="z", SLICES="2",
+    )  # fmt: skip
+    (line,) = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert line[:3] == ["xpk", "workload", "create"]
+    assert {"--cluster=c", "--num-slices=2", "--tpu-type=v5litepod-16"} < set(line)
+    assert shlex.split(line[-1])[-2:] == ["--config=a b.py", BUCKET]
+    done = script("slurm.sbatch", "--dry-run", "--config=a", "--workdir=/s", PYTHON="/x/python")
+    assert shlex.split(done.stdout) == [
+        "srun", "--kill-on-bad-exit=1", "/x/python", "-m", "fedsafe_jax.main", "--config=a",
+        "--workdir=/s",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("tpu_vm.sh", ("fly",), "usage: tpu_vm.sh"),
+        ("tpu_vm.sh", ("run", "--config=a", "--workdir=/tmp/a"), "give --workdir=gs://BUCKET/"),
+        ("tpu_vm.sh", ("run", BUCKET), "give --config=FILE"),
+        ("gke_xpk.sh", ("--config=a", "--workdir=/tmp/a"), "give --workdir=gs://BUCKET/"),
+        ("gke_xpk.sh", ("--config=a", BUCKET), "no cluster: set CLUSTER"),
+        ("slurm.sbatch", ("--config=a",), "usage: sbatch"),
+        ("slurm.sbatch", ("--config=a", "--workdir=/s"), "not inside a SLURM job"),
+    ],
+)
+def test_scripts_name_the_missing_piece(name, arguments, message):
+    done = script(name, *arguments, CLUSTER="", SLURM_JOB_ID="")
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_scripts_need_their_tools(tmp_path):
+    for tool in ("bash", "dirname", "env"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    path = {"PATH": str(tmp_path), "CLUSTER": "c"}
+    done = script("tpu_vm.sh", "create", **path)
+    assert done.returncode == 1 and "gcloud is not installed" in done.stderr
+    done = script("gke_xpk.sh", "--config=a", BUCKET, **path)
+    assert done.returncode == 1 and "xpk is not installed" in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
-    scripts = sorted(str(p) for p in (ROOT / "launch").glob("*.sh"))
+    folder = ROOT / "launch"
+    scripts = sorted(map(str, [*folder.glob("*.sh"), folder / "slurm.sbatch"]))
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert os.access(SCRIPT, os.X_OK)
