@@ -7,9 +7,8 @@ object with `new_tokens_per_s`. Both sides get the same model folder, prompts, b
 new tokens; neither stops early. Runs alternate, so that noise on a shared machine meets both; the
 last line is a JSON object of medians, compilation apart.
 
-Shapes: `demo` is the packaged model (4.2M parameters); `5m`, `7m` and `27m` have random weights;
-`8b` is Llama-3.1-8B with random bfloat16 weights, which reports its share of the memory bandwidth
-given by `--gigabytes_per_s` instead of a ratio.
+Shapes are those of `shapes.py`; `1b` and `8b` have random bfloat16 weights and report their share
+of the memory bandwidth given by `--gigabytes_per_s` instead of a ratio.
 """
 
 import json
@@ -21,19 +20,15 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
+import shapes
 from absl import app, flags, logging
 
-import fedsafe_jax as fs
 from fedsafe_jax import generation
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
-from fedsafe_jax.models import hub
-from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.quantize import num_bytes
 
-_SHAPE = flags.DEFINE_enum("shape", "demo", ["demo", "5m", "7m", "27m", "8b"], "Which model.")
-_PEER = flags.DEFINE_string("peer", None, "The peer's script; none for `8b`.")
+_SHAPE = flags.DEFINE_enum("shape", "demo", shapes.NAMES, "Which model.")
+_PEER = flags.DEFINE_string("peer", None, "The peer's script; none for large shapes.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Rows decoded at once.")
 _MODEL_PARALLEL = flags.DEFINE_integer(
     "model_parallel", 1, "Devices (CPU: cores) that share one copy of the weights."
@@ -43,32 +38,6 @@ _PROMPTS = flags.DEFINE_integer("prompts", 64, "How many.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each side.")
 _BANDWIDTH = flags.DEFINE_float("gigabytes_per_s", 3350.0, "Of the accelerator (H100 SXM: 3350).")
 
-SHAPES = {
-    "5m": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192,
-        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "7m": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
-        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "27m": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096,
-        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-    },
-}  # fmt: skip
 TOPICS = ("the harbour", "a spreadsheet", "winter tyres", "sourdough", "a choir", "the night sky")
 TASKS = (
     "Explain {} to a child in two sentences.",
@@ -82,33 +51,6 @@ def prompts() -> list[str]:
     """Prompts of unequal length, in a fixed order."""
     made = [task.format(topic) for topic in TOPICS for task in TASKS]
     return [made[i % len(made)] for i in range(_PROMPTS.value)]
-
-
-def random_model(hf_config: dict, tokenizer, dtype: str) -> fs.LanguageModel:
-    """A model with random weights."""
-    config = from_hf(hub.hf_config(hf_config), dtype)
-    blank = jnp.zeros((1, 1), jnp.int32)
-
-    @jax.jit
-    def init(key):
-        params = Decoder(config).init(key, blank, blank, blank)["params"]
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config)
-
-
-def model(folder: pathlib.Path) -> fs.LanguageModel:
-    """The model of the shape asked for; unless it is 8b, also as a folder for the peer."""
-    mesh = make_mesh(model_parallel=_MODEL_PARALLEL.value)
-    packaged = fs.load_pretrained("package:model", mesh=mesh)
-    if _SHAPE.value == "8b":
-        return random_model(SHAPES["8b"], packaged.tokenizer, "bfloat16")
-    if _SHAPE.value == "demo":
-        fs.save_pretrained(packaged, folder, "float32")
-        return packaged
-    drawn = random_model(SHAPES[_SHAPE.value], packaged.tokenizer, "float32")
-    fs.save_pretrained(drawn, folder)
-    return fs.load_pretrained(str(folder), mesh=mesh)
 
 
 def timer(lm, ids):
@@ -138,12 +80,13 @@ def peer_speed(folder: pathlib.Path, texts: list[str]) -> float:
 def main(argv):
     del argv
     logging.set_verbosity(logging.WARNING)
-    if _SHAPE.value != "8b" and not _PEER.value:
+    if _SHAPE.value not in shapes.LARGE and not _PEER.value:
         raise app.UsageError("--peer: give the script to compare with.")
     use_cores(_BATCH.value)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        lm, texts = model(folder), prompts()
+        mesh = make_mesh(model_parallel=_MODEL_PARALLEL.value)
+        lm, texts = shapes.model(_SHAPE.value, folder, mesh), prompts()
         # As the peer reads them: without a chat template.
         ids = [lm.tokenizer(text)["input_ids"] for text in texts]
         run, first = timer(lm, ids)
@@ -151,7 +94,7 @@ def main(argv):
         ours, peers = [], []
         for _ in range(_REPEATS.value):
             ours.append(new_tokens / run())
-            if _PEER.value and _SHAPE.value != "8b":
+            if _PEER.value and _SHAPE.value not in shapes.LARGE:
                 peers.append(peer_speed(folder, texts))
     middle = statistics.median(ours)
     result = {

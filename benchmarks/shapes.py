@@ -1,0 +1,66 @@
+"""Models of known shapes with random weights, for measuring speed."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import fedsafe_jax as fs
+from fedsafe_jax.models import hub
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_config import from_hf
+
+
+def _llama(vocabulary, hidden, intermediate, layers, heads, kv_heads, tied=True, **more) -> dict:
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 8192, "tie_word_embeddings": tied, **more,
+    }  # fmt: skip
+
+
+# `demo` is the packaged model (4.2M parameters).
+SHAPES = {
+    "5m": _llama(8192, 256, 768, 4, 4, 2),
+    "7m": _llama(4096, 256, 768, 8, 4, 2),
+    "27m": _llama(4096, 512, 1536, 8, 8, 4),
+    "30m": _llama(8192, 512, 1536, 8, 8, 4),
+    "135m": _llama(49152, 576, 1536, 30, 9, 3),  # SmolLM2-135M
+    "1b": _llama(128256, 2048, 8192, 16, 32, 8, rope_theta=500000.0),  # Llama-3.2-1B
+    "8b": _llama(128256, 4096, 14336, 32, 32, 8, False, rope_theta=500000.0),  # Llama-3.1-8B
+}
+NAMES = ("demo", *SHAPES)
+LARGE = ("1b", "8b")  # bfloat16, and without a folder for a peer
+
+
+def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageModel:
+    """A model with random weights.
+
+    Args:
+      shape: a key of `SHAPES`.
+      tokenizer: of a vocabulary no larger than the shape's.
+      dtype: of the weights.
+    """
+    hf_config = SHAPES[shape]
+    config = from_hf(hub.hf_config(hf_config), dtype)
+    blank = jnp.zeros((1, 1), jnp.int32)
+
+    @jax.jit
+    def init(key):
+        params = Decoder(config).init(key, blank, blank, blank)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config)
+
+
+def model(shape: str, folder: pathlib.Path, mesh=None) -> fs.LanguageModel:
+    """The model of a shape; unless it is large, also as a folder for the peer."""
+    packaged = fs.load_pretrained("package:model", mesh=mesh)
+    if shape in LARGE:
+        return random_model(shape, packaged.tokenizer, "bfloat16")
+    if shape == "demo":
+        fs.save_pretrained(packaged, folder, "float32")
+        return packaged
+    fs.save_pretrained(random_model(shape, packaged.tokenizer), folder)
+    return fs.load_pretrained(str(folder), mesh=mesh)

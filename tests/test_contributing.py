@@ -1,0 +1,50 @@
+"""The worked examples of CONTRIBUTING.md run as they stand there."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TEXT = (pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_algorithm_takes_nesterov_steps():
+    names: dict = {}
+    exec(CODE[0], names)
+    method = names["fednag"](None, rate=0.5, momentum=0.9)
+    server = method.init({"a": jnp.zeros(2)})
+    delta, trace, expected = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for _ in range(3):
+        server = method.server_update(server, {"a": jnp.asarray(delta)}, ())
+        trace = -delta + 0.9 * trace
+        expected += -0.5 * (-delta + 0.9 * trace)
+    np.testing.assert_allclose(server.adapter["a"], expected, rtol=1e-6)
+    assert jax.tree.leaves(server.optimizer)
+
+
+def test_the_evaluation_counts_and_gives_an_interval():
+    names: dict = {}
+    exec(CODE[1], names)
+
+    class Model:
+        def generate(self, prompts, **options):
+            return ["Call a helpline.", "No.", "See a doctor.", "No."]
+
+    outcomes = names["run"](Model(), ["a", "b", "c", "d"])
+    assert outcomes == [True, False, True, False]
+    mean, (low, high) = names["summarise"]([outcomes])
+    assert mean == 50 and low < 50 < high
+
+
+def test_the_family_is_a_row_that_exists():
+    from families import FAMILIES as TESTED
+
+    from fedsafe_jax.models.decoder_config import FAMILIES
+
+    for code, table in ((CODE[2], FAMILIES), (CODE[3], TESTED)):
+        copy = dict(table)
+        exec(code, {"FAMILIES": copy})
+        assert copy == dict(table)
