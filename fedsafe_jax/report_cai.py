@@ -27,11 +27,11 @@ def section(rows: list[dict], folder: epath.Path) -> str:
             by_arm[row["arm"]].append(row)
     if not by_arm:
         return ""
-    header = ("arm", "rounds with CAI", "revisions kept", *REASONS, "pairs", "steps")
-    costs = ("tokens generated", "tokens trained", "seconds")
-    table = [(arm, *_counts(found)) for arm, found in by_arm.items()]
+    counts = ("arm", "", "rounds with CAI", "revisions kept", *REASONS)
+    costs = ("arm", "", "pairs", "steps", "tokens generated", "tokens trained", "seconds")
     parts = ["<h2>Constitutional AI</h2>"]
-    parts.append(html_table((header[0], "", *header[1:], *costs), table))
+    parts.append(html_table(counts, [(arm, "", *_counts(r)) for arm, r in by_arm.items()]))
+    parts.append(html_table(costs, [(arm, "", *_costs(r)) for arm, r in by_arm.items()]))
     if probes := _probes(by_arm):
         parts.append("<h3>Refusal before each round's CAI, in percent</h3>")
         parts.append(html_table(("arm", "seed", "by round; in brackets: no CAI"), probes))
@@ -41,17 +41,19 @@ def section(rows: list[dict], folder: epath.Path) -> str:
     return "".join(parts)
 
 
-def _counts(rows: list[dict]) -> tuple:
-    def total(name):
-        return sum(row["cai"].get(name, 0) for row in rows)
+def _total(rows: list[dict], name: str) -> int:
+    return sum(row["cai"].get(name, 0) for row in rows)
 
+
+def _counts(rows: list[dict]) -> tuple:
     ran = sum(row["cai"]["steps"] > 0 for row in rows)
+    return f"{ran} of {len(rows)}", *(_total(rows, name) for name in ("kept", *REASONS))
+
+
+def _costs(rows: list[dict]) -> tuple:
     seconds = sum(v for row in rows for k, v in row["seconds"].items() if k.startswith("cai"))
-    return (
-        "", f"{ran} of {len(rows)}", total("kept"), *map(total, REASONS), total("pairs"),
-        total("steps"), f"{total('tokens_generated'):,}", f"{total('tokens_trained'):,}",
-        f"{seconds:.0f}",
-    )  # fmt: skip
+    names = ("pairs", "steps", "tokens_generated", "tokens_trained")
+    return *(f"{_total(rows, name):,}" for name in names), f"{seconds:.0f}"
 
 
 def _probes(by_arm) -> list[tuple]:
