@@ -8,7 +8,7 @@ from etils import epath
 
 from fedsafe_jax import filtering, rounds
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.sources import UNSAFE, Example
+from fedsafe_jax.data.sources import UNSAFE
 from fedsafe_jax.filters import actions
 from fedsafe_jax.filters import quality as rates
 from fedsafe_jax.world import encode_all
@@ -40,13 +40,7 @@ class Clients:
 
     def judge(self):
         """`((prompts, answers) -> P(unsafe), threshold)` of the seed's filter."""
-        found = self.make_filter()
-
-        def unsafe(prompts, answers):
-            pairs = zip(prompts, answers, strict=True)
-            return found.score([Example((("user", p),), a) for p, a in pairs])
-
-        return unsafe, self.threshold
+        return filtering.answer_risk(self.make_filter()), self.threshold
 
     def filter_record(self) -> dict:
         """What `results.json` keeps of a seed."""

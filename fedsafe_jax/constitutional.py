@@ -88,7 +88,7 @@ class Server:
         counts |= revise_lib.tally(found) | {"tokens_generated": self._tokens(found)}
         kept = [r for r in [*earlier, *found] if not r.dropped]
         replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
-        adapter, trained = self._train(current, base, kept, replay, amount, t)
+        adapter, trained = self._train(current, kept, replay, amount, t)
         clock.lap("cai_train")
         return adapter, counts | {"reused": len(earlier), "replay": len(replay)} | trained, found
 
@@ -162,7 +162,7 @@ class Server:
     def _encode(self, prompt: str, response: str):
         return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
 
-    def _train(self, current, base, kept, replay, amount, t: int):
+    def _train(self, current, kept, replay, amount, t: int):
         """`(adapter, counts)`; without anything to imitate the adapter stays as it is."""
         c = self.config.cai
         imitation = [

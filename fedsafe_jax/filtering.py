@@ -72,6 +72,16 @@ def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Ex
     ]
 
 
+def answer_risk(found):
+    """`(prompts, answers) -> P(unsafe)` by a filter, for `cai.revise.Judge`."""
+
+    def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        pairs = zip(prompts, answers, strict=True)
+        return found.score([Example((("user", p),), a) for p, a in pairs])
+
+    return unsafe
+
+
 def describe(f, pairs: int) -> str:
     """What filtering is about to do, for the terminal."""
     if f.kind == "simulated":

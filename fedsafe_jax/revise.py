@@ -58,9 +58,8 @@ def read_prompts(path: str, column: str) -> list[str]:
 
 def checks(count: int) -> dict:
     """What drops revisions, by the flags."""
-    from fedsafe_jax import load_pretrained
+    from fedsafe_jax import filtering, load_pretrained
     from fedsafe_jax.cai import revise
-    from fedsafe_jax.data.sources import Example
     from fedsafe_jax.evals.judges import start_refusal
     from fedsafe_jax.filters import store
 
@@ -69,12 +68,8 @@ def checks(count: int) -> dict:
         found["rules"] = revise.Rules(wanted, start_refusal)
     if _FILTER.value:
         judge = store.load(_FILTER.value, load_pretrained)
-
-        def unsafe(prompts, answers):
-            pairs = zip(prompts, answers, strict=True)
-            return judge.score([Example((("user", p),), a) for p, a in pairs])
-
-        found["judge"] = revise.Judge(wanted, unsafe, judge.decision.threshold)
+        risk = filtering.answer_risk(judge)
+        found["judge"] = revise.Judge(wanted, risk, judge.decision.threshold)
     return found
 
 
