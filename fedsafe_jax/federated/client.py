@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedsafe_jax.models.loss import in_passes
+
 
 class LocalTraining(NamedTuple):
     """What all algorithms share of a client's work.
 
     Attributes:
-      loss_fn: `(adapter, base, batch) -> scalar`.
+      loss_fn: `(adapter, base, batch) -> scalar`, a mean over `batch.mask` (see `in_passes`).
       optimizer: built for a learning rate of 1; its updates are scaled by the step's rate.
       accumulation: batches whose gradients are averaged in a step.
     """
@@ -125,7 +127,7 @@ def local_training(
     """
     steps, accumulation = rates.shape[0], training.accumulation
     batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
-    value_and_grad = jax.value_and_grad(training.loss_fn)
+    value_and_grad = in_passes(training.loss_fn)
 
     def gradients(local, micro):
         if accumulation == 1:

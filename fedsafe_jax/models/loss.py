@@ -1,19 +1,26 @@
 """Token losses that never hold `[tokens, vocab]` logits."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fedsafe_jax.models.decoder import Decoder
 
-CHUNK_TOKENS = 1024
+# Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
+CHUNK_TOKENS = {"cpu": 128}
+DEFAULT_CHUNK_TOKENS = 1024
+# Tokens of rows that `in_passes` takes at once: on CPU what stays in a core's cache.
+PASS_TOKENS = {"cpu": 256}
 
 
 def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
     """Negative log-likelihood of each target token, zero where the mask is off.
 
-    Targets are gathered to the front and taken in chunks whose logits are recomputed in the
-    backward pass; a chunk without any target is skipped, so prompts and padding cost no logits
-    (under `vmap` the skip becomes a select and every chunk is computed).
+    Targets are gathered to the front and taken in chunks, as many as they fill: prompts and padding
+    cost no logits. While the base is frozen, a chunk's gradient is taken along with its loss, so no
+    logits are computed twice; `vmap` over adapters puts all clients' targets into one line.
 
     Args:
       model: the decoder, for its unembedding.
@@ -25,32 +32,118 @@ def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
     Returns:
       float32 `[batch, seq]`, in nats.
     """
-    tokens = targets.size
-    chunk = min(CHUNK_TOKENS, tokens)
-    padding = -tokens % chunk
-    on = jnp.pad(mask.reshape(-1) != 0, (0, padding))
-    order = jnp.argsort(~on, stable=True)  # tokens with a target come first
-    # Padding rows may name any token: their mask is off.
-    source = jnp.minimum(order, tokens - 1)
-    flat_hidden = hidden.reshape(tokens, -1)[source].reshape(-1, chunk, hidden.shape[-1])
-    flat_targets = targets.reshape(-1)[source].reshape(-1, chunk)
-    flat_on = on[order].reshape(-1, chunk)
+    chunk = min(CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS), targets.size)
+    flat = hidden.reshape(targets.size, -1), targets.reshape(-1), mask.reshape(-1) != 0
+    return _nll_of(model, chunk)(params, *flat).reshape(targets.shape)
 
-    @jax.checkpoint
-    def chunk_nll(h, target):
+
+@functools.lru_cache(maxsize=16)
+def _nll_of(model: Decoder, chunk: int):
+    """`(params, hidden [tokens, hidden_size], targets [tokens], on [tokens]) -> nll [tokens]`."""
+
+    def chunk_nll(params, h, target):
         logits = model.apply({"params": params}, h, method="unembed")
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    def one_chunk(inputs):
-        h, target, used = inputs
-        return jax.lax.cond(
-            used.any(), chunk_nll, lambda h, t: jnp.zeros_like(h[:, 0], jnp.float32), h, target
-        )
+    def in_front(hidden, targets, on):
+        """Tokens in whole chunks, targets first, and where each came from."""
+        order = jnp.argsort(~jnp.pad(on, (0, -on.size % chunk)), stable=True)
+        source = jnp.minimum(order, on.size - 1)
+        return hidden[source], targets[source], order
 
-    sorted_nll = jax.lax.map(one_chunk, (flat_hidden, flat_targets, flat_on)).reshape(-1)
-    nll = jnp.zeros_like(sorted_nll).at[order].set(sorted_nll)[:tokens]
-    return jnp.where(mask != 0, nll.reshape(targets.shape), 0.0)
+    def put_back(values, order, on):
+        back = jnp.zeros_like(values).at[order].set(values)[: on.size]
+        return jnp.where(on.reshape(-1, *[1] * (values.ndim - 1)), back, 0)
+
+    def loss_alone(params, hidden, targets, on):
+        h, target, order = in_front(hidden, targets, on)
+
+        def body(i, nll):
+            part, chosen = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (h, target))
+            return jax.lax.dynamic_update_slice_in_dim(
+                nll, chunk_nll(params, part, chosen), i * chunk, 0
+            )
+
+        used = -(-on.sum() // chunk)
+        nll = jax.lax.fori_loop(0, used, body, jnp.zeros(order.size))
+        return put_back(nll, order, on)
+
+    def loss_and_gradient(params, hidden, targets, on):
+        h, target, order = in_front(hidden, targets, on)
+
+        def body(i, found):
+            part, chosen = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (h, target))
+            nll, pull = jax.vjp(lambda x: chunk_nll(params, x, chosen), part)
+            new = nll, *pull(jnp.ones_like(nll))  # a token's loss depends on its own state alone
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 0)
+                for x, y in zip(found, new, strict=True)
+            )
+
+        used = -(-on.sum() // chunk)
+        found = jax.lax.fori_loop(0, used, body, (jnp.zeros(order.size), jnp.zeros_like(h)))
+        return tuple(put_back(x, order, on) for x in found)
+
+    def trained_head(params, hidden, targets, on):
+        """The same for a base that learns: chunks whose logits are computed again backwards."""
+        h, target, order = in_front(hidden, targets, on)
+        used = jnp.arange(0, order.size, chunk) < on.sum()
+
+        def one_chunk(inputs):
+            h, target, used = inputs
+            return jax.lax.cond(
+                used,
+                jax.checkpoint(functools.partial(chunk_nll, params)),
+                lambda h, t: jnp.zeros_like(h[:, 0], jnp.float32),
+                h, target,
+            )  # fmt: skip
+
+        chunks = (h.reshape(-1, chunk, h.shape[-1]), target.reshape(-1, chunk), used)
+        return put_back(jax.lax.map(one_chunk, chunks).reshape(-1), order, on)
+
+    alone, with_gradient = _in_one_line(loss_alone), _in_one_line(loss_and_gradient)
+
+    def forward(*inputs):
+        learns = any(x.perturbed for x in jax.tree.leaves(inputs[0], is_leaf=_is_primal))
+        params, hidden, targets, on = jax.tree.map(lambda x: x.value, inputs, is_leaf=_is_primal)
+        if learns:
+            return jax.vjp(lambda p, h: trained_head(p, h, targets, on), params, hidden)
+        return with_gradient(params, hidden, targets, on)
+
+    def backward(kept, grad):
+        if isinstance(kept, jax.Array):
+            return None, (grad[:, None] * kept).astype(kept.dtype), None, None
+        return *kept(grad), None, None
+
+    nll = jax.custom_vjp(alone)
+    nll.defvjp(forward, backward, symbolic_zeros=True)
+    return nll
+
+
+def _is_primal(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _in_one_line(function):
+    """`function(params, *tokens)`; under `vmap` over the latter, one call with more of them."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, batched, params, *tokens):
+        if any(jax.tree.leaves(batched[0])):
+            axes = jax.tree.map(lambda x: 0 if x else None, batched)
+            found = jax.vmap(function, axes, axis_size=size)(params, *tokens)
+        else:
+            tokens = [
+                x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+                for x, is_batched in zip(tokens, batched[1:], strict=True)
+            ]
+            found = mapped(params, *(x.reshape(-1, *x.shape[2:]) for x in tokens))
+            found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
+        return found, jax.tree.map(lambda x: True, found)
+
+    return mapped
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -72,3 +165,40 @@ def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
     )
     nll = token_nll(model, base, hidden, batch.targets, batch.mask)
     return masked_mean(nll, batch.mask)
+
+
+def in_passes(loss_fn: Callable) -> Callable:
+    """`jax.value_and_grad` of a loss over packed rows, taken a few rows at a time.
+
+    As many passes are made as rows are filled, so that a shape which fits the largest batch costs
+    no more than the batch at hand, and activations of one pass are held. Where `PASS_TOKENS` has
+    no entry, on accelerators, all rows are one pass.
+
+    Args:
+      loss_fn: `(adapter, base, batch) -> scalar`, a `masked_mean` over `batch.mask`; `batch` is a
+        `data.packing.Batch` with fields `[rows, seq]`, filled rows first.
+
+    Returns:
+      A function of the same arguments that returns `(value, gradient to the adapter)`.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn)
+
+    def passes(adapter, base, batch):
+        count, seq = batch.mask.shape
+        rows = max(1, PASS_TOKENS.get(jax.default_backend(), count * seq) // seq)
+        if count <= rows:
+            return value_and_grad(adapter, base, batch)
+        batch = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % rows), (0, 0))), batch)
+        whole = jnp.maximum(jnp.sum(batch.mask), 1)
+
+        def one(i, sums):
+            part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows), batch)
+            share = jnp.maximum(jnp.sum(part.mask), 1) / whole
+            new = value_and_grad(adapter, base, part)
+            return jax.tree.map(lambda x, y: x + share * y, sums, new)
+
+        filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter)
+        return jax.lax.fori_loop(0, -(-filled // rows), one, zero)
+
+    return passes
