@@ -161,7 +161,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         if mesh.shape[CLIENTS] > 1:
             # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
-            # but fails in the backward pass of the loss's checkpointed `cond` (jax 0.10.2).
+            # but failed in the backward pass of a checkpointed `cond` (jax 0.10.2).
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,
