@@ -67,14 +67,9 @@ def build_clients(config, world, seed: int, workdir: epath.Path, progress) -> Cl
     progress.note(f"seed {seed}: {filtering.describe(config.filter, len(world.filter_pairs))}")
     everything = [e for examples in split for e in examples]
     scored = filtering.score(config, world, everything, seed, workdir / "filter_scores")
-    action = config.filter.action
-    rewrite = filtering.rewriter(config, world, scored, seed) if action == "rewrite" else None
-    filtered, counts, categories, start = [], [], {}, 0
-    for examples in split:
-        mine = scored.probability[start : start + len(examples)]
-        start += len(examples)
-        found = actions.apply(action, examples, mine, scored.threshold, rewrite)
-        filtered.append(_encode(world, found, config.seq_len))
+    filtered, counts, categories = [], [], {}
+    for found in act(config, world, split, scored, seed):
+        filtered.append(encode_weighted(world, found, config.seq_len))
         counts.append(found.counts)
         for name, (flagged, seen) in found.by_category.items():
             before = categories.get(name, (0, 0))
@@ -98,7 +93,19 @@ def build_clients(config, world, seed: int, workdir: epath.Path, progress) -> Cl
     )
 
 
-def _encode(world, found: actions.Filtered, seq_len: int) -> list[chat.Encoded]:
+def act(config, world, split, scored: filtering.Scored, seed: int) -> list[actions.Filtered]:
+    """What the filter leaves of each client's pairs, which `scored` holds one after another."""
+    action = config.filter.action
+    rewrite = filtering.rewriter(config, world, scored, seed) if action == "rewrite" else None
+    stops = np.cumsum([len(examples) for examples in split])
+    mine = np.split(scored.probability, stops[:-1])
+    return [
+        actions.apply(action, examples, p, scored.threshold, rewrite)
+        for examples, p in zip(split, mine, strict=True)
+    ]
+
+
+def encode_weighted(world, found: actions.Filtered, seq_len: int) -> list[chat.Encoded]:
     """Encoded pairs whose learned tokens carry the pair's weight."""
     out = []
     for example, weight in zip(found.examples, found.weights, strict=True):

@@ -25,21 +25,29 @@ from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
 from fedsafe_jax.federated import simulation
+from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.progress import Progress
 from fedsafe_jax.validation import validate
 
 
-def run(config, workdir: str) -> dict:
+def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> dict:
     """Runs or resumes everything the config asks for.
+
+    Args:
+      config: of the run.
+      workdir: of its files.
+      world: what it reads; None to read it.
+      build: `(config, world, seed, workdir, progress) -> Clients`.
+      arm_run: `ArmRun`, or what takes its arguments and trains clients elsewhere.
 
     Returns:
       What `results.json` holds; {} in all processes but the first.
     """
     validate(config)
     started = time.monotonic()
-    world = world_lib.load(config)
+    world = world or world_lib.load(config)
     workdir = epath.Path(workdir)
     progress = Progress(config)
     if records.claim(workdir, config.to_dict()):
@@ -48,10 +56,12 @@ def run(config, workdir: str) -> dict:
     final_adapters: dict[str, object] = {}
     filter_quality: list[dict] = []
     for seed in config.seeds:
-        clients = build_clients(config, world, seed, workdir, progress)
+        clients = build(config, world, seed, workdir, progress)
         for arm_id, algorithm, arm in arm_list(config):
             path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
-            runner = ArmRun(config, world, clients, workdir, progress, seed, arm_id, algorithm, arm)
+            runner = (arm_run or ArmRun)(
+                config, world, clients, workdir, progress, seed, arm_id, algorithm, arm
+            )
             if processes.agreed(path.is_file()):
                 # The file is the first process's; the others need not see it.
                 outcome = json.loads(path.read_text()) if processes.is_first() else {}
@@ -164,18 +174,14 @@ class ArmRun:
         config, clock = self.config, Clock()
         processes.meet("round")
         # Filtered local training and aggregation.
-        state, figures = rounds.run(
-            config, self.algorithm, self._programs, state, self.world.base, data, self.seed, t
-        )
+        state, figures = self._federate(state, data, t)
         clock.lap("federated")
         row = {"arm": self.arm_id, "seed": self.seed, "round": t} | figures
         row["tokens_per_second"] = row["useful_tokens"] / clock.seconds["federated"]
         self._warn(row)
         if "filter" in self.arm:
             counts = [self.clients.counts[i] for i in row["clients"] + row["no_data"]]
-            row["filter"] = {
-                k: sum(getattr(c, k) for c in counts) for k in self.clients.counts[0]._fields
-            }
+            row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
         found = []
         if server is not None:
             # Constitutional AI on the aggregated model.
@@ -188,6 +194,12 @@ class ArmRun:
             clock.lap("probe")
         row["seconds"] = clock.seconds
         return state, row, found
+
+    def _federate(self, state, data, t: int):
+        """`(state, figures)` after the clients' training and the server's step."""
+        return rounds.run(
+            self.config, self.algorithm, self._programs, state, self.world.base, data, self.seed, t
+        )
 
     def _warn(self, row) -> None:
         """Says loudly what a round left out."""

@@ -59,6 +59,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    from fedsafe_jax.command_line import find_configs as _find_configs
     from fedsafe_jax.config import ConfigError as _ConfigError
     from fedsafe_jax.config import default_config as _default_config
 
@@ -66,4 +67,4 @@ if __name__ == "__main__":
         check_flags(sys.argv, _default_config())
     except _ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    app.run(main)
+    app.run(main, argv=_find_configs(sys.argv))

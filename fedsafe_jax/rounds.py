@@ -122,6 +122,43 @@ def _falling(schedule: str, done):
     return 1 - done if schedule == "linear" else 1.0 + 0 * done
 
 
+def draw_cohort(config, algorithm: str, sizes, seed: int, t: int) -> participation.Cohort:
+    """Who takes part in round `t`, of clients with so many examples."""
+    f = config.federated
+    weighting = f.weighting
+    if weighting == "auto":
+        # What the papers do: adaptive server optimizers see the plain mean.
+        adaptive = algorithm in ("fedadagrad", "fedyogi", "fedadam")
+        weighting = "uniform" if adaptive or f.noise_multiplier else "examples"
+    return participation.draw_cohort(
+        seed,
+        t,
+        sizes,
+        config.clients_per_round,
+        config.local_steps,
+        f.sampling,
+        weighting,
+        f.dropout,
+        f.stragglers,
+    )
+
+
+def local_batches(config, data, seed: int, t: int, ids, steps) -> RoundBatches:
+    """What clients `ids` train on in round `t`; `data` holds their encoded examples by id."""
+    return RoundBatches(
+        data,
+        seed,
+        t,
+        ids,
+        steps,
+        config.local_steps,
+        config.batch_size,
+        config.seq_len,
+        config.accumulation,
+        "openfedllm" if config.federated.sampling == "openfedllm" else "shuffle",
+    )
+
+
 def run(
     config, algorithm: str, programs: Programs, state: FederatedState, base, data, seed: int, t: int
 ) -> tuple[FederatedState, dict]:
@@ -137,35 +174,8 @@ def run(
     Returns:
       The state after the round, and its figures, a line of `metrics.jsonl`.
     """
-    f, who = config.federated, roles(config, seed)
-    weighting = f.weighting
-    if weighting == "auto":
-        # What the papers do: adaptive server optimizers see the plain mean.
-        adaptive = algorithm in ("fedadagrad", "fedyogi", "fedadam")
-        weighting = "uniform" if adaptive or f.noise_multiplier else "examples"
-    cohort = participation.draw_cohort(
-        seed,
-        t,
-        [len(examples) for examples in data],
-        config.clients_per_round,
-        config.local_steps,
-        f.sampling,
-        weighting,
-        f.dropout,
-        f.stragglers,
-    )
-    batches = RoundBatches(
-        data,
-        seed,
-        t,
-        cohort.ids,
-        cohort.steps,
-        config.local_steps,
-        config.batch_size,
-        config.seq_len,
-        config.accumulation,
-        "openfedllm" if f.sampling == "openfedllm" else "shuffle",
-    )
+    cohort = draw_cohort(config, algorithm, [len(examples) for examples in data], seed, t)
+    batches = local_batches(config, data, seed, t, cohort.ids, cohort.steps)
     useful = 0
 
     def packed(start, stop):
@@ -174,9 +184,18 @@ def run(
         useful += int((batch.segment_ids > 0).sum())
         return batch
 
+    state, report = step(config, programs, state, base, packed, cohort, seed, t)
+    return state, figures(config, cohort, report, useful, seed, t)
+
+
+def step(
+    config, programs: Programs, state: FederatedState, base, packed, cohort, seed: int, t: int
+) -> tuple[FederatedState, RoundReport]:
+    """Training and the server's step, of a cohort whose batches `packed(start, stop)` gives."""
+    who = roles(config, seed)
     boosts = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
     devices = programs.mesh.shape[CLIENTS]
-    state, report = simulation.run_round(
+    return simulation.run_round(
         programs,
         state,
         base,
@@ -188,11 +207,11 @@ def run(
         boosts.astype(np.float32),
         who.ranks[cohort.ids],
     )
-    return state, _figures(config, cohort, report, who, useful, t)
 
 
-def _figures(config, cohort, report: RoundReport, who: Roles, useful: int, t: int) -> dict:
-    f = config.federated
+def figures(config, cohort, report: RoundReport, useful: int, seed: int, t: int) -> dict:
+    """Of a round, for `metrics.jsonl`."""
+    f, who = config.federated, roles(config, seed)
     row = {
         "loss": report.loss,
         "loss_last_step": report.loss_last_step,

@@ -146,6 +146,7 @@ def print_quality(q: dict) -> None:
 
 if __name__ == "__main__":
     from fedsafe_jax.command_line import check_flags as _check_flags
+    from fedsafe_jax.command_line import find_configs as _find_configs
     from fedsafe_jax.config import ConfigError as _ConfigError
     from fedsafe_jax.config import filter_config as _filter_config
 
@@ -153,4 +154,4 @@ if __name__ == "__main__":
         _check_flags(sys.argv, _filter_config())
     except _ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    app.run(main)
+    app.run(main, argv=_find_configs(sys.argv))

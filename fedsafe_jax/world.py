@@ -1,6 +1,7 @@
 """Everything a run reads, loaded and checked before any training."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,23 +69,35 @@ def load_eval_sets(c: ConfigDict, data_dir: str, heldout: list[Example]) -> Eval
     )
 
 
-def load(config: ConfigDict) -> World:
+ROLES = ("client, safe", "client, unsafe", "filter", "CAI red team", "CAI replay")
+
+
+def load(config: ConfigDict, read: Sequence[str] = ROLES) -> World:
     """Reads model, data and constitution; drops training prompts that overlap an evaluation set.
+
+    Args:
+      config: of the run.
+      read: which data; a simulation reads all. A site has "client" pairs of its own, whatever their
+        labels, which `World.safe` then holds.
 
     Raises:
       ConfigError, SourceError, PartitionError, ConstitutionError, ModelError: naming what is wrong.
     """
-    roles = {
-        "client, safe": _pool(config.safe_sources, config.data_dir, (SAFE, sources.UNKNOWN)),
-        "client, unsafe": _pool(config.unsafe_sources, config.data_dir, (UNSAFE,)),
-        "filter": _pool(config.filter.sources, config.data_dir, (SAFE, UNSAFE)),
-        "CAI red team": _pool(config.cai.red_team_sources, config.data_dir),
-        "CAI replay": _pool(config.cai.benign_sources, config.data_dir, (SAFE, sources.UNKNOWN)),
+    harmless = (SAFE, sources.UNKNOWN)
+    known = {
+        "client": (config.safe_sources, None),
+        "client, safe": (config.safe_sources, harmless),
+        "client, unsafe": (config.unsafe_sources, (UNSAFE,)),
+        "filter": (config.filter.sources, (SAFE, UNSAFE)),
+        "CAI red team": (config.cai.red_team_sources, None),
+        "CAI replay": (config.cai.benign_sources, harmless),
     }
+    roles = {role: _pool(known[role][0], config.data_dir, known[role][1]) for role in read}
     if config.heldout_sources:
         heldout = _pool(config.heldout_sources, config.data_dir)
     else:
-        heldout = [e for e in roles["client, safe"] if sources.part_of(e.prompt) == "heldout"]
+        own = roles.get("client, safe", [])
+        heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
     evals = load_eval_sets(config.eval, config.data_dir, [e for e in heldout if e.response])
     forbidden = [*evals.advbench, *evals.over_refusal]
     forbidden += [choice.messages[-1][1] for choice in evals.hhh]
@@ -114,8 +127,9 @@ def load(config: ConfigDict) -> World:
         if not kept_exact:
             raise sources.SourceError(f"{role} data: no example is left of {read} read.")
     # The split itself is checked here, before the model loads.
-    for seed in config.seeds:
-        rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
+    if "client, safe" in roles:
+        for seed in config.seeds:
+            rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
     if any("filter" in arm for arm in config.arms):
         check_folders(config.filter)
     if config.filter.kind in ("guard", "guardian") and not config.filter.load:
@@ -141,11 +155,8 @@ def load(config: ConfigDict) -> World:
         base,
         devices,
         lora_config,
-        roles["client, safe"],
-        roles["client, unsafe"],
-        roles["filter"],
-        roles["CAI red team"],
-        roles["CAI replay"],
+        roles.get("client, safe", roles.get("client", [])),
+        *(roles.get(role, []) for role in ROLES[1:]),
         constitution,
         evals,
         counts,

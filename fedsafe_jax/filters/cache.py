@@ -22,10 +22,11 @@ def pair_hash(pair: Example) -> str:
     return content_hash(pair.prompt, pair.response)
 
 
-def folder_hash(folder) -> str:
-    """Of the files right in a folder: a filter that was trained again scores anew."""
+def folder_hash(folder, patterns: Sequence[str] = ("*",)) -> str:
+    """Of the files right in a folder that match: a filter that was trained again scores anew."""
     found = hashlib.sha256()
-    for path in sorted(p for p in pathlib.Path(folder).iterdir() if p.is_file()):
+    matching = {p for pattern in patterns for p in pathlib.Path(folder).glob(pattern)}
+    for path in sorted(p for p in matching if p.is_file()):
         with path.open("rb") as file:
             found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return found.hexdigest()[:32]

@@ -1,0 +1,280 @@
+"""The server's side of the Flower app: `fedsafe_jax.flower.server:app`.
+
+It runs what a simulation runs (rounds, CAI, evaluation, checkpoints, report), only that clients
+train at their sites. Configured by `[tool.flwr.app.config]` of the app's pyproject.toml.
+"""
+
+import ast
+import functools
+import importlib
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from jax.flatten_util import ravel_pytree
+
+from fedsafe_jax import experiment, rounds
+from fedsafe_jax import world as world_lib
+from fedsafe_jax.clients import Clients
+from fedsafe_jax.command_line import border_errors, prepare_libraries
+from fedsafe_jax.config import ConfigError
+from fedsafe_jax.federated import aggregation
+from fedsafe_jax.federated.round import SKETCH, ClientMetrics, Sent
+from fedsafe_jax.filters.actions import FilterCounts
+from fedsafe_jax.flower import wire
+from fedsafe_jax.flower.site import base_fingerprint
+from fedsafe_jax.validation import validate
+
+app = ServerApp()
+
+
+class SitesError(RuntimeError):
+    """Too few sites take part."""
+
+
+def read_config(run_config: dict):
+    """The config of a run: a module of the app with a `get_config`, and overrides, separated by
+    spaces, such as `rounds=2 filter.action=mask algorithms=('scaffold',)`.
+
+    Raises:
+      ConfigError: a field is unknown or wrong, or has no meaning across sites.
+    """
+    config = importlib.import_module(run_config["config"]).get_config()
+    for part in run_config["overrides"].split():
+        name, _, text = part.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        wire.set_field(config, name.removeprefix("config."), value)
+    validate(config)
+    for field in ("seeds", "algorithms"):
+        if len(config[field]) != 1:
+            raise ConfigError(f"{field}={tuple(config[field])}: a federation is one run; give one.")
+    if len([arm for arm in config.arms if arm != "base"]) != 1:
+        raise ConfigError(f"arms={tuple(config.arms)}: a federation trains one arm beside base.")
+    f = config.federated
+    for field, value, reason in (
+        ("federated.compression", f.compression, "adapters are sent whole"),
+        ("federated.client_ranks", f.client_ranks, "all sites train lora_rank"),
+        ("federated.dropout", f.dropout, "sites drop out by themselves"),
+        ("attack.clients", config.attack.clients, "attacks are simulated only"),
+        ("cai.check", config.cai.check in ("filter", "both"), "the filter is at the sites"),
+    ):
+        if value:
+            raise ConfigError(f"{field} is not for a federation of sites: {reason}.")
+    if not config.heldout_sources:
+        raise ConfigError("heldout_sources: the server has no client data to hold out; give some.")
+    return config
+
+
+class Sites:
+    """The clients of a federation, behind Flower's grid.
+
+    Args:
+      grid: of the run.
+      config: of the run.
+      wait_s: seconds to wait for `num_clients` sites; fewer, but a cohort, suffice then.
+      round_s: seconds that a round waits for its sites.
+    """
+
+    def __init__(self, grid: Grid, config, wait_s: float, round_s: float):
+        self.grid, self.config, self.wait_s, self.round_s = grid, config, wait_s, round_s
+        self.nodes: dict[int, int] = {}
+        self.sizes = [0] * config.num_clients
+        self.counts: dict[int, FilterCounts] = {}
+
+    def gather(self, progress) -> None:
+        """Asks every node what it holds, until all `num_clients` sites have answered.
+
+        Raises:
+          SitesError: fewer than `clients_per_round` can take part.
+        """
+        base, asked, until = base_fingerprint(self.config.model), set(), time.time() + self.wait_s
+        while len(self.nodes) < self.config.num_clients and time.time() < until:
+            new = [n for n in self.grid.get_node_ids() if n not in asked]
+            asked.update(new)
+            question = wire.config_record(self.config)
+            for node, content in self._ask(new, "query", until - time.time(), question):
+                self._admit(node, content, base, progress)
+            if not new:
+                time.sleep(1)
+        if len(self.nodes) < self.config.clients_per_round:
+            raise SitesError(
+                f"{len(self.nodes)} of {self.config.num_clients} sites take part, a round needs "
+                f"clients_per_round={self.config.clients_per_round}."
+            )
+        progress.note(f"{len(self.nodes)} sites, {sum(self.sizes)} pairs after filtering")
+
+    def _admit(self, node: int, content, base: str, progress) -> None:
+        if isinstance(content, str):
+            progress.warn(f"node {node} is left out: {content}")
+            return
+        found = json.loads(content.config_records["site"]["json"])
+        client = found["client"]
+        if found["base"] != base:
+            progress.warn(
+                f"client {client} is left out: its base model differs from the server's "
+                f"{self.config.model}; {', '.join(('config.json', 'tokenizer.json'))} and weights "
+                "must be the same files."
+            )
+        elif client in self.nodes:
+            progress.warn(f"client {client} is there twice; node {node} is left out.")
+        else:
+            self.nodes[client], self.sizes[client] = node, found["examples"]
+            hidden = {k: 0 for k in FilterCounts._fields if k.startswith("unsafe")}
+            self.counts[client] = FilterCounts(**found["filter"], **hidden)
+            near = found["data"]["dropped_near_evaluation"] + found["data"]["dropped_heldout"]
+            progress.note(
+                f"client {client}: {found['examples']} pairs"
+                + (f", {near} dropped, near evaluation prompts" if near else "")
+            )
+
+    def _ask(self, nodes, kind: str, timeout: float, question, arrays=None, each=None):
+        """`(node, content, or why there is none)` of every node."""
+        messages, timeout = [], max(timeout, 1.0)
+        for i, node in enumerate(nodes):
+            own = ConfigRecord(dict(question) | (each[i] if each else {}))
+            content = RecordDict({"question": own} | ({"server": arrays} if arrays else {}))
+            messages.append(Message(content, dst_node_id=node, message_type=kind, ttl=timeout))
+        found = dict.fromkeys(nodes, "no answer in time")
+        if messages:
+            for reply in self.grid.send_and_receive(messages, timeout=timeout):
+                node = reply.metadata.src_node_id
+                if reply.has_error():
+                    found[node] = reply.error.reason.strip().splitlines()[-1]
+                elif "refused" in reply.content:
+                    found[node] = reply.content.config_records["refused"]["reason"]
+                else:
+                    found[node] = reply.content
+        return list(found.items())
+
+    def clients(self, config, world, seed, workdir, progress) -> Clients:
+        """What `experiment` knows of clients whose pairs it never sees."""
+        del config, world, seed, workdir
+        self.gather(progress)
+        return Clients(plain=None, counts=self.counts)
+
+    def round(self, algorithm: str, programs, state, t: int, warn):
+        """One round; as `rounds.run`, with `no_answer` among the figures."""
+        config, seed = self.config, self.config.seeds[0]
+        cohort = rounds.draw_cohort(config, algorithm, self.sizes, seed, t)
+        missing, useful = [], 0
+
+        def train(server, base, inputs, rates):
+            nonlocal useful
+            del base
+            size, ids = len(inputs.weights), np.asarray(inputs.batches)
+            template = {"adapter": server.adapter, "control": server.control}
+            arrays = wire.arrays(jax.device_get(template))
+            here = [i for i in range(size) if ids[i] >= 0]
+            nodes = [self.nodes[int(ids[i])] for i in here]
+            steps = dict(zip(cohort.ids.tolist(), cohort.steps.tolist(), strict=True))
+            each = [{"round": t, "steps": steps[int(ids[i])]} for i in here]
+            question = wire.config_record(config)
+            answers = self._ask(nodes, "train", self.round_s, question, arrays, each)
+            received = Received(programs.spec, server, size, len(rates))
+            for i, (_, content) in zip(here, answers, strict=True):
+                reason = content
+                if not isinstance(content, str):
+                    try:
+                        useful += received.add(i, content, float(inputs.weights[i]))
+                        continue
+                    except wire.WireError as error:
+                        reason = str(error)
+                missing.append(int(ids[i]))
+                warn(f"round {t + 1}: client {int(ids[i])} is left out: {reason}")
+            return received.sent, (), (), received.metrics
+
+        def numbers(start, stop):
+            ids = np.full(stop - start, -1, np.int32)
+            some = cohort.ids[start:stop]
+            ids[: len(some)] = some
+            return ids
+
+        remote = programs._replace(train=train)
+        state, report = rounds.step(config, remote, state, None, numbers, cohort, seed, t)
+        row = rounds.figures(config, cohort, report, useful, seed, t)
+        return state, row | {"no_answer": missing}
+
+
+class Received:
+    """A chunk's updates, as `federated.round` would have computed them here.
+
+    Attributes:
+      sent, metrics: leaves lead with the clients; zero, without weight, where nothing came.
+    """
+
+    def __init__(self, spec, server, size: int, steps: int):
+        self._clip, self._server = spec.clip_norm, server
+        flat, self._unravel = ravel_pytree(server.adapter)
+        zeros = functools.partial(np.zeros, dtype=np.float32)
+        controls = jax.tree.map(lambda x: zeros((size, *x.shape)), server.control)
+        self.sent = Sent(zeros((size, flat.size)), (), controls, zeros(size), zeros(size))
+        self.metrics = ClientMetrics(
+            zeros((size, steps)), zeros((size, steps)), zeros(size), np.ones(size, bool),
+            zeros((size, SKETCH)),
+        )  # fmt: skip
+
+    def add(self, i: int, content: RecordDict, weight: float) -> int:
+        """Puts a site's reply in place `i`; returns its useful tokens.
+
+        Raises:
+          WireError: arrays of another shape.
+        """
+        sent, metrics = self.sent, self.metrics
+        like = {"update": self._server.adapter, "control": self._server.control}
+        like |= {"losses": metrics.losses[i], "active": metrics.active[i]}
+        found = wire.tree(content.array_records["update"], like | {"sketch": metrics.sketches[i]})
+        numbers = content.metric_records["numbers"]
+        update = np.asarray(ravel_pytree(found["update"])[0])
+        everything = np.asarray(ravel_pytree((update, found["control"]))[0])
+        finite = bool(np.isfinite(everything).all() and numbers["finite"])
+        metrics.finite[i] = finite
+        metrics.losses[i], metrics.active[i] = found["losses"], found["active"]
+        if not finite:
+            return int(numbers["useful_tokens"])
+        if self._clip:  # the site has clipped; that it did is not taken on trust
+            length = jnp.linalg.norm(update)
+            update = np.asarray(aggregation.clip(update, length, self._clip))
+        sent.updates[i], sent.weights[i], sent.steps[i] = update, weight, numbers["steps"]
+        metrics.norms[i], metrics.sketches[i] = numbers["norm"], found["sketch"]
+        jax.tree.map(lambda x, c: x.__setitem__(i, c), sent.controls, found["control"])
+        return int(numbers["useful_tokens"])
+
+
+class FederationRun(experiment.ArmRun):
+    """An arm whose clients are sites."""
+
+    def __init__(self, sites: Sites, *args):
+        super().__init__(*args)
+        self._sites = sites
+
+    def _federate(self, state, data, t: int):
+        del data
+        return self._sites.round(self.algorithm, self._programs, state, t, self.progress.warn)
+
+
+def run(grid: Grid, run_config: dict) -> dict:
+    """The whole federation; returns what `results.json` holds."""
+    config = read_config(run_config)
+    prepare_libraries(run_config["workdir"])
+    world = world_lib.load(config, ("CAI red team", "CAI replay"))
+    sites = Sites(grid, config, run_config["wait-seconds"], run_config["round-seconds"])
+    arm_run = functools.partial(FederationRun, sites)
+    return experiment.run(config, run_config["workdir"], world, sites.clients, arm_run)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point of Flower's ServerApp process."""
+    try:
+        run(grid, dict(context.run_config))
+    except (ConfigError, SitesError, *border_errors()) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,90 @@
+"""What travels between server and sites: named float32 arrays and JSON, never pickles.
+
+An array's name is its path, such as `adapter.layers.self_attn.q_proj.a`: a record holds what a
+safetensors file would.
+"""
+
+import json
+
+import ml_collections
+import numpy as np
+from flax import traverse_util
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+from fedsafe_jax.config import ConfigError, check_override, default_config
+
+
+class WireError(ValueError):
+    """A message does not hold what this side needs; the text names the array or field."""
+
+
+def arrays(tree: dict) -> ArrayRecord:
+    """A record of nested dictionaries of float32 arrays; what is () is left out."""
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    found = {name: np.asarray(x) for name, x in flat.items() if not isinstance(x, tuple)}
+    return ArrayRecord({name: Array(x) for name, x in found.items()})
+
+
+def tree(record: ArrayRecord, like: dict) -> dict:
+    """The arrays of a record, nested as in `like`.
+
+    Args:
+      record: as `arrays` made it.
+      like: nested dictionaries of arrays, or of their shapes; () where nothing travels.
+
+    Raises:
+      WireError: an array is missing, unknown, or of another shape or dtype: the other side has
+        another base model, rank or targets.
+    """
+    flat = traverse_util.flatten_dict(like, sep=".")
+    wanted = {name: x for name, x in flat.items() if not isinstance(x, tuple)}
+    for names, what in ((wanted.keys() - record.keys(), "is missing"),
+                        (record.keys() - wanted.keys(), "is not known here")):  # fmt: skip
+        if names:
+            raise WireError(f"array {min(names)} {what}: other lora_targets, or algorithm.")
+    found = {}
+    for name, model in wanted.items():
+        x = record[name].numpy()
+        if x.shape != model.shape or x.dtype != np.float32:
+            raise WireError(
+                f"array {name} is {x.dtype} {list(x.shape)}, expected float32 "
+                f"{list(model.shape)}: another base model, or lora_rank."
+            )
+        found[name] = x
+    empty = {name: x for name, x in flat.items() if isinstance(x, tuple)}
+    return traverse_util.unflatten_dict(found | empty, sep=".")
+
+
+def config_record(config: ml_collections.ConfigDict, **others) -> ConfigRecord:
+    """The run's config, and what else belongs to a question."""
+    return ConfigRecord({"config": json.dumps(config.to_dict()), **others})
+
+
+def config_of(record: ConfigRecord) -> ml_collections.ConfigDict:
+    """The config of a record.
+
+    Raises:
+      ConfigError: a field that this version of the package does not know, or of another type.
+    """
+    config = default_config()
+    for name, value in traverse_util.flatten_dict(json.loads(record["config"]), sep=".").items():
+        set_field(config, name, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, value) -> None:
+    """Sets one field by its dotted name.
+
+    Raises:
+      ConfigError: there is no such field, or the value is of another type.
+    """
+    check_override(name, config)
+    *sections, last = name.split(".")
+    section = config
+    for part in sections:
+        section = section[part]
+    try:
+        section[last] = value
+    except TypeError:
+        kind = type(section[last]).__name__
+        raise ConfigError(f"{name}={value!r}: expected a value of type {kind}.") from None

@@ -1,0 +1,309 @@
+"""A federation of three sites is the simulation of three clients, with and without a network."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import rows
+from safetensors.numpy import load_file
+
+flwr = pytest.importorskip("flwr")
+
+from flwr.app import ArrayRecord, Context, RecordDict  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from fedsafe_jax import clients, experiment, filtering  # noqa: E402
+from fedsafe_jax import world as world_lib  # noqa: E402
+from fedsafe_jax.config import ConfigError, default_config  # noqa: E402
+from fedsafe_jax.flower import client, server, site, wire  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEMO = ROOT / "fedsafe_jax/assets/demo"
+PROGRAMS = pathlib.Path(sys.executable).parent
+OVERRIDES = (
+    "rounds=2 local_steps=3 batch_size=4 seq_len=64 filter.kind=simulated eval.max_prompts=4 "
+    "eval.max_heldout=4 eval.max_new_tokens=4 eval.batch_size=4 cai.red_team_prompts=2 "
+    "cai.benign_prompts=1 cai.steps=2 cai.batch_size=2 cai.pairs_per_step=1 "
+    "cai.replay_examples=4 cai.max_new_tokens=8 algorithms=('scaffold',)"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of three sites, of different size."""
+    found = tmp_path_factory.mktemp("sites")
+    safe = (DEMO / "clients_safe.jsonl").read_text().splitlines()
+    unsafe = (DEMO / "clients_unsafe.jsonl").read_text().splitlines()
+    for i in range(3):
+        lines = [*safe[i::40][: 9 + i], *unsafe[i::60][:5]]
+        (found / f"site{i}.jsonl").write_text("\n".join(lines) + "\n")
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flower_process():
+    """What Flower's processes find: the app's folder, and who they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "launch/flower")
+        for name in ("_run_id", "_node_id", "_task_id"):
+            patch.setattr(TaskIdentity, name, 1)
+        yield
+
+
+def run_config(workdir, *overrides):
+    return {
+        "config": "federation", "overrides": " ".join((OVERRIDES, *overrides)),
+        "workdir": str(workdir), "wait-seconds": 2, "round-seconds": 60,
+    }  # fmt: skip
+
+
+def node_config(folder, i):
+    return {
+        "client": i, "sources": f"chat:site{i}.jsonl", "data-dir": str(folder),
+        "workdir": str(folder / f"work{i}"),
+    }  # fmt: skip
+
+
+class LocalGrid:
+    """Flower's grid without a network: nodes 100, 101, ... answer at once.
+
+    `spoil(node, reply) -> reply` may change what they say; None is no answer.
+    """
+
+    def __init__(self, nodes, spoil=lambda node, reply: reply):
+        self.nodes, self.spoil = {100 + i: n for i, n in enumerate(nodes)}, spoil
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def send_and_receive(self, messages, *, timeout):
+        assert timeout > 0
+        for message in messages:
+            node = message.metadata.dst_node_id
+            context = Context(1, node, self.nodes[node], RecordDict(), {})
+            reply = self.spoil(node, client.app(message, context))
+            if reply is not None:
+                yield reply
+
+
+@pytest.fixture(scope="module")
+def simulated(folder, tmp_path_factory):
+    """Workdir of the simulation of the same clients: their pairs and verdicts are given."""
+    workdir = tmp_path_factory.mktemp("simulated")
+    config = server.read_config(run_config(workdir))
+
+    def build(config, world, seed, workdir, progress):
+        del progress
+        found = []
+        for i in range(3):
+            config.safe_sources, config.data_dir = (f"chat:site{i}.jsonl",), str(folder)
+            pairs = world_lib.load(config, ("client",)).safe
+            scored = filtering.score(config, world, pairs, seed, workdir)
+            found += clients.act(config, world, [pairs], scored, seed)
+        encoded = [clients.encode_weighted(world, f, config.seq_len) for f in found]
+        return clients.Clients(None, encoded, [f.counts for f in found])
+
+    world = world_lib.load(config, ("CAI red team", "CAI replay"))
+    experiment.run(config, str(workdir), world, build)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def federated(folder, tmp_path_factory):
+    """Workdir of the server of a federation without a network."""
+    workdir = tmp_path_factory.mktemp("federated")
+    server.run(LocalGrid([node_config(folder, i) for i in (2, 0, 1)]), run_config(workdir))
+    return workdir
+
+
+def exported(workdir):
+    return load_file(workdir / "export/adapter/adapter_model.safetensors")
+
+
+def assert_same_run(workdir, wanted):
+    """Adapters and figures. Sums in another order leave 1e-5 of a tensor's length; Adam's first
+    steps take the sign of a gradient, so that a single number may also go the other way."""
+    found = exported(workdir)
+    assert found.keys() == exported(wanted).keys()
+    for name, x in exported(wanted).items():
+        assert np.linalg.norm(found[name] - x) <= 1e-3 * np.linalg.norm(x), name
+        assert "lora_B" not in name or np.abs(x).max() > 1e-3
+    for mine, theirs in zip(rows(workdir), rows(wanted), strict=True):
+        assert mine["useful_tokens"] == theirs["useful_tokens"] and mine["no_answer"] == []
+        assert mine["filter"]["dropped"] == theirs["filter"]["dropped"] > 0
+        np.testing.assert_allclose(mine["delta_norms"], theirs["delta_norms"], rtol=1e-3)
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
+
+
+def test_sites_give_the_adapter_of_the_simulation(simulated, federated):
+    assert_same_run(federated, simulated)
+    results = json.loads((federated / "results.json").read_text())
+    assert results["arms"].keys() == {"base", "fl+filter+cai"}
+    assert "fl+filter+cai" in (federated / "report.html").read_text()
+
+
+def test_a_federation_continues_with_the_state_that_its_sites_had(
+    federated, folder, tmp_path, monkeypatch
+):
+    nodes = [node_config(folder, i) | {"workdir": str(tmp_path / f"work{i}")} for i in range(3)]
+    save = experiment.checkpoint.RoundCheckpoints.save
+
+    def killed(self, done, state):
+        if done == 2:
+            raise KeyboardInterrupt
+        save(self, done, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment.checkpoint.RoundCheckpoints, "save", killed)
+        server.run(LocalGrid(nodes), run_config(tmp_path / "server"))
+    client._site.cache_clear()  # the sites' processes are new as well
+    server.run(LocalGrid(nodes), run_config(tmp_path / "server"))
+    for name, x in exported(federated).items():
+        np.testing.assert_array_equal(exported(tmp_path / "server")[name], x)
+
+
+def test_sites_that_do_not_fit_are_left_out_by_name(folder, tmp_path, capsys):
+    other = tmp_path / "model"
+    shutil.copytree(ROOT / "fedsafe_jax/assets/model", other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    nodes = [
+        node_config(folder, 0),
+        node_config(folder, 1) | {"model": str(other)},
+        node_config(folder, 0),
+        node_config(folder, 7),
+        {"client": 2},
+        node_config(folder, 2) | {"sources": "chat:absent.jsonl"},
+    ]
+    with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
+        server.run(LocalGrid(nodes), run_config(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert "client 1 is left out: its base model differs" in said
+    assert "client 0 is there twice; node 102 is left out" in said
+    assert "client=7: this run has num_clients=3" in said
+    assert "node 104 is left out: --node-config: sources is missing" in said
+    assert "absent.jsonl" in said
+
+
+def test_bad_updates_cost_their_round_alone(folder, tmp_path, capsys):
+    def spoil(node, reply):
+        if "update" not in reply.content:
+            return reply
+        arrays = reply.content.array_records["update"]
+        name = "update.layers.self_attn.q_proj.a"
+        if node == 100:  # an adapter of another rank
+            smaller = {
+                k: (v.numpy()[..., :-1] if k == name else v.numpy()) for k, v in arrays.items()
+            }
+            reply.content["update"] = ArrayRecord(
+                {k: flwr.app.Array(np.ascontiguousarray(v)) for k, v in smaller.items()}
+            )
+        if node == 101:
+            spoilt = {k: np.full_like(v.numpy(), np.nan) for k, v in arrays.items()}
+            reply.content["update"] = ArrayRecord({k: flwr.app.Array(v) for k, v in spoilt.items()})
+        return reply if node != 102 else None
+
+    grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
+    server.run(grid, run_config(tmp_path, "rounds=1", "arms=('base','fl+filter')",
+                                "export_arm=fl+filter"))  # fmt: skip
+    (row,) = rows(tmp_path)
+    assert row["no_answer"] == [0, 2] and row["excluded"] == [1] and row["skipped"]
+    assert all(np.all(x == 0) for n, x in exported(tmp_path).items() if "lora_B" in n)
+    said = capsys.readouterr().err
+    assert "client 0 is left out: array update.layers.self_attn.q_proj.a is float32 [4" in said
+    assert "another base model, or lora_rank" in said
+    assert "client 2 is left out: no answer in time" in said
+    assert "update not finite, left out: client(s) 1" in said and "SKIPPED" in said
+
+
+def test_what_has_no_meaning_across_sites_is_refused(tmp_path):
+    for override, message in (
+        ("federated.compression=int8", "federated.compression is not for a federation"),
+        ("seeds=(0,1)", "a federation is one run"),
+        ("heldout_sources=()", "no client data to hold out"),
+        ("roundz=3", "no such field; did you mean --config.rounds?"),
+        ("rounds=two", "rounds='two': expected a value of type int"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            server.read_config(run_config(tmp_path, override))
+        assert message in str(error.value)
+    with pytest.raises(ConfigError, match="no such key; expected client, sources"):
+        site.settings_of({"client": 0, "source": "x"})
+
+
+def test_configs_travel_unchanged():
+    config = default_config()
+    config.seeds, config.filter.action = (3,), "mask"
+    found = wire.config_of(wire.config_record(config))
+    assert json.dumps(found.to_dict()) == json.dumps(config.to_dict())
+
+
+def free_ports(count):
+    held = [socket.socket() for _ in range(count)]
+    for each in held:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return ports
+
+
+@contextlib.contextmanager
+def superlink_and_nodes(folder, tmp_path, environment):
+    """A SuperLink and three SuperNodes on loopback; gives the address."""
+    link, *ports = free_ports(4)
+    address, started = f"127.0.0.1:{link}", []
+
+    def start(name, *flags):
+        log = (tmp_path / f"{name}{len(started)}.log").open("w")
+        started.append(
+            subprocess.Popen(
+                [PROGRAMS / name, "--insecure", *flags],
+                env=environment,
+                cwd=tmp_path,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        )
+
+    try:
+        start("flower-superlink", "--port", str(link), "--disable-runtime-dependency-installation")
+        for i, port in enumerate(ports):
+            own = node_config(folder, i) | {"workdir": str(tmp_path / f"work{i}")}
+            text = " ".join(f"{k}={json.dumps(v)}" for k, v in own.items())
+            flags = ("--superlink", address, "--port", str(port), "--node-config", text)
+            start("flower-supernode", *flags)
+        yield address
+    finally:
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_superlink_and_three_supernodes_give_the_same(simulated, folder, tmp_path):
+    environment = os.environ | {
+        "XLA_FLAGS": "", "FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0",
+        "PYTHONPATH": str(ROOT), "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+    }  # fmt: skip
+    shutil.copytree(ROOT / "launch/flower", tmp_path / "app")
+    with superlink_and_nodes(folder, tmp_path, environment) as address:
+        (tmp_path / "flower").mkdir(exist_ok=True)
+        connection = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\n'
+        (tmp_path / "flower/config.toml").write_text(connection + "insecure = true\n")
+        settings = run_config(tmp_path / "server") | {"wait-seconds": 300, "round-seconds": 300}
+        text = " ".join(f"{k}={json.dumps(v)}" for k, v in settings.items())
+        done = subprocess.run(
+            ["flwr", "run", "app", "here", "--stream", "--run-config", text], cwd=tmp_path,
+            env=environment, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+    logs = [path.read_text()[-2000:] for path in sorted(tmp_path.glob("*.log"))]
+    assert (tmp_path / "server/results.json").is_file(), "\n".join([done.stdout, *logs])
+    assert_same_run(tmp_path / "server", simulated)
