@@ -85,7 +85,7 @@ def fedopt(
     Args:
       training: the clients' work.
       optimizer: of the server, takes the negative mean delta as a gradient.
-      prox_mu: adds mu/2 |y - x|^2 to the clients' losses (FedProx, Li et al., 2020, Eq. 2).
+      prox_mu: adds `mu/2 |y - x|^2` to the clients' losses (FedProx, Li et al., 2020, Eq. 2).
     """
 
     def init(adapter):
