@@ -12,13 +12,19 @@ from fedsafe_jax.progress import table_rows
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;width:100%;margin:1em 0}
-th,td{padding:.4em .6em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
+:root{color-scheme:light dark;--text:#222;--faint:#666;--line:#ddd;--page:#fff;--box:#f6f6f6}
+@media(prefers-color-scheme:dark){
+:root{--text:#ddd;--faint:#999;--line:#3a3d42;--page:#191b1f;--box:#23262b}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;
+color:var(--text);background:var(--page)}
+.scroll{overflow-x:auto;margin:1em 0}
+table{border-collapse:collapse;width:100%}
+th,td{padding:.4em .6em;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
-.text td{text-align:left;white-space:pre-wrap;font-size:13px}.text th{text-align:left}
-img{max-width:100%}
-pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}h2{margin-top:2em}.note{color:#666}
+.text td{text-align:left;white-space:pre-wrap;font-size:13px;min-width:9em}.text th{text-align:left}
+img{max-width:100%;border-radius:6px}@media(max-width:600px){img{max-width:none;width:36em}}
+pre{background:var(--box);padding:1em;overflow:auto;font-size:12px}h2{margin-top:2em}
+.note{color:var(--faint);overflow-wrap:anywhere}
 """
 
 
@@ -132,7 +138,8 @@ def write(workdir: epath.Path, config, results: dict, outcomes: dict) -> None:
     parts.append(f"<h2>Config</h2><pre>{html.escape(dump)}</pre>")
     made_with = html.escape(f"{results['device']}, {results['versions']}")
     parts.append(f'<p class="note">{made_with}</p>')
-    head = f'<meta charset="utf-8"><title>fedsafe_jax</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>fedsafe_jax</title><style>{STYLE}</style>"
     page = f'<!doctype html><html lang="en">{head}'
     (workdir / "report.html").write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
     _tensorboard(workdir, rows)

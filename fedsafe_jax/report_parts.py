@@ -23,7 +23,8 @@ def figure_tag(path: epath.Path, draw) -> str:
     plt.close(drawn)
     path.write_bytes(buffer.getvalue())
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}">'
+    image = f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}">'
+    return f'<div class="scroll">{image}</div>'  # on a phone, wide figures stay legible
 
 
 def html_table(header, rows, kind="") -> str:
@@ -31,4 +32,4 @@ def html_table(header, rows, kind="") -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
     )
-    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'

@@ -48,7 +48,9 @@ def test_figures_and_exports(workdir, packaged):
         return plt.figure()
 
     (workdir / "figures").mkdir(parents=True)
-    assert report_parts.figure_tag(workdir / "figures" / "a.png", draw).startswith("<img")
+    assert report_parts.figure_tag(workdir / "figures" / "a.png", draw).startswith(
+        '<div class="scroll"><img'
+    )
     assert (workdir / "figures" / "a.png").read_bytes()[1:4] == b"PNG"
     shape = lora.LoraConfig(2, 4.0, ("q_proj",))
     import jax

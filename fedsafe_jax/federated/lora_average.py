@@ -7,6 +7,8 @@ Projections are stacked as in `models.lora`, `a` `[layers, in, rank]`, `b` `[lay
 import jax
 import jax.numpy as jnp
 
+PROBES = 8  # columns of X in `project_products`
+
 
 def _is_pair(node) -> bool:
     return isinstance(node, dict) and "a" in node
@@ -63,6 +65,28 @@ def product_mean(adapters, weights: jax.Array):
         }
 
     return _map(one, adapters)
+
+
+def project_products(adapter) -> jax.Array:
+    """Random projections `X^T a b` of an adapter's products, float32, flat.
+
+    They are linear in the products: the mean of the clients' projections is the projection of their
+    mean product, which is too large to send. Lengths are kept within about `1 / sqrt(2 * PROBES *
+    layers * projections)`, 9% for two projections in four layers (Hutchinson, 1989).
+    """
+    pairs, _ = jax.tree.flatten(adapter, is_leaf=_is_pair)
+    found = []
+    for i, pair in enumerate(pairs):
+        key = jax.random.fold_in(jax.random.key(0), i)
+        x = jax.random.rademacher(key, (*pair["a"].shape[:-1], PROBES), jnp.float32)
+        found.append((x.swapaxes(-1, -2) @ pair["a"] @ pair["b"]).ravel())
+    return jnp.concatenate(found)
+
+
+def projected_gap(mean_projection: jax.Array, mean) -> jax.Array:
+    """`product_gap` from the mean of the clients' `project_products` and an adapter."""
+    difference = jnp.linalg.norm(project_products(mean) - mean_projection)
+    return difference / jnp.maximum(jnp.linalg.norm(mean_projection), 1e-15)
 
 
 def product_gap(adapters, weights: jax.Array, mean) -> jax.Array:

@@ -74,6 +74,7 @@ class Sent(NamedTuple):
       controls: SCAFFOLD's changes; () without.
       weights: float32, 0 also for a client whose update is not finite.
       steps: float32, share of the local steps that were done.
+      products: float32 `[clients, ...]`, see `lora_average.project_products`.
     """
 
     updates: jax.Array
@@ -81,6 +82,7 @@ class Sent(NamedTuple):
     controls: Any
     weights: jax.Array
     steps: jax.Array
+    products: jax.Array
 
 
 class ClientMetrics(NamedTuple):
@@ -101,6 +103,7 @@ class Collected(NamedTuple):
     steps: jax.Array  # float32 [], weighted
     clients: jax.Array  # float32 [], that count
     controls: Any
+    products: jax.Array  # float32 [...], weighted
 
 
 class RoundMetrics(NamedTuple):
@@ -109,7 +112,7 @@ class RoundMetrics(NamedTuple):
     update_norm: jax.Array  # float32 []
     sketch: jax.Array  # float32 [SKETCH], of the mean
     mean_norm: jax.Array  # float32 []
-    product_gap: jax.Array  # float32 [], see `lora_average`; NaN when updates were added up
+    product_gap: jax.Array  # float32 [], see `lora_average`
     clients: jax.Array  # float32 [], that counted
 
 
@@ -182,15 +185,17 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
             sent.weights @ sent.steps,
             jnp.sum(present),
             jax.tree.map(lambda c: jnp.tensordot(present, c, axes=1), sent.controls),
+            sent.weights @ sent.products,
         )
         return new if so_far is None else jax.tree.map(jnp.add, so_far, new)
 
     def finish(server: ServerState, gathered, key):
         current, unravel = ravel_pytree(server.adapter)
-        gap = jnp.full((), jnp.nan)
         if isinstance(gathered, Collected):
             sums = gathered
             mean = sums.total / jnp.maximum(sums.weight, 1e-12)
+            products = sums.products / jnp.maximum(jnp.max(sums.weight), 1e-12)
+            gap = lora_average.projected_gap(products, unravel(current + mean))
         else:
             sent = jax.tree.map(lambda *parts: jnp.concatenate(parts), *gathered)
             sums = collect(None, sent)
@@ -247,7 +252,11 @@ def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: Inputs):
     counts = finite & (inputs.weights > 0)
     state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), state, inputs.states)
     control = jax.tree.map(lambda c: jnp.where(counts, c, 0.0), update.control)
-    sent = Sent(flat, masks, control, jnp.where(counts, inputs.weights, 0.0), steps)
+    products = lora_average.project_products(
+        jax.tree.map(jnp.add, start, ravel_pytree(start)[1](flat))
+    )
+    weight = jnp.where(counts, inputs.weights, 0.0)
+    sent = Sent(flat, masks, control, weight, steps, products)
     metrics = ClientMetrics(trained.losses, trained.active, norm, finite, sketched)
     return sent, state, residual, metrics
 
@@ -260,10 +269,5 @@ def _combine(spec: RoundSpec, sent: Sent, current, unravel):
         mean = lora_average.product_mean(adapters, sent.weights)
         gap = lora_average.product_gap(adapters, sent.weights, mean)
         return ravel_pytree(mean)[0] - current, gap
-    if spec.ragged_ranks:
-        share = sent.weights @ sent.masks
-        mean = sent.weights @ sent.updates / jnp.maximum(share, 1e-12)
-    else:
-        mean = spec.aggregator.combine(sent.updates, sent.weights, current)
-    gap = lora_average.product_gap(adapters, sent.weights, unravel(current + mean))
-    return mean, gap
+    mean = spec.aggregator.combine(sent.updates, sent.weights, current)
+    return mean, lora_average.product_gap(adapters, sent.weights, unravel(current + mean))

@@ -44,7 +44,7 @@ class RoundReport(NamedTuple):
       excluded: ids whose update was not finite.
       skipped: nobody was left, the server stayed as it was.
       update_norm: of the server's step.
-      product_gap: see `lora_average.product_gap`; NaN when updates were added up in chunks.
+      product_gap: see `lora_average.product_gap`; estimated where updates are added up.
       bytes_up, bytes_down: of all clients together.
     """
 
@@ -165,7 +165,7 @@ def run_round(
     if ranks is None:
         ranks = np.full(count, np.iinfo(np.int32).max)
     rates = replicate(np.asarray(rates, np.float32), mesh)
-    gathered: Any = None if spec.linear and count > chunk else []
+    gathered: Any = None if spec.linear else []
     kept, figures = [], []
     if not count and not spec.noise_multiplier:
         none = np.zeros(0, np.float32)

@@ -24,6 +24,7 @@ from fedsafe_jax.clients import Clients
 from fedsafe_jax.command_line import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import aggregation
+from fedsafe_jax.federated.lora_average import project_products
 from fedsafe_jax.federated.round import SKETCH, ClientMetrics, Sent
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
@@ -215,7 +216,10 @@ class Received:
         flat, self._unravel = ravel_pytree(server.adapter)
         zeros = functools.partial(np.zeros, dtype=np.float32)
         controls = jax.tree.map(lambda x: zeros((size, *x.shape)), server.control)
-        self.sent = Sent(zeros((size, flat.size)), (), controls, zeros(size), zeros(size))
+        products = zeros((size, *jax.eval_shape(project_products, server.adapter).shape))
+        self.sent = Sent(
+            zeros((size, flat.size)), (), controls, zeros(size), zeros(size), products
+        )  # fmt: skip
         self.metrics = ClientMetrics(
             zeros((size, steps)), zeros((size, steps)), zeros(size), np.ones(size, bool),
             zeros((size, SKETCH)),
@@ -243,6 +247,8 @@ class Received:
             length = jnp.linalg.norm(update)
             update = np.asarray(aggregation.clip(update, length, self._clip))
         sent.updates[i], sent.weights[i], sent.steps[i] = update, weight, numbers["steps"]
+        moved = jax.tree.map(jnp.add, self._server.adapter, self._unravel(jnp.asarray(update)))
+        sent.products[i] = project_products(moved)
         metrics.norms[i], metrics.sketches[i] = numbers["norm"], found["sketch"]
         jax.tree.map(lambda x, c: x.__setitem__(i, c), sent.controls, found["control"])
         return int(numbers["useful_tokens"])

@@ -64,3 +64,26 @@ def test_a_round_averages_products():
 
     np.testing.assert_allclose(product(chunked), product(state), atol=1e-5)
     assert np.abs(product(other) - product(state)).max() > 1e-6
+
+
+def test_the_gap_is_estimated_from_sums_that_are_small():
+    rng = np.random.default_rng(3)
+    draws = {"a": (5, 6, 40, RANK), "b": (5, 6, RANK, 30)}
+    pair = {k: rng.normal(size=v).astype(np.float32) for k, v in draws.items()}
+    stacked, weights = {"layers": {"q_proj": pair}}, np.arange(1, 6, dtype=np.float32) / 15
+    each = np.stack([
+        lora_average.project_products({"layers": {"q_proj": {k: v[i] for k, v in pair.items()}}})
+        for i in range(5)
+    ])  # fmt: skip
+    assert each.size < pair["b"].size * lora_average.PROBES
+    # Linear: the mean projection is that of the mean product, here as an adapter of full rank.
+    mean = np.einsum("k,klir,klro->lio", weights, pair["a"], pair["b"])
+    whole = {"layers": {"q_proj": {"a": mean, "b": np.broadcast_to(np.eye(30), (6, 30, 30))}}}
+    projected = weights @ each
+    np.testing.assert_allclose(lora_average.project_products(whole), projected, atol=1e-4)
+    factors = {
+        "layers": {"q_proj": {k: np.einsum("k,k...->...", weights, v) for k, v in pair.items()}}
+    }
+    exact = float(lora_average.product_gap(stacked, jnp.asarray(weights), factors))
+    estimate = float(lora_average.projected_gap(projected, factors))
+    assert exact > 0.3 and abs(estimate - exact) < 0.25 * exact  # two standard errors
