@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import fedsafe_jax as fs
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.decoder_config import from_hf
+from fedsafe_jax.models.decoder_config import DecoderConfig, from_hf
 
 
 def _llama(vocabulary, hidden, intermediate, layers, heads, kv_heads, tied=True, **more) -> dict:
@@ -34,6 +34,12 @@ NAMES = ("demo", *SHAPES)
 LARGE = ("1b", "8b")  # bfloat16, and without a folder for a peer
 
 
+def config_of(shape: str, dtype: str = "") -> DecoderConfig:
+    """Of a key of `SHAPES`; large ones are bfloat16 unless told."""
+    dtype = dtype or ("bfloat16" if shape in LARGE else "float32")
+    return from_hf(hub.hf_config(SHAPES[shape]), dtype)
+
+
 def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageModel:
     """A model with random weights.
 
@@ -42,8 +48,7 @@ def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageMo
       tokenizer: of a vocabulary no larger than the shape's.
       dtype: of the weights.
     """
-    hf_config = SHAPES[shape]
-    config = from_hf(hub.hf_config(hf_config), dtype)
+    config = config_of(shape, dtype)
     blank = jnp.zeros((1, 1), jnp.int32)
 
     @jax.jit
@@ -51,7 +56,7 @@ def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageMo
         params = Decoder(config).init(key, blank, blank, blank)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config)
+    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, SHAPES[shape])
 
 
 def model(shape: str, folder: pathlib.Path, mesh=None) -> fs.LanguageModel:
