@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "TRANSFORMERS_VERBOSITY": "error"}
+# Devices as a user has them; compiled quickly, as in conftest.
+QUICK = os.environ["XLA_FLAGS"].split(" ", 1)[1]
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "TRANSFORMERS_VERBOSITY": "error"}
 SMALL = (
     "rounds=3", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
     "batch_size=2", "seq_len=64", "filter.epochs=1", "eval.max_prompts=4", "eval.max_heldout=4",

@@ -2,13 +2,13 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 
 import pytest
-from commands import SMALL
+from commands import QUICK, SMALL
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,8 +33,7 @@ def site(tmp_path_factory):
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    with tarfile.open(build("sdist", copy, folder)) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(build("sdist", copy, folder), folder)
     (unpacked,) = (p for p in folder.glob("fedsafe_jax-*") if p.is_dir())
     with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
         archive.extractall(folder / "site")
@@ -43,7 +42,7 @@ def site(tmp_path_factory):
 
 def test_the_demos_base_is_evaluated_in_an_empty_folder(site, tmp_path):
     # PYTHONPATH comes before an editable install of the repository.
-    environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": QUICK}
     command = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
     flags = [f"--config.{s}" for s in SMALL if s.startswith("eval")] + ["--config.arms=('base',)"]
     done = subprocess.run(

@@ -12,12 +12,12 @@ import sys
 
 import numpy as np
 import pytest
-from commands import rows
+from commands import QUICK, rows
 from safetensors.numpy import load_file
 
 flwr = pytest.importorskip("flwr")
 
-from flwr.app import ArrayRecord, Context, RecordDict  # noqa: E402
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from fedsafe_jax import clients, experiment, filtering  # noqa: E402
@@ -60,7 +60,7 @@ def flower_process():
 
 def run_config(workdir, *overrides):
     return {
-        "config": "federation", "overrides": " ".join((OVERRIDES, *overrides)),
+        "config": "federation_config", "overrides": " ".join((OVERRIDES, *overrides)),
         "workdir": str(workdir), "wait-seconds": 2, "round-seconds": 60,
     }  # fmt: skip
 
@@ -192,6 +192,20 @@ def test_sites_that_do_not_fit_are_left_out_by_name(folder, tmp_path, capsys):
     assert "absent.jsonl" in said
 
 
+def test_a_description_that_cannot_be_read_is_left_out(folder, tmp_path, capsys):
+    said = {100: "no JSON", 101: '{"client": 1}', 102: None}
+
+    def spoil(node, reply):
+        if said[node] is not None:
+            reply.content["site"] = ConfigRecord({"json": said[node]})
+        return reply
+
+    grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
+    with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
+        server.run(grid, run_config(tmp_path / "run"))
+    assert capsys.readouterr().err.count("its description cannot be read") == 2
+
+
 def test_bad_updates_cost_their_round_alone(folder, tmp_path, capsys):
     def spoil(node, reply):
         if "update" not in reply.content:
@@ -290,7 +304,7 @@ def superlink_and_nodes(folder, tmp_path, environment):
 
 def test_a_superlink_and_three_supernodes_give_the_same(simulated, folder, tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "", "FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0",
+        "XLA_FLAGS": QUICK, "FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0",
         "PYTHONPATH": str(ROOT), "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
     }  # fmt: skip
     shutil.copytree(ROOT / "launch/flower", tmp_path / "app")

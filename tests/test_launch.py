@@ -44,6 +44,7 @@ def test_wrong_use_prints_the_usage(arguments):
 
 def test_two_processes_end_with_the_adapter_of_one(tmp_path):
     settings = ("arms=('fl+filter+cai',)", "rounds=2", "clients_per_round=3")
+    settings += ("filter.kind=simulated",)
     fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     done = launch(2, "--config=configs/demo.py", f"--workdir={tmp_path / 'two'}", *flags)

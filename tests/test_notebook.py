@@ -6,7 +6,7 @@ import shutil
 
 import nbclient
 import nbformat
-from commands import ROOT, SMALL
+from commands import QUICK, ROOT, SMALL
 
 
 def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch):
@@ -14,7 +14,7 @@ def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch):
     notebook = nbformat.read(source, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # committed without outputs
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     small = (*(s for s in SMALL if not s.startswith("arms")), "arms=('base','fl+filter+cai')")
     small = (*small, "rounds=1", "filter.kind=simulated")

@@ -7,27 +7,22 @@ train at their sites. Configured by `[tool.flwr.app.config]` of the app's pyproj
 import ast
 import functools
 import importlib
-import json
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from jax.flatten_util import ravel_pytree
 
 from fedsafe_jax import experiment, rounds
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.clients import Clients
 from fedsafe_jax.command_line import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
-from fedsafe_jax.federated import aggregation
-from fedsafe_jax.federated.lora_average import project_products
-from fedsafe_jax.federated.round import SKETCH, ClientMetrics, Sent
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
+from fedsafe_jax.flower.received import BROKEN, Received, read_description
 from fedsafe_jax.flower.site import base_fingerprint
 from fedsafe_jax.validation import validate
 
@@ -116,21 +111,26 @@ class Sites:
         if isinstance(content, str):
             progress.warn(f"node {node} is left out: {content}")
             return
-        found = json.loads(content.config_records["site"]["json"])
+        try:
+            found = read_description(content)
+        except BROKEN as error:
+            progress.warn(f"node {node} is left out: its description cannot be read ({error!r}).")
+            return
         client = found["client"]
-        if found["base"] != base:
+        if not 0 <= client < self.config.num_clients:
+            progress.warn(f"node {node} is left out: client {client} is not in this run.")
+        elif found["base"] != base:
             progress.warn(
                 f"client {client} is left out: its base model differs from the server's "
-                f"{self.config.model}; {', '.join(('config.json', 'tokenizer.json'))} and weights "
-                "must be the same files."
+                f"{self.config.model}; config.json, tokenizer.json and weights must be the same "
+                "files."
             )
         elif client in self.nodes:
             progress.warn(f"client {client} is there twice; node {node} is left out.")
         else:
             self.nodes[client], self.sizes[client] = node, found["examples"]
-            hidden = {k: 0 for k in FilterCounts._fields if k.startswith("unsafe")}
-            self.counts[client] = FilterCounts(**found["filter"], **hidden)
-            near = found["data"]["dropped_near_evaluation"] + found["data"]["dropped_heldout"]
+            self.counts[client] = found["counts"]
+            near = found["near"]
             progress.note(
                 f"client {client}: {found['examples']} pairs"
                 + (f", {near} dropped, near evaluation prompts" if near else "")
@@ -188,6 +188,8 @@ class Sites:
                         continue
                     except wire.WireError as error:
                         reason = str(error)
+                    except BROKEN as error:
+                        reason = f"its update cannot be read ({error!r})"
                 missing.append(int(ids[i]))
                 warn(f"round {t + 1}: client {int(ids[i])} is left out: {reason}")
             return received.sent, (), (), received.metrics
@@ -202,56 +204,6 @@ class Sites:
         state, report = rounds.step(config, remote, state, None, numbers, cohort, seed, t)
         row = rounds.figures(config, cohort, report, useful, seed, t)
         return state, row | {"no_answer": missing}
-
-
-class Received:
-    """A chunk's updates, as `federated.round` would have computed them here.
-
-    Attributes:
-      sent, metrics: leaves lead with the clients; zero, without weight, where nothing came.
-    """
-
-    def __init__(self, spec, server, size: int, steps: int):
-        self._clip, self._server = spec.clip_norm, server
-        flat, self._unravel = ravel_pytree(server.adapter)
-        zeros = functools.partial(np.zeros, dtype=np.float32)
-        controls = jax.tree.map(lambda x: zeros((size, *x.shape)), server.control)
-        products = zeros((size, *jax.eval_shape(project_products, server.adapter).shape))
-        self.sent = Sent(
-            zeros((size, flat.size)), (), controls, zeros(size), zeros(size), products
-        )  # fmt: skip
-        self.metrics = ClientMetrics(
-            zeros((size, steps)), zeros((size, steps)), zeros(size), np.ones(size, bool),
-            zeros((size, SKETCH)),
-        )  # fmt: skip
-
-    def add(self, i: int, content: RecordDict, weight: float) -> int:
-        """Puts a site's reply in place `i`; returns its useful tokens.
-
-        Raises:
-          WireError: arrays of another shape.
-        """
-        sent, metrics = self.sent, self.metrics
-        like = {"update": self._server.adapter, "control": self._server.control}
-        like |= {"losses": metrics.losses[i], "active": metrics.active[i]}
-        found = wire.tree(content.array_records["update"], like | {"sketch": metrics.sketches[i]})
-        numbers = content.metric_records["numbers"]
-        update = np.asarray(ravel_pytree(found["update"])[0])
-        everything = np.asarray(ravel_pytree((update, found["control"]))[0])
-        finite = bool(np.isfinite(everything).all() and numbers["finite"])
-        metrics.finite[i] = finite
-        metrics.losses[i], metrics.active[i] = found["losses"], found["active"]
-        if not finite:
-            return int(numbers["useful_tokens"])
-        if self._clip:  # the site has clipped; that it did is not taken on trust
-            length = jnp.linalg.norm(update)
-            update = np.asarray(aggregation.clip(update, length, self._clip))
-        sent.updates[i], sent.weights[i], sent.steps[i] = update, weight, numbers["steps"]
-        moved = jax.tree.map(jnp.add, self._server.adapter, self._unravel(jnp.asarray(update)))
-        sent.products[i] = project_products(moved)
-        metrics.norms[i], metrics.sketches[i] = numbers["norm"], found["sketch"]
-        jax.tree.map(lambda x, c: x.__setitem__(i, c), sent.controls, found["control"])
-        return int(numbers["useful_tokens"])
 
 
 class FederationRun(experiment.ArmRun):

@@ -15,7 +15,7 @@ def run(processes, output):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].split(" ", 1)[1]}
     started = [
         subprocess.Popen(
             [sys.executable, WORKER, *map(str, (i, processes, port, output))],
