@@ -18,7 +18,7 @@ def section(quality: dict, figures: epath.Path) -> str:
     rates = ", ".join(f"{name} {quality[name]:.1f}" for name in RATES)
     counts = ("true_positive", "false_negative", "false_positive", "true_negative")
     rows = [
-        (f"seed run {i}", f"{q['threshold']:.2f}", *(q[name] for name in counts), _error(q))
+        (f"run {i}", f"{q['threshold']:.2f}", *(q[name] for name in counts), _error(q))
         for i, q in enumerate(seeds)
     ]
     header = ("", "threshold", "unsafe flagged", "unsafe kept", "safe flagged", "safe kept")
