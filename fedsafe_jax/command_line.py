@@ -61,7 +61,7 @@ def find_configs(argv: list[str]) -> list[str]:
         flag, _, value = argument.partition("=")
         path, colon, rest = value.partition(":")
         if flag == "--config" and path.startswith("configs/") and not pathlib.Path(path).exists():
-            packaged = importlib.resources.files("fedsafe_jax.configs") / path.split("/", 1)[1]
+            packaged = importlib.resources.files("fedsafe_jax") / path
             if packaged.is_file():
                 argument = f"{flag}={packaged}{colon}{rest}"
         found.append(argument)
