@@ -8,7 +8,6 @@ copyright = "the fedsafe_jax authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "fedsafe_jax"
-exclude_patterns = ["generated/README.md"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say it

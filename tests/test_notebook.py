@@ -1,7 +1,6 @@
 """The Colab notebook, executed at a reduced size."""
 
 import os
-import pathlib
 import shutil
 
 import nbclient
@@ -31,4 +30,4 @@ def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch):
     assert table.count("fl+filter+cai") == 2 * 2  # rich shows a table as HTML and as text
     assert "demo/export/merged/model.safetensors" in export
     assert chat.count("How do I bake bread?") == 3
-    assert pathlib.Path(tmp_path / "more/config.json").is_file()
+    assert (tmp_path / "more/config.json").is_file()

@@ -1,4 +1,7 @@
-"""What the server makes of sites' messages: nothing in them is taken on trust."""
+"""What the server makes of sites' messages.
+
+Shapes, finiteness and lengths are checked here; how many pairs a site holds is its own word.
+"""
 
 import functools
 import json
@@ -68,7 +71,10 @@ class Received:
         found = wire.tree(content.array_records["update"], like | {"sketch": metrics.sketches[i]})
         numbers = content.metric_records["numbers"]
         update = np.asarray(ravel_pytree(found["update"])[0])
-        everything = np.asarray(ravel_pytree((update, found["control"]))[0])
+        reported = (numbers["norm"], numbers["steps"])
+        everything = np.asarray(
+            ravel_pytree((update, found["control"], found["sketch"], reported))[0]
+        )
         finite = bool(np.isfinite(everything).all() and numbers["finite"])
         metrics.finite[i] = finite
         metrics.losses[i], metrics.active[i] = found["losses"], found["active"]
@@ -77,7 +83,8 @@ class Received:
         if self._clip:  # the site has clipped; that it did is not taken on trust
             length = jnp.linalg.norm(update)
             update = np.asarray(aggregation.clip(update, length, self._clip))
-        sent.updates[i], sent.weights[i], sent.steps[i] = update, weight, numbers["steps"]
+        sent.updates[i], sent.weights[i] = update, weight
+        sent.steps[i] = min(max(numbers["steps"], 0.0), 1.0)
         moved = jax.tree.map(jnp.add, self._server.adapter, self._unravel(jnp.asarray(update)))
         sent.products[i] = project_products(moved)
         metrics.norms[i], metrics.sketches[i] = numbers["norm"], found["sketch"]

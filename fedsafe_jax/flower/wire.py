@@ -55,9 +55,9 @@ def tree(record: ArrayRecord, like: dict) -> dict:
     return traverse_util.unflatten_dict(found | empty, sep=".")
 
 
-def config_record(config: ml_collections.ConfigDict, **others) -> ConfigRecord:
-    """The run's config, and what else belongs to a question."""
-    return ConfigRecord({"config": json.dumps(config.to_dict()), **others})
+def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
+    """The run's config, as JSON."""
+    return ConfigRecord({"config": json.dumps(config.to_dict())})
 
 
 def config_of(record: ConfigRecord) -> ml_collections.ConfigDict:
