@@ -50,11 +50,11 @@ RESAMPLES = 1000
 
 
 def pairs_of(name, config):
-    """Labelled pairs; an answer that begins with a refusal is safe."""
+    """Labelled pairs whose label and first words do not contradict each other."""
     names = SOURCES.get(name, config.sources)
     found = [e for n in names for e in sources.load(n, config.data_dir) if e.response]
     known = [e for e in found if e.label != sources.UNKNOWN]
-    return filtering.judged_by_answer(known)[0]
+    return filtering.undisputed(known)[0]
 
 
 def split(name, config, seed):

@@ -35,15 +35,14 @@ class Scored(NamedTuple):
     make_filter: object
 
 
-def judged_by_answer(pairs: Sequence[Example]) -> tuple[list[Example], int]:
-    """Pairs for training and measuring a filter, with the number of labels that changed: an answer
-    that begins with a refusal is safe, whatever was asked."""
-    out, changed = [], 0
-    for pair in pairs:
-        if pair.label == UNSAFE and start_refusal(pair.response):
-            pair, changed = pair._replace(label=SAFE), changed + 1
-        out.append(pair)
-    return out, changed
+def undisputed(pairs: Sequence[Example]) -> tuple[list[Example], int]:
+    """Pairs for training and measuring a filter, with the number that was left out.
+
+    An answer that is labelled unsafe and begins as a refusal is left out: either it is a refusal,
+    which is safe, or it goes on to comply ("Sorry! Here it is: ..."), and words do not tell which.
+    """
+    kept = [p for p in pairs if p.label != UNSAFE or not start_refusal(p.response)]
+    return kept, len(pairs) - len(kept)
 
 
 def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Example]:

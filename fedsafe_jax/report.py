@@ -135,6 +135,7 @@ def write(workdir: epath.Path, config, results: dict, outcomes: dict) -> None:
         parts.append(_seconds_section(rows))
     dump = json.dumps(config.to_dict(), indent=2)
     parts.append("<h2>Data</h2>" + html_table(*_data_rows(results["data"])))
+    parts.append('<p class="note">Disputed: labelled unsafe, but begins as a refusal.</p>')
     parts.append(f"<h2>Config</h2><pre>{html.escape(dump)}</pre>")
     made_with = html.escape(f"{results['device']}, {results['versions']}")
     parts.append(f'<p class="note">{made_with}</p>')
@@ -184,8 +185,8 @@ def _seconds_section(rows: list[dict]) -> str:
 
 
 def _data_rows(counts: dict):
-    header = ("pool", "", "read", "refusals", "near an evaluation prompt", "held out", "kept")
-    fields = ("read", "refusals", "dropped_near_evaluation", "dropped_heldout", "kept")
+    header = ("pool", "", "read", "disputed", "near an evaluation prompt", "held out", "kept")
+    fields = ("read", "disputed", "dropped_near_evaluation", "dropped_heldout", "kept")
     return header, [(role, "", *(c[f] for f in fields)) for role, c in counts.items()]
 
 

@@ -19,26 +19,26 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the filter is writt
 def read(config):
     """`(training pairs, held-out pairs, counts)`; no prompt is on both sides.
 
-    An answer that begins with a refusal is safe, whatever its label. At most `max_per_source` pairs
-    of each source are trained on.
+    Refusals that are labelled unsafe are left out, see `filtering.undisputed`. At most
+    `max_per_source` pairs of each source are trained on.
     """
     import numpy as np
 
     from fedsafe_jax.data import sources
-    from fedsafe_jax.filtering import judged_by_answer
+    from fedsafe_jax.filtering import undisputed
 
     def load(name):
         found = [e for e in sources.load(name, config.data_dir) if e.response]
-        return judged_by_answer([e for e in found if e.label != sources.UNKNOWN])
+        return undisputed([e for e in found if e.label != sources.UNKNOWN])
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
     prompts = {e.prompt for e in held}
     pairs: list = []
-    counts = {"read": 0, "refusals_labelled_safe": 0, "in_held_out": 0, "over_limit": 0}
+    counts = {"read": 0, "disputed": 0, "in_held_out": 0, "over_limit": 0}
     for number, name in enumerate(config.sources):
-        found, changed = load(name)
-        counts["read"] += len(found)
-        counts["refusals_labelled_safe"] += changed
+        found, disputed = load(name)
+        counts["read"] += len(found) + disputed
+        counts["disputed"] += disputed
         if not config.heldout_sources:
             mine = [e for e in found if sources.part_of(e.prompt) == "heldout"]
             held += mine

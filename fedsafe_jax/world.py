@@ -13,7 +13,7 @@ from fedsafe_jax.cai import constitution as constitution_lib
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
-from fedsafe_jax.filtering import check_folders, judged_by_answer
+from fedsafe_jax.filtering import check_folders, undisputed
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
 
@@ -104,12 +104,10 @@ def load(config: ConfigDict, read: Sequence[str] = ROLES) -> World:
     exact = {overlap.normalise(e.prompt) for e in evals.heldout}
     counts = {}
     for role, pool in roles.items():
-        # Refusals that a source calls unsafe harm nobody: no client gets them as harmful pairs, and
-        # the filter learns them as safe.
-        refused = 0
+        disputed = 0
         read = len(pool)
         if role in ("client, unsafe", "filter"):
-            pool, refused = judged_by_answer(pool)
+            pool, disputed = undisputed(pool)
         if role == "client, unsafe":
             pool = [e for e in pool if e.label == UNSAFE]
         kept, near = overlap.drop_overlap(pool, forbidden)
@@ -118,7 +116,7 @@ def load(config: ConfigDict, read: Sequence[str] = ROLES) -> World:
         kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
         counts[role] = {
             "read": read,
-            "refusals": refused,
+            "disputed": disputed,
             "dropped_near_evaluation": near,
             "dropped_heldout": len(kept) - len(kept_exact),
             "kept": len(kept_exact),

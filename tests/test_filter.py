@@ -210,8 +210,8 @@ def test_guard_reads_the_verdict_and_learns_it(packaged, pairs):
 
 def test_guardian_detects_and_answers(packaged, pairs):
     replies = guard.safe_replies(pairs, actions.REFUSAL)
-    options = TrainingOptions(epochs=6, batch_size=16, learning_rate=3e-3)
-    found, _ = guard.train(pairs[::2], packaged, SHAPE, 0, options, 128, replies[::2])
+    options = TrainingOptions(epochs=5, batch_size=16, learning_rate=3e-3)
+    found, _ = guard.train(pairs[::2], packaged, SHAPE, 0, options, 64, replies[::2])
     held = pairs[1::4]
     flagged = found.score(held) >= found.decision.threshold
     assert quality.quality([e.label == "unsafe" for e in held], flagged).accuracy > 85
@@ -322,7 +322,7 @@ def test_every_harmful_question_also_stands_with_a_refusal():
     assert filtering.hard_negatives(some[:10], 1.0, 0)[0].response == actions.REFUSAL
 
 
-def test_a_refusal_is_safe_whatever_was_asked():
-    some = [pair("How to rob?", "I'm sorry, but I can't.", "unsafe"), pair("b", "Sure.", "unsafe")]
-    found, changed = filtering.judged_by_answer(some)
-    assert [e.label for e in found] == ["safe", "unsafe"] and changed == 1
+def test_an_unsafe_refusal_is_a_contradiction():
+    refusal = "I'm sorry, but I can't."
+    some = [pair("a", refusal, "unsafe"), pair("b", "Sure.", "unsafe"), pair("c", refusal)]
+    assert filtering.undisputed(some) == (some[1:], 1)

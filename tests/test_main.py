@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from commands import ENVIRONMENT, ROOT, comparable, run
+from commands import ENVIRONMENT, ROOT, comparable, rows, run, start
 
 
 @pytest.mark.parametrize(
@@ -85,11 +87,11 @@ def test_a_run_writes_what_the_design_lists(finished):
             low, high = arm[task]["ci95"]
             assert 0 <= low <= arm[task][field] <= high <= 100
     assert {"accuracy", "precision", "recall", "hmean"} <= results["filter"].keys()
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["arm"], r["round"]) for r in rows] == [
+    found = rows(workdir)
+    assert [(r["arm"], r["round"]) for r in found] == [
         (a, t) for a in ("fl", "fl+filter+cai") for t in range(3)
     ]
-    assert all(r["useful_tokens"] > 0 and r["seconds"] for r in rows)
+    assert all(r["useful_tokens"] > 0 and r["seconds"] for r in found)
     record = json.loads((workdir / "cai" / "round_001.jsonl").read_text().splitlines()[0])
     assert {"prompt", "initial", "principle", "critique", "revision", "dropped"} <= record.keys()
     assert "<table" in (workdir / "report.html").read_text()
@@ -104,6 +106,32 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
     assert (
         done.returncode != 0 and "learning_rate" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+def stopped(workdir, how, arm):
+    """What a run writes to stderr that gets a signal when a round of the arm is done."""
+    process, metrics = start(workdir), workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and f'"arm": "{arm}"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (workdir / "results.json").exists()
+    return errors
+
+
+def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path):
+    stopped(tmp_path, signal.SIGKILL, "fl")
+    errors = stopped(tmp_path, signal.SIGINT, "fl+filter+cai")  # an arm is finished, one is not
+    assert "the same command continues" in errors and "Traceback" not in errors
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(finished[0])
+
+    def losses(workdir):
+        return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows(workdir)]
+
+    assert losses(tmp_path) == losses(finished[0])  # to the bit
 
 
 def test_several_seeds_and_algorithms_make_one_table(tmp_path):
@@ -123,14 +151,14 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
 
 def test_evaluate_prompts_and_adapter(finished, tmp_path):
     (tmp_path / "p.csv").write_text("id,ask\n1,How do I bake bread?\n2,How do I rob a bank?\n")
-    start = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
+    begin = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
     flags = [f"--adapter={finished[0] / 'export' / 'adapter'}", f"--output={tmp_path / 'o.json'}"]
     arguments = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True}
-    done = subprocess.run([*start, *flags, "--column=ask", "--max_new_tokens=8"], **arguments)
+    done = subprocess.run([*begin, *flags, "--column=ask", "--max_new_tokens=8"], **arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "95% interval" in done.stdout and "bake bread" in done.stdout
     assert len(json.loads((tmp_path / "o.json").read_text())["prompts"]) == 2
-    wrong = subprocess.run([*start, *flags], **arguments)
+    wrong = subprocess.run([*begin, *flags], **arguments)
     assert wrong.returncode != 0 and "no column 'prompt'" in wrong.stderr
 
 
@@ -152,9 +180,9 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
     else:
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | change))
-    start = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--model={folder}"]
+    begin = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--model={folder}"]
     done = subprocess.run(
-        [*start, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
+        [*begin, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -176,9 +204,9 @@ jax.jit(lambda x: x @ x.T)(jax.numpy.ones((64, 64))).block_until_ready()"""
 
 
 def test_dry_run_of_the_paper_counts_llama_8b():
-    start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/paper.py:scaffold"]
+    begin = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/paper.py:scaffold"]
     done = subprocess.run(
-        [*start, "--config.dry_run"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [*begin, "--config.dry_run"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     # The model card's exact parameter count.
     assert done.returncode == 0 and "8,030,261,248 parameters" in done.stdout

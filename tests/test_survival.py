@@ -1,41 +1,10 @@
-"""Runs that are killed, interrupted, terminated: they end with the same numbers."""
+"""Runs that are killed over and over, or terminated: they end with the same adapter."""
 
 import random
 import signal
 import time
 
-import pytest
-from commands import comparable, rows, run, start
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("straight")
-    return workdir, run(workdir)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path, how):
-    process, metrics = start(tmp_path), tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    # The first round of the last arm is done: two arms are finished, one is in the middle.
-    while not (metrics.exists() and '"fl+filter+cai"' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    if how == signal.SIGINT:
-        assert "the same command continues" in errors and "Traceback" not in errors
-    assert not (tmp_path / "results.json").exists()
-    run(tmp_path)
-    assert comparable(tmp_path) == comparable(finished[0])
-
-    def losses(workdir):
-        return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows(workdir)]
-
-    assert losses(tmp_path) == losses(finished[0])  # to the bit
-
+from commands import comparable, run, start
 
 LONG = (
     "arms=('fl',)",
