@@ -11,9 +11,9 @@ import optax
 
 from fedsafe_jax.cai import derta, losses
 from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.packing import Batch, assign_rows, bucket, fill
+from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.loss import packed_loss, token_nll
+from fedsafe_jax.models.loss import in_passes, packed_loss, token_nll
 
 LOSSES = ("sft", *losses.PREFERENCES, "derta")
 
@@ -113,24 +113,37 @@ def make_step(model: Decoder, recipe: Recipe):
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
-    def loss_fn(adapter, reference, base, data: Step):
-        found = {"sft": packed_loss(model, adapter, base, data.imitation)}
-        total = found["sft"] * (recipe.weight("sft") or 1.0)
-        if data.pairs is not None:
-            count = len(data.pairs.on) * (4 if "kto" in recipe.preferences else 2)
-            mine = log_likelihoods(model, base, adapter, data.pairs, count)
-            fixed = log_likelihoods(model, base, reference, data.pairs, count)
-            ratios = mine - jax.lax.stop_gradient(fixed)
-            found |= preference_losses(ratios, data.pairs.on, recipe.preferences, recipe.beta)
+    imitate = in_passes(functools.partial(packed_loss, model))
+
+    def preference(adapter, reference, base, pairs: Pairs):
+        count = len(pairs.on) * (4 if "kto" in recipe.preferences else 2)
+        mine = log_likelihoods(model, base, adapter, pairs, count)
+        fixed = log_likelihoods(model, base, reference, pairs, count)
+        ratios = mine - jax.lax.stop_gradient(fixed)
+        found = preference_losses(ratios, pairs.on, recipe.preferences, recipe.beta)
+        return sum(recipe.weight(name) * found[name] for name in found), found
+
+    def gradients(adapter, reference, base, data: Step):
+        loss, gradient = imitate(adapter, base, data.imitation)
+        found, parts = {"sft": loss}, [(recipe.weight("sft") or 1.0, gradient)]
         if data.derta is not None:
-            found["derta"] = packed_loss(model, adapter, base, data.derta)
-        for name in found.keys() - {"sft"}:
-            total += recipe.weight(name) * found[name]
+            found["derta"], gradient = imitate(adapter, base, data.derta)
+            parts.append((recipe.weight("derta"), gradient))
+        if data.pairs is not None:
+            gradient, each = jax.grad(preference, has_aux=True)(
+                adapter, reference, base, data.pairs
+            )
+            found |= each
+            parts.append((1.0, gradient))
+        weights = [w for w, _ in parts]
+        total = jax.tree.map(
+            lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)), *(g for _, g in parts)
+        )
         return total, found
 
     @jax.jit
     def step(adapter, state, reference, base, data, rate):
-        grads, found = jax.grad(loss_fn, has_aux=True)(adapter, reference, base, data)
+        grads, found = gradients(adapter, reference, base, data)
         direction, state = optimizer.update(grads, state, adapter)
         return jax.tree.map(lambda p, d: p - rate * d, adapter, direction), state, found
 
@@ -210,10 +223,13 @@ def steps(
 
 
 def _same_rows(found: list[Step], nobody: int) -> list[Step]:
-    """Pads every kind of rows to the round's largest count, so that a step is compiled once."""
+    """Pads every kind of rows to a power of two that fits all of a round, so that few programs are
+    compiled in all rounds; most of what is padded is skipped where rows are worked off in passes.
+    """
 
     def most(batches):
-        return bucket(max((len(b.tokens) for b in batches if b is not None), default=1))
+        rows = max((len(b.tokens) for b in batches if b is not None), default=1)
+        return 1 << (rows - 1).bit_length()
 
     def grown(array, count, value=0):
         return np.pad(array, ((0, count - len(array)), (0, 0)), constant_values=value)
