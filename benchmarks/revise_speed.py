@@ -18,6 +18,7 @@ from absl import app, flags
 from fedsafe_jax import load_pretrained
 from fedsafe_jax.cai import constitution, forms, revise
 from fedsafe_jax.constitutional import generate
+from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
 from fedsafe_jax.language_model import model_folder
@@ -70,7 +71,14 @@ def main(argv):
     prompts = [e.prompt for e in examples[: _COUNT.value]]
     use_cores(os.cpu_count())
     lm = load_pretrained(_MODEL.value, mesh=make_mesh())
-    ours = generate(_NEW.value, [0], lm, 0.0, _BATCH.value)
+
+    def ours(threads, call):  # a conversation of its own for every run
+        nonlocal talk
+        if call == 0:
+            talk = Conversation(lm, _BATCH.value)
+        return generate(_NEW.value, [0], talk, 0.0)(threads, call)
+
+    talk = None
     theirs = torch_speaker(model_folder(_MODEL.value))
     principles = constitution.load("package:constitution")
 

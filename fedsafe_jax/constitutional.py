@@ -11,6 +11,7 @@ from fedsafe_jax import records
 from fedsafe_jax.cai import derta, forms, schedule
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as train_lib
+from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.evals.statistics import wilson
@@ -140,11 +141,14 @@ class Server:
         if c.check in ("filter", "both"):
             checks["judge"] = revise_lib.Judge(wanted, *self.clients.judge())
         speak = functools.partial(generate, c.max_new_tokens, [self.seed, t, 3])
+        talk = reviser = Conversation(current, BATCH)
+        if c.reviser == "base":
+            reviser = Conversation(base, BATCH)
         return revise_lib.revise(
             harmful + benign,
             self.world.constitution,
-            speak(current, c.temperature),
-            speak(current if c.reviser == "global" else base, 0.0),
+            speak(talk, c.temperature),
+            speak(reviser, 0.0),
             (self.seed, t, 4),
             c.revision_rounds,
             c.few_shots,
@@ -207,24 +211,23 @@ class Server:
 
 
 def generate(
-    max_new_tokens: int, seed, lm, temperature: float, batch_size: int = BATCH, chat_form=True
+    max_new_tokens: int, seed, talk: Conversation, temperature: float, chat_form=True
 ) -> revise_lib.Generate:
     """How a model answers threads, for `cai.revise`; what is sampled depends on the call.
 
     Args:
       max_new_tokens: of an answer, critique or revision.
       seed: of the samples.
-      lm: a chat model, or one whose template is `forms.DIALOGUE`.
+      talk: with a chat model, or one whose template is `forms.DIALOGUE`.
       temperature: 0 for greedy.
-      batch_size: threads at once.
       chat_form: threads become chats of user and assistant.
     """
 
     def say(threads, call):
         call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
-        return lm.answer_dialogues(
+        return talk.answer_dialogues(
             [forms.as_chat(thread) if chat_form else thread for thread in threads],
-            max_new_tokens, temperature, seed=call_seed, batch_size=batch_size, cut=True,
+            max_new_tokens, temperature, seed=call_seed, cut=True,
         )  # fmt: skip
 
     return say

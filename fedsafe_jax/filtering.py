@@ -12,6 +12,7 @@ from etils import epath
 from fedsafe_jax import generation, processes
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
+from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import actions, cache, classifier, guard, store
@@ -216,9 +217,11 @@ def revised(
         del threads, call
         return [p.response for p in pairs], np.ones(len(pairs), bool)
 
+    talk = Conversation(lm)
+
     def reviser(threads, call):
         del call
-        return lm.answer_dialogues([forms.as_chat(t) for t in threads], max_new_tokens, cut=True)
+        return talk.answer_dialogues([forms.as_chat(t) for t in threads], max_new_tokens, cut=True)
 
     records = revise_lib.revise(
         [p.prompt for p in pairs], constitution, answer, reviser, [seed, 14],

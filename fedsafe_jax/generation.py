@@ -1,226 +1,20 @@
-"""Batched generation: packed prefill, then `lax.while_loop`s over a KV cache that grows.
+"""Batched generation: prompts are read packed, then all rows of a batch decode together."""
 
-Decoding is compiled for the length of the cache alone, whatever the prompts' lengths.
-"""
-
-import functools
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from fedsafe_jax import decoding
 from fedsafe_jax.data.prompts import Packed, cache_length, pack_prompts
-from fedsafe_jax.models.cache import (
-    KVCache,
-    empty_cache,
-    grow_cache,
-    spread_cache,
-    unrolls,
-    unstack,
-)
+from fedsafe_jax.models.cache import KVCache
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError
-from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
-from fedsafe_jax.sampling import GREEDY, Sampling, choose
-
-SHARED = KVCache(0, 0, 0, None)  # vmap axes over adapters: the length is one for all
-
-
-def _variables(params, adapter):
-    return {"params": params} | ({"lora": adapter} if adapter is not None else {})
-
-
-def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
-    """Reads the prompts, packed; see `_prefill_program`."""
-
-    def read(adapter):
-        rows, seq = packed.tokens.shape
-        cache, inside = empty_cache(model.config, rows, seq), packed.segment_ids > 0
-        hidden, cache = model.apply(
-            _variables(params, adapter), packed.tokens, packed.positions, packed.segment_ids,
-            cache, inside,
-        )  # fmt: skip
-        last = hidden.reshape(-1, hidden.shape[-1])[packed.last]
-        logits = model.apply(_variables(params, None), last, method="unembed")
-        return logits, spread_cache(model.config, cache, packed.source, packed.valid, packed.width)
-
-    if stacked:
-        # Only adapters are mapped: the base's products stay one product.
-        return jax.vmap(read, out_axes=(0, SHARED))(adapter)
-    logits, cache = read(adapter)
-    return logits[None], cache
-
-
-class State(NamedTuple):
-    """Answers under way, of `groups` adapters.
-
-    Attributes:
-      token: int32 `[groups, rows]`, the last of each answer, not yet read.
-      out: int32 `[groups, rows, max_new_tokens]`, -1 where nothing was written.
-      done: bool `[groups, rows]`, the answer has a stop token.
-      cache: of prompts and answers so far.
-    """
-
-    token: jax.Array
-    out: jax.Array
-    done: jax.Array
-    cache: KVCache
-
-
-def _pick(sampling: Sampling, logits, keys, step):
-    """The token at `step` for logits `[groups, rows, vocab]`, int32 `[groups, rows]`."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    return choose(flat, sampling, keys.reshape(-1), step).reshape(keys.shape)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(sampling: Sampling, max_new_tokens: int, logits, valid, keys, stop_ids):
-    """`token, out, done` of `State` after the first token."""
-    token = _pick(sampling, logits, keys, 0)
-    # Rows without a prompt only fill up the batch.
-    empty = jnp.broadcast_to(~valid.any(-1), token.shape)
-    out = jnp.full((*token.shape, max_new_tokens), -1, jnp.int32)
-    out = out.at[..., 0].set(jnp.where(empty, -1, token))
-    return token, out, empty | jnp.isin(token, stop_ids)
-
-
-def _decode(
-    model: Decoder, sampling: Sampling, stacked: bool,
-    params, adapter, state: State, prompt_len, step, keys, stop_ids,
-):  # fmt: skip
-    """Continues until the cache is full, with parameters from `_decoding_params`; see
-    `_decode_program`."""
-    config, (_, rows, max_new_tokens) = model.config, state.out.shape
-    if unrolls(config):
-        adapter = adapter and unstack(adapter, config.num_layers, axis=int(stacked))
-    new = jnp.ones((rows, 1), bool)
-
-    def read(adapter, tokens, positions, cache):
-        variables = _variables(params, adapter)
-        hidden, cache = model.apply(variables, tokens[:, None], positions, None, cache, new)
-        return model.apply(variables, hidden[:, -1], method="unembed"), cache
-
-    def step_logits(tokens, positions, cache):
-        if stacked:
-            mapped = jax.vmap(read, (0, 0, None, SHARED), (0, SHARED))
-            return mapped(adapter, tokens, positions, cache)
-        logits, cache = read(adapter, tokens[0], positions, cache)
-        return logits[None], cache
-
-    def extend(carry):
-        step, (token, out, done, cache) = carry
-        logits, cache = step_logits(token, (prompt_len + step - 1)[:, None], cache)
-        token = _pick(sampling, logits, keys, step)
-        written = jnp.where(done, -1, token)[..., None]
-        out = jax.lax.dynamic_update_slice(out, written, (0, 0, step))
-        return step + 1, State(token, out, done | jnp.isin(token, stop_ids), cache)
-
-    slots, first = state.cache.valid.shape[-1], state.cache.length
-    end = jnp.minimum(max_new_tokens, step + slots - first)
-
-    def unfinished(carry):
-        return (carry[0] < end) & ~carry[1].done.all()
-
-    _, state = jax.lax.while_loop(unfinished, extend, (step, state))
-    # The same on every device, also on one whose rows were all done before.
-    return state._replace(cache=state.cache._replace(length=first + end - step))
-
-
-class _Kept(NamedTuple):
-    """The latest of `_decoding_params`, and weak references to what it was made of."""
-
-    origin: list[weakref.ref]
-    mesh: Mesh | None
-    params: dict
-
-
-_kept: list[_Kept] = []  # at most one
-
-
-def _decoding_params(config: DecoderConfig, params, mesh: Mesh | None):
-    """The base as `_decode` reads it: where layers are unrolled, one by one.
-
-    The copy is kept while the base lives and no other is generated with: evaluations and CAI ask
-    for the same one again and again.
-    """
-    if not unrolls(config):
-        return params
-    leaves = jax.tree.leaves(params)
-    for kept in _kept:
-        known = len(kept.origin) == len(leaves) and kept.mesh == mesh
-        if known and all(ref() is leaf for ref, leaf in zip(kept.origin, leaves, strict=True)):
-            return kept.params
-    if is_shared(mesh):
-        first = jax.tree.map(lambda x: x.addressable_data(0), params)
-        made = share(_unstacked(first, config.num_layers), mesh)
-    else:
-        made = _unstacked(params, config.num_layers)
-    origin = [weakref.ref(leaf, lambda _: _kept.clear()) for leaf in leaves]
-    _kept[:] = [_Kept(origin, mesh, made)]
-    return made
-
-
-_unstacked = jax.jit(unstack, static_argnums=1)
-_grow = jax.jit(grow_cache, static_argnums=1)
-
-
-def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: str, donate=()):
-    """Jits a program, with rows split over the mesh axis `clients`; each device stops with its own.
-
-    Args:
-      function: to jit.
-      model, stacked: of the program.
-      mesh: or None.
-      inputs, outputs: a letter an argument or result: `w`hole, `r`ows first, `g`roups then rows,
-        `p`acked prompts, `c`ache, `s`tate.
-      donate: numbers of arguments to overwrite.
-    """
-    if mesh is None or mesh.shape.get(CLIENTS, 1) == 1:
-        return jax.jit(function, donate_argnums=donate)
-    lead = (None,) * stacked
-    layer = PartitionSpec(*lead, *(() if unrolls(model.config) else (None,)), CLIENTS)
-    row, group = PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
-    cache = KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), PartitionSpec())
-    spec = {
-        "w": PartitionSpec(),
-        "r": row,
-        "p": Packed(row, row, row, row, row, row, PartitionSpec()),
-        "g": group,
-        "c": cache,
-        "s": State(group, group, group, cache),
-    }
-    in_specs, out_specs = (tuple(spec[letter] for letter in x) for x in (inputs, outputs))
-    if len(out_specs) == 1:
-        (out_specs,) = out_specs
-    # Nothing is differentiated, so there is nothing for check_vma to check.
-    mapped = jax.shard_map(
-        function,
-        mesh=mesh,
-        axis_names={CLIENTS},
-        check_vma=False,
-        in_specs=in_specs,
-        out_specs=out_specs,
-    )
-    return jax.jit(mapped, donate_argnums=donate)
-
-
-@functools.lru_cache
-def _prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
-    """`(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`, a group an adapter."""
-    prefill = functools.partial(_prefill, model, stacked)
-    return _split(prefill, model, stacked, mesh, "wwp", "gc")
-
-
-@functools.lru_cache
-def _decode_program(model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None):
-    """`(params, adapter, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
-    where `step` tokens are written already."""
-    decode = functools.partial(_decode, model, sampling, stacked)
-    return _split(decode, model, stacked, mesh, "wwsrwgw", "s", donate=(2,))
+from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.sampling import GREEDY, Sampling
 
 
 class Generated(NamedTuple):
@@ -279,43 +73,124 @@ def generate_ids(
     Raises:
       ModelError: a prompt is too long for the model's context.
     """
+    engine = Engine(model, params, adapter, stop_ids, batch_size, mesh, num_adapters)
     check_lengths(prompts, model.config.max_length - max_new_tokens)
-    groups, devices = max(num_adapters, 1), mesh.shape.get(CLIENTS, 1) if mesh else 1
-    prefill = _prefill_program(model, bool(num_adapters), mesh)
-    decode = _decode_program(model, sampling, bool(num_adapters), mesh)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [Generated([[] for _ in prompts], np.zeros(len(prompts), bool)) for _ in range(groups)]
-    decoding = _decoding_params(model.config, params, mesh)
-    root, stops = jax.random.key(seed), jnp.asarray(stop_ids, jnp.int32)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        per_device = 1 << (-(-len(chosen) // devices) - 1).bit_length()
-        per_device = min(per_device, -(-batch_size // devices))
-        # Dealt out in turn, so that every device gets short and long ones.
-        row_of = {i: n % devices * per_device + n // devices for n, i in enumerate(chosen)}
-        dealt: list[Sequence[int]] = [()] * (per_device * devices)
-        places = np.zeros(len(dealt), np.uint32)
-        for i, row in row_of.items():
-            dealt[row], places[row] = prompts[i], i
-        packed = pack_prompts(dealt, devices)
-        keys = _row_keys(root, np.arange(groups, dtype=np.uint32), places)
-        logits, cache = prefill(params, adapter, packed)
-        first = _start(sampling, max_new_tokens, logits, packed.valid, keys, stops)
-        state, step, prompt_len = State(*first, cache), 1, packed.valid.sum(-1, dtype=np.int32)
-        while step < max_new_tokens and not state.done.all():
-            read = int(packed.width) + step - 1  # slots
-            slots = cache_length(read + 1)
-            if state.cache.valid.shape[-1] < slots:
-                state = state._replace(cache=_grow(state.cache, slots))
-            state = decode(decoding, adapter, state, prompt_len, step, keys, stops)
-            step += slots - read
+    found = [empty_answers(len(prompts)) for _ in range(engine.groups)]
+    for row_of, size in engine.batches(prompts):
+        packed = pack_prompts(in_rows(prompts, row_of, size), engine.devices)
+        logits, cache = engine.prefill(packed)
+        lengths = packed.valid.sum(-1, dtype=np.int32)
+        keys = engine.keys(seed, row_of, size)
+        state = engine.answer(
+            sampling, max_new_tokens, logits, cache, int(packed.width), lengths, keys
+        )
         out, done = jax.device_get((state.out, state.done))
         for group, result in enumerate(found):
-            for i, row in row_of.items():
-                ids = out[group, row][out[group, row] >= 0].tolist()
-                result.ids[i] = ids[:-1] if ids and ids[-1] in stop_ids else ids
-                result.finished[i] = done[group, row]
+            collect(result, out[group], done[group], row_of, stop_ids)
     return found
+
+
+def empty_answers(count: int) -> Generated:
+    """To be filled by `collect`."""
+    return Generated([[] for _ in range(count)], np.zeros(count, bool))
+
+
+def in_rows(prompts, row_of: dict[int, int], size: int) -> list[Sequence[int]]:
+    """The prompts by row; a row of nobody is empty."""
+    rows: list[Sequence[int]] = [()] * size
+    for i, row in row_of.items():
+        rows[row] = prompts[i]
+    return rows
+
+
+def collect(result: Generated, out, done, row_of: dict[int, int], stop_ids) -> None:
+    """Writes a batch's answers `out` int32 `[rows, max_new_tokens]` into `result`."""
+    for i, row in row_of.items():
+        ids = out[row][out[row] >= 0].tolist()
+        result.ids[i] = ids[:-1] if ids and ids[-1] in stop_ids else ids
+        result.finished[i] = done[row]
+
+
+class Engine:
+    """A model's programs, with what they read; arguments as for `generate_ids`."""
+
+    def __init__(
+        self, model, params, adapter, stop_ids, batch_size, mesh: Mesh | None = None, num_adapters=0
+    ):
+        self.model, self.mesh, self.batch_size, self.stop_ids = model, mesh, batch_size, stop_ids
+        self.groups = max(num_adapters, 1)
+        self.devices = mesh.shape.get(CLIENTS, 1) if mesh else 1
+        self._stacked, self._params, self._adapter = bool(num_adapters), params, adapter
+        self._decoding = decoding.decoding_params(model.config, params, mesh)
+        self._stops = jnp.asarray(stop_ids, jnp.int32)
+
+    def batches(self, prompts: Sequence[Sequence[int]]) -> list[tuple[dict[int, int], int]]:
+        """Prompts of like length together: `(row of each prompt, rows)` of every batch."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found = []
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            per_device = 1 << (-(-len(chosen) // self.devices) - 1).bit_length()
+            per_device = min(per_device, -(-self.batch_size // self.devices))
+            # Dealt out in turn, so that every device gets short and long ones.
+            row_of = {
+                i: n % self.devices * per_device + n // self.devices for n, i in enumerate(chosen)
+            }
+            found.append((row_of, per_device * self.devices))
+        return found
+
+    def keys(self, seed: int, row_of: dict[int, int], size: int):
+        """A key for each adapter and row, that depends on the prompt's number, not on its row."""
+        places = np.zeros(size, np.uint32)
+        for i, row in row_of.items():
+            places[row] = i
+        return _row_keys(jax.random.key(seed), np.arange(self.groups, dtype=np.uint32), places)
+
+    def prefill(self, packed: Packed):
+        """Reads prompts: `(logits [groups, rows, vocab], cache)`."""
+        program = decoding.prefill_program(self.model, self._stacked, self.mesh)
+        return program(self._params, self._adapter, packed)
+
+    def read_on(self, tokens, positions, valid, cache: KVCache):
+        """Reads what comes behind a cache, which is overwritten; for one adapter.
+
+        Args:
+          tokens, positions: int32 `[rows, seq]`, padded on the left.
+          valid: bool `[rows, seq]`, False on padding.
+          cache: with room for `seq` slots more.
+
+        Returns:
+          `(logits of the last tokens [1, rows, vocab], cache)`.
+        """
+        program = decoding.read_on_program(self.model, self.mesh)
+        return program(self._decoding, self._adapter, tokens, positions, valid, cache)
+
+    def answer(
+        self, sampling: Sampling, max_new_tokens: int, logits, cache, read: int, prompt_len, keys
+    ) -> decoding.State:
+        """Decodes from the logits of the prompts' last tokens.
+
+        Args:
+          sampling, max_new_tokens: see `generate_ids`.
+          logits, cache: of the prompts; the cache is overwritten.
+          read: slots of the cache that are written.
+          prompt_len: int32 `[rows]`, tokens of each prompt, 0 for a row of nobody.
+          keys: see `keys`.
+        """
+        decode = decoding.decode_program(self.model, sampling, self._stacked, self.mesh)
+        first = decoding.start(sampling, max_new_tokens, logits, prompt_len, keys, self._stops)
+        state, step = decoding.State(*first, cache), 1
+        while step < max_new_tokens and not state.done.all():
+            written = read + step - 1
+            slots = cache_length(written + 1)
+            if state.cache.valid.shape[-1] < slots:
+                state = state._replace(cache=decoding.grow(state.cache, slots))
+            slots = state.cache.valid.shape[-1]
+            state = decode(
+                self._decoding, self._adapter, state, prompt_len, step, keys, self._stops
+            )
+            step += slots - written
+        return state
 
 
 @jax.jit

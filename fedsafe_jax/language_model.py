@@ -147,12 +147,7 @@ class LanguageModel:
         batch_size: int = 64,
         cut: bool = False,
     ):
-        prompts = [chat.render(self.tokenizer, turns, answer_next=True) for turns in dialogues]
-        if cut:
-            room = self.config.max_length - max_new_tokens
-            if long := sum(len(p) > room for p in prompts):
-                logging.warning("%d of %d dialogues cut to %d tokens", long, len(prompts), room)
-            prompts = [p[-room:] for p in prompts]
+        prompts = self.render(dialogues, max_new_tokens, cut)
         found = generation.generate_ids(
             self.model,
             self.params,
@@ -166,11 +161,21 @@ class LanguageModel:
             self.mesh,
             num_adapters,
         )
+        return [([self.text(ids) for ids in each.ids], each.finished) for each in found]
 
-        def text(ids):
-            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def render(self, dialogues: Sequence[Dialogue], max_new_tokens: int, cut: bool):
+        """Token ids of dialogues as prompts; arguments as in `answer_dialogues`."""
+        prompts = [chat.render(self.tokenizer, turns, answer_next=True) for turns in dialogues]
+        if not cut:
+            return prompts
+        room = self.config.max_length - max_new_tokens
+        if long := sum(len(p) > room for p in prompts):
+            logging.warning("%d of %d dialogues cut to %d tokens", long, len(prompts), room)
+        return [p[-room:] for p in prompts]
 
-        return [([text(ids) for ids in each.ids], each.finished) for each in found]
+    def text(self, ids: Sequence[int]) -> str:
+        """An answer's text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def model_folder(path_or_hub_id: str) -> pathlib.Path:

@@ -79,6 +79,7 @@ def run() -> list:
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
     from fedsafe_jax.constitutional import generate
+    from fedsafe_jax.conversation import Conversation
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.records import replace_lines
 
@@ -96,9 +97,10 @@ def run() -> list:
     if _ADAPTER.value:
         lm = lm.with_adapter(load_adapter(_ADAPTER.value))
 
+    talk = Conversation(lm, _BATCH.value)
+
     def speak(temperature):
-        seed = [_SEED.value, 17]
-        return generate(_NEW.value, seed, lm, temperature, _BATCH.value, not dialogue)
+        return generate(_NEW.value, [_SEED.value, 17], talk, temperature, not dialogue)
 
     found = revise.revise(
         prompts, constitution, speak(_TEMPERATURE.value), speak(0.0), [_SEED.value, 18],

@@ -7,7 +7,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "fedsafe_jax"
 MAY_IMPORT = {
     "models": {"models"},
     "data": {"data"},
-    "generation": {"models", "data", "sampling"},
+    "decoding": {"models", "data", "sampling"},
+    "generation": {"models", "data", "sampling", "decoding"},
     "sampling": set(),
     "federated": {"federated", "models", "data"},
     "filters": {"filters", "models", "data"},

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from families import FAMILIES, VOCAB, checkpoint
 
-from fedsafe_jax import generation, language_model
+from fedsafe_jax import decoding, generation, language_model
 from fedsafe_jax.data import chat
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import hub, lora
@@ -42,8 +42,8 @@ def test_greedy_equals_transformers_in_every_family(tmp_path, family):
 
 def test_scanned_layers_generate_the_same(monkeypatch, packaged):
     def fresh():
-        generation._prefill_program.cache_clear()
-        generation._decode_program.cache_clear()
+        decoding.prefill_program.cache_clear()
+        decoding.decode_program.cache_clear()
 
     expected = packaged.generate(PROMPTS, max_new_tokens=40)
     monkeypatch.setattr("fedsafe_jax.models.cache.UNROLLED_LAYERS", 0)
