@@ -28,6 +28,14 @@ def tiny_config(**changes) -> DecoderConfig:
     return DecoderConfig(**(fields | changes))
 
 
+# Minutes each; begun first, so that two processes that share the files end together.
+LONG = "flower survival filter main launch notebook processes roles cai_runs".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(scope="session")
 def packaged():
     """The packaged small model."""
