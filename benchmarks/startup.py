@@ -61,7 +61,10 @@ def timed(command, **options) -> float:
 
 def run_demo(python, folder: pathlib.Path, name: str) -> dict:
     """A run of the demo, with compiled programs kept in `folder`."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # as where a run keeps its own
+    }
     environment.pop("XLA_FLAGS", None)
     preparing = folder / f"{name}.json"
     flags_given = ["--config=configs/demo.py", f"--workdir={folder / name}"]

@@ -2,7 +2,7 @@
 
     python -m fedsafe_jax.main --config=configs/demo.py --workdir=/tmp/fedsafe_demo
 
-At most 5 minutes on two CPU cores. Expect refusal of the held-out red-team prompts to fall far
+Five to eight minutes on two CPU cores. Expect refusal of the held-out red-team prompts to fall far
 below the base model under FL, and to come back with the filter and CAI.
 """
 

@@ -25,7 +25,7 @@ def prepare_libraries(workdir: str) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = str(epath.Path(workdir).resolve() / "compilation_cache")
         jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def border_errors():
