@@ -130,7 +130,7 @@ def _decode(
 
 
 def _read_on(model: Decoder, params, adapter, tokens, positions, valid, cache):
-    """See `Engine.read_on`."""
+    """Reads what comes behind a cache; see `read_on_program`."""
     config = model.config
     if unrolls(config):
         adapter = adapter and unstack(adapter, config.num_layers)
@@ -226,6 +226,8 @@ def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
 
 @functools.lru_cache
 def read_on_program(model: Decoder, mesh: Mesh | None):
+    """`(params, adapter, tokens [rows, seq], positions, valid, cache) -> (logits [1, rows, vocab],
+    cache)`, with parameters from `decoding_params`; the cache is overwritten."""
     return _split(
         functools.partial(_read_on, model), model, False, mesh, "wwrrrc", "gc", donate=(5,)
     )
