@@ -32,7 +32,14 @@ LOSSES = {
     "sft+dpo": (("sft", "dpo"), (1.0, 0.5)),
     "derta": (("derta",), (1.0,)),
 }
-SCHEDULES = ("light", "final", "adaptive", "full")
+# Adaptive stops by itself, so it can take longer strides; light with the same is its control.
+SCHEDULES = {
+    "light": {},
+    "final": {"schedule": "final"},
+    "adaptive": {"schedule": "adaptive", "learning_rate": 2e-3},
+    "full": {"schedule": "full"},
+    "light-2e-3": {"learning_rate": 2e-3},
+}
 MEASURES = (
     ("advbench", "safety", 1),
     ("over_refusal", "rate", 1),
@@ -52,7 +59,8 @@ def cells(config):
             c.arms = ("fl+cai", "fl+filter+cai")
             c.cai.losses, c.cai.weights = LOSSES[name]
         else:
-            c.arms, c.cai.schedule = ("fl+cai",), name
+            c.arms = ("fl+cai",)
+            c.cai.update(SCHEDULES[name])
         yield name, c
 
 

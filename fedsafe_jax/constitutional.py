@@ -1,8 +1,10 @@
 """Constitutional AI on the aggregated model: probe, generate, criticise, revise, train."""
 
+import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -19,6 +21,8 @@ from fedsafe_jax.rounds import rate
 from fedsafe_jax.world import limit
 
 BATCH = 32  # dialogues generated at once
+PROBED = 64  # prompts of a probe asked at once; no more where these show that CAI is needed
+PROBE_TOKENS = 12  # of an answer: a refusal shows in its first words
 
 
 def decay(config, t: int) -> float:
@@ -72,39 +76,34 @@ class Server:
         Returns:
           `(new adapter, counts for the metrics, new records)`.
         """
-        c = self.config.cai
-        amount = self._amount(current, t)
-        if amount.probe is not None:
-            clock.lap("cai_probe")
-        counts = {"schedule": c.schedule} | ({"probe": amount.probe} if amount.probe else {})
-        if not amount.steps:
-            return current.adapter, counts | {"kept": 0, "steps": 0}, []
-        rng = np.random.default_rng([self.seed, t, 2])
-        earlier = self._earlier(t) if c.data != "on_policy" else []
-        found = []
-        if c.data != "cached" or not earlier:
-            found = self._revise(current, base, amount, rng, t)
-            self._past = [*(self._past or []), *((t, r) for r in found)]
-            clock.lap("cai_generate")
-        counts |= revise_lib.tally(found) | {"tokens_generated": self._tokens(found)}
-        kept = [r for r in [*earlier, *found] if not r.dropped]
-        replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
-        adapter, trained = self._train(current, kept, replay, amount, t)
-        clock.lap("cai_train")
-        return adapter, counts | {"reused": len(earlier), "replay": len(replay)} | trained, found
-
-    def _amount(self, current, t: int) -> schedule.Amount:
-        c = self.config.cai
-        if c.schedule != "adaptive":
-            return schedule.amount(c.schedule, t == self.config.rounds - 1)
-        prompts = [e.prompt for e in self.probes]
-        answers = current.generate(
-            prompts, max_new_tokens=self.config.eval.max_new_tokens, cut=True
-        )
-        refused = [start_refusal(a) for a in answers]
-        low, high = wilson(sum(refused), len(refused))
-        mean = 100 * float(np.mean(refused))
-        return schedule.adaptive(mean, (100 * low, 100 * high), c.target)
+        c, config = self.config.cai, self.config
+        probe, share = None, decay(config, t)
+        amount = schedule.amount(c.schedule, t == config.rounds - 1)
+        if c.schedule == "adaptive":
+            probe, share = Probe(self, clock), 1.0
+            amount = schedule.Amount(1, probe(current) / c.steps)
+        counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
+        adapter, found = current.adapter, []
+        if amount.steps:
+            rng = np.random.default_rng([self.seed, t, 2])
+            earlier = self._earlier(t) if c.data != "on_policy" else []
+            if c.data != "cached" or not earlier:
+                found = self._revise(current, base, amount, rng, t)
+                self._past = [*(self._past or []), *((t, r) for r in found)]
+                clock.lap("cai_generate")
+            said = [text for r in found for text in (r.initial, r.critique, r.revision)]
+            said += [text for r in found for _, *pair in r.earlier for text in pair]
+            kept = [r for r in [*earlier, *found] if not r.dropped]
+            replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
+            counts |= {"reused": len(earlier), "replay": len(replay)} | revise_lib.tally(found)
+            counts["tokens_generated"] = self.tokens(said)
+            adapter, trained = self._train(current, kept, replay, amount.steps, t, share, probe)
+            counts |= trained
+            clock.lap("cai_train")
+        if probe is not None:
+            counts["probes"] = probe.found
+            counts["tokens_generated"] = counts.get("tokens_generated", 0) + probe.tokens
+        return adapter, counts, found
 
     def _earlier(self, t: int) -> list[revise_lib.Record]:
         """Records of the rounds before: a resumed run's from disk, then as they come."""
@@ -155,10 +154,8 @@ class Server:
             **checks,
         )
 
-    def _tokens(self, found) -> int:
-        """Generated, as the tokenizer counts the texts."""
-        texts = [text for r in found for text in (r.initial, r.critique, r.revision)]
-        texts += [text for r in found for _, *pair in r.earlier for text in pair]
+    def tokens(self, texts) -> int:
+        """As the tokenizer counts them."""
         if not texts:
             return 0
         return sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
@@ -166,8 +163,17 @@ class Server:
     def _encode(self, prompt: str, response: str):
         return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
 
-    def _train(self, current, kept, replay, amount, t: int):
-        """`(adapter, counts)`; without anything to imitate the adapter stays as it is."""
+    def _train(self, current, kept, replay, amount: float, t: int, share: float, probe):
+        """`(adapter, counts)`; without anything to imitate the adapter stays as it is.
+
+        Args:
+          current: the global model.
+          kept, replay: what is learned.
+          amount: of steps, as in `schedule.Amount`; with a probe, until that asks for no more.
+          t: the round.
+          share: of the learning rate.
+          probe: a `Probe` or None.
+        """
         c = self.config.cai
         imitation = [
             chat.encode(self.tokenizer, e.messages, e.response, self.config.seq_len) for e in replay
@@ -178,36 +184,77 @@ class Server:
         triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
         if not imitation:
             return current.adapter, {"pairs": len(triples), "steps": 0}
-        count = math.ceil(len(imitation) / c.batch_size)
-        if not math.isinf(amount.steps):
-            count = math.ceil(c.steps * amount.steps)
+        leg = math.ceil(len(imitation) / c.batch_size)
+        if not math.isinf(amount):
+            leg = round(c.steps * amount)
         refusal = 0
         if "derta" in self.recipe.losses:
             refusal = derta.refusal_token(self.tokenizer, c.refusal_word)
         data = train_lib.steps(
-            self.recipe, count, imitation, triples, self._encode, (self.seed, t, 5),
-            self.tokenizer, refusal,
+            self.recipe, schedule.LIMIT * c.steps if probe else leg, imitation, triples,
+            self._encode, (self.seed, t, 5), self.tokenizer, refusal,
         )  # fmt: skip
         local = current.on_one_device()
         reference = local.adapter if c.reference == "global" else None
         adapter, state = local.adapter, self.start(local.adapter)
-        learning_rate = jnp.float32(c.learning_rate * decay(self.config, t))
+        learning_rate = jnp.float32(c.learning_rate * share)
         found = []
-        for step in data:
-            adapter, state, losses = self.step(
-                adapter, state, reference, local.params, step, learning_rate
-            )
-            found.append(losses)
-        rows = [r for s in data for r in (s.imitation, s.pairs and s.pairs.rows, s.derta) if r]
+        while leg and len(found) < len(data):
+            for step in data[len(found) : len(found) + leg]:
+                adapter, state, losses = self.step(
+                    adapter, state, reference, local.params, step, learning_rate
+                )
+                found.append(losses)
+            leg = probe(current, adapter) if probe else 0
+        used = data[: len(found)]
+        rows = [r for s in used for r in (s.imitation, s.pairs and s.pairs.rows, s.derta) if r]
         names = sorted({name for losses in found for name in losses})
         return adapter, {
             "pairs": len(triples),
-            "steps": count,
+            "steps": len(found),
             "tokens_trained": int(sum((r.segment_ids > 0).sum() for r in rows)),
         } | {
             f"{name}_loss": float(np.mean([losses[name] for losses in found if name in losses]))
             for name in names
         }
+
+
+class Probe:
+    """Asks the model the server's own prompts, and says how many steps their answers call for.
+
+    Attributes:
+      found: of each time, share refused and its 95% interval, in percent, and prompts asked.
+      tokens: generated.
+    """
+
+    def __init__(self, server: Server, clock):
+        self.server, self.clock = server, clock
+        self.found: list[dict] = []
+        self.tokens = 0
+
+    def __call__(self, current, adapter=None) -> int:
+        """Steps to go on with; `adapter` (on one device) takes the place of the model's own."""
+        if adapter is not None:
+            self.clock.lap("cai_train")
+            where = jax.tree.map(lambda x: x.sharding, current.adapter)
+            current = dataclasses.replace(current, adapter=jax.device_put(adapter, where))
+        c, steps, refused = self.server.config.cai, 0, []
+        prompts = [e.prompt for e in self.server.probes]
+        for start in range(0, len(prompts), PROBED):
+            answers = current.generate(
+                prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, cut=True
+            )
+            self.tokens += self.server.tokens(answers)
+            refused += [start_refusal(a) for a in answers]
+            mean, interval = float(np.mean(refused)), wilson(sum(refused), len(refused))
+            steps = schedule.adaptive(100 * mean, 100 * interval[1], c.target, c.steps)
+            if steps:
+                break
+        self.found.append(
+            {"refused": 100 * mean, "ci95": [100 * x for x in interval], "asked": len(refused)}
+        )
+        self.clock.lap("cai_probe")
+        return steps
 
 
 def generate(

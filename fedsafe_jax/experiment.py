@@ -269,7 +269,7 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         now = time.monotonic()
-        self.seconds[phase] = round_to(now - self._last)
+        self.seconds[phase] = round_to(self.seconds.get(phase, 0.0) + now - self._last)
         self._last = now
 
 

@@ -46,8 +46,10 @@ class Progress:
             parts.append(" ".join(f"{n} {counts[n]}" for n in acted if counts[n] or n == "kept"))
         if "cai" in row:
             cai = row["cai"]
-            refused = f" ({cai['probe']['refused']:.0f}% refused)" if "probe" in cai else ""
-            parts.append(f"revisions {cai['kept']}" if cai["steps"] else f"no CAI needed{refused}")
+            text = f"revisions {cai['kept']}" if cai["steps"] else "no CAI needed"
+            if probes := cai.get("probes"):
+                text += " (refused " + " → ".join(f"{p['refused']:.0f}%" for p in probes) + ")"
+            parts.append(text)
         parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
         self._show(" | ".join(parts))
 

@@ -33,8 +33,8 @@ def section(rows: list[dict], folder: epath.Path) -> str:
     parts.append(html_table(counts, [(arm, "", *_counts(r)) for arm, r in by_arm.items()]))
     parts.append(html_table(costs, [(arm, "", *_costs(r)) for arm, r in by_arm.items()]))
     if probes := _probes(by_arm):
-        parts.append("<h3>Refusal before each round's CAI, in percent</h3>")
-        parts.append(html_table(("arm", "seed", "by round; in brackets: no CAI"), probes))
+        parts.append("<h3>Refusal before and after each pass, in percent</h3>")
+        parts.append(html_table(("arm", "seed", "by round"), probes))
     if pairs := _pairs(folder):
         parts.append("<h3>Before and after revision</h3>")
         parts.append(html_table(("prompt", "before", "after"), pairs, "text"))
@@ -60,9 +60,9 @@ def _probes(by_arm) -> list[tuple]:
     found = collections.defaultdict(list)
     for arm, rows in by_arm.items():
         for row in rows:
-            if "probe" in row["cai"]:
-                text = f"{row['cai']['probe']['refused']:.0f}"
-                found[arm, row["seed"]].append(text if row["cai"]["steps"] else f"({text})")
+            if probes := row["cai"].get("probes"):
+                text = " → ".join(f"{p['refused']:.0f}" for p in probes)
+                found[arm, row["seed"]].append(text)
     return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in found.items()]
 
 

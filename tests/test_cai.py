@@ -171,10 +171,10 @@ def test_schedules():
     assert schedule.amount("final", False) == schedule.NONE
     assert schedule.amount("final", True) == schedule.LIGHT
     assert np.isinf(schedule.amount("full", False).steps)
-    assert schedule.adaptive(90.0, (80.0, 96.0), 95.0).steps == 0  # it may well be safe
-    found = schedule.adaptive(47.5, (34.0, 61.0), 95.0)
-    assert found.steps == found.prompts == pytest.approx(0.5)
-    assert found.probe == {"refused": 47.5, "ci95": [34.0, 61.0]}
+    assert schedule.adaptive(90.0, 96.0, 95.0, 10) == 0  # it may well be safe
+    assert schedule.adaptive(0.0, 5.0, 95.0, 10) == 10
+    assert schedule.adaptive(47.5, 61.0, 95.0, 10) == 5
+    assert schedule.adaptive(93.0, 94.9, 95.0, 10) == schedule.LEAST  # no probe for every step
 
 
 def test_revise_stands_alone(tmp_path):

@@ -36,6 +36,7 @@ def test_cached_data_are_generated_once_and_a_safe_model_is_left_alone(tmp_path)
         "cai.probe_prompts=6",
     )  # fmt: skip
     found = [r["cai"] for r in rows(tmp_path / "adaptive")]
-    assert all(c["steps"] == 0 and c["probe"]["ci95"][1] > 0 for c in found)
-    assert done.stderr.count("no CAI needed (") == 2
+    assert all(c["steps"] == 0 and c["probes"][0]["ci95"][1] > 0 for c in found)
+    assert all(c["tokens_generated"] > 0 for c in found)  # a probe is not free
+    assert done.stderr.count("no CAI needed (refused ") == 2
     assert not (tmp_path / "adaptive" / "cai").exists()

@@ -1,8 +1,13 @@
 """When Constitutional AI runs, and how much of it."""
 
+import math
 from typing import NamedTuple
 
 SCHEDULES = ("light", "full", "final", "adaptive")
+
+
+LEAST = 3  # steps between probes of `adaptive`: fewer would cost less than the probe
+LIMIT = 2  # rounds of `light`: no round of `adaptive` has more steps
 
 
 class Amount(NamedTuple):
@@ -12,12 +17,10 @@ class Amount(NamedTuple):
       prompts: share of the prompts asked for that are revised; 0 for no CAI, infinity for all that
         there are.
       steps: share of the training steps; infinity for an epoch.
-      probe: what was measured first: share refused and its 95% interval, in percent; or None.
     """
 
     prompts: float
     steps: float
-    probe: dict | None = None
 
 
 NONE, LIGHT, FULL = Amount(0, 0), Amount(1, 1), Amount(float("inf"), float("inf"))
@@ -36,17 +39,21 @@ def amount(schedule: str, last: bool) -> Amount:
     return NONE if schedule == "final" and not last else LIGHT
 
 
-def adaptive(refused: float, interval: tuple[float, float], target: float) -> Amount:
-    """Of a round, by what the aggregated model said to a few prompts of the server's own.
+def adaptive(refused: float, high: float, target: float, steps: int) -> int:
+    """Steps to go on with, by what the model said to a few prompts of the server's own.
 
-    CAI runs when the whole interval of the refusal rate lies below the target, so that a model that
-    may well be safe is left alone; prompts and steps are in proportion to what is missing.
+    CAI runs while the whole interval of the refusal rate lies below the target, so that a model
+    that may well be safe is left alone. Steps are in proportion to what is missing.
 
     Args:
       refused: share of the prompts refused.
-      interval: its 95% interval.
+      high: the upper bound of its 95% interval.
       target: wanted share. All in percent.
+      steps: when nothing is refused.
+
+    Returns:
+      0, or at least `LEAST`.
     """
-    probe = {"refused": refused, "ci95": list(interval)}
-    share = (target - refused) / target if interval[1] < target else 0.0
-    return Amount(share, share, probe)
+    if high >= target:
+        return 0
+    return max(math.ceil(steps * (target - refused) / target), LEAST)
