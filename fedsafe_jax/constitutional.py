@@ -22,7 +22,7 @@ from fedsafe_jax.world import limit
 
 BATCH = 32  # dialogues generated at once
 PROBED = 64  # prompts of a probe asked at once; no more where these show that CAI is needed
-PROBE_TOKENS = 12  # of an answer: a refusal shows in its first words
+PROBE_TOKENS = 10  # of an answer: a refusal shows in its first words
 
 
 def decay(config, t: int) -> float:
