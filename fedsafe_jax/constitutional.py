@@ -81,6 +81,7 @@ class Server:
         amount = schedule.amount(c.schedule, t == config.rounds - 1)
         if c.schedule == "adaptive":
             probe, share = Probe(self, clock), 1.0
+            # All prompts, however few steps: what teaches are answers that are still harmful.
             amount = schedule.Amount(1, probe(current) / c.steps)
         counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
         adapter, found = current.adapter, []
@@ -235,9 +236,10 @@ class Probe:
     def __call__(self, current, adapter=None) -> int:
         """Steps to go on with; `adapter` (on one device) takes the place of the model's own."""
         if adapter is not None:
-            self.clock.lap("cai_train")
             where = jax.tree.map(lambda x: x.sharding, current.adapter)
-            current = dataclasses.replace(current, adapter=jax.device_put(adapter, where))
+            adapter = jax.block_until_ready(jax.device_put(adapter, where))
+            current = dataclasses.replace(current, adapter=adapter)
+            self.clock.lap("cai_train")
         c, steps, refused = self.server.config.cai, 0, []
         prompts = [e.prompt for e in self.server.probes]
         for start in range(0, len(prompts), PROBED):
