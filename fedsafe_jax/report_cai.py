@@ -33,7 +33,7 @@ def section(rows: list[dict], folder: epath.Path) -> str:
     parts.append(html_table(counts, [(arm, "", *_counts(r)) for arm, r in by_arm.items()]))
     parts.append(html_table(costs, [(arm, "", *_costs(r)) for arm, r in by_arm.items()]))
     if probes := _probes(by_arm):
-        parts.append("<h3>Refusal before and after each pass, in percent</h3>")
+        parts.append("<h3>Refusal before, between and after CAI's steps, in percent</h3>")
         parts.append(html_table(("arm", "seed", "by round"), probes))
     if pairs := _pairs(folder):
         parts.append("<h3>Before and after revision</h3>")
