@@ -40,3 +40,17 @@ def test_cached_data_are_generated_once_and_a_safe_model_is_left_alone(tmp_path)
     assert all(c["tokens_generated"] > 0 for c in found)  # a probe is not free
     assert done.stderr.count("no CAI needed (refused ") == 2
     assert not (tmp_path / "adaptive" / "cai").exists()
+
+
+def test_an_unsafe_model_is_trained_until_a_probe_or_the_limit_says_stop(tmp_path):
+    done = run(
+        tmp_path, "arms=('fl+cai',)", "rounds=1", "cai.schedule=adaptive", "cai.target=100.0",
+        "cai.probe_prompts=66", "harmful_share=0.9", "local_steps=12", "learning_rate=1e-2",
+    )  # fmt: skip
+    (found,) = (r["cai"] for r in rows(tmp_path))
+    probes = found["probes"]
+    assert probes[0]["asked"] == 64 and probes[0]["refused"] < 90  # clear before all were asked
+    assert all(p["ci95"][1] < 100 for p in probes[:-1])
+    # Three steps are the least, four (twice those of a light round) the most.
+    assert found["steps"] == {2: 3, 3: 4}[len(probes)]
+    assert " → ".join(f"{p['refused']:.0f}%" for p in probes) in done.stderr
