@@ -185,7 +185,7 @@ class Server:
         triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
         if not imitation:
             return current.adapter, {"pairs": len(triples), "steps": 0}
-        leg = math.ceil(len(imitation) / c.batch_size)
+        leg = math.ceil(len(imitation) / c.batch_size)  # steps until the next probe
         if not math.isinf(amount):
             leg = round(c.steps * amount)
         refusal = 0

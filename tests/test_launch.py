@@ -42,7 +42,10 @@ def test_wrong_use_prints_the_usage(arguments):
     assert done.returncode == 2 and done.stderr.startswith("usage: local_multiprocess.sh")
 
 
-def test_two_processes_end_with_the_adapter_of_one(tmp_path):
+def test_two_processes_end_with_the_adapter_of_one(tmp_path, monkeypatch):
+    # The programs that users run fuse; without that, rounding differs more between the two.
+    fused = ENVIRONMENT["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
+    monkeypatch.setitem(ENVIRONMENT, "XLA_FLAGS", fused)
     settings = ("arms=('fl+filter+cai',)", "rounds=2", "clients_per_round=3")
     settings += ("filter.kind=simulated",)
     fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
@@ -56,10 +59,8 @@ def test_two_processes_end_with_the_adapter_of_one(tmp_path):
         for name in ("one", "two")
     ]
     for name, value in found[0].items():
-        # Sums in another order, which Adam magnifies in the few elements with tiny gradients: the
-        # whole is compared, at twice what was measured.
-        difference = np.linalg.norm(found[1][name] - value) / np.linalg.norm(value)
-        assert difference < 1e-4, name
+        # Sums in another order, which Adam magnifies where gradients are tiny.
+        np.testing.assert_allclose(found[1][name], value, atol=2e-5)
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     assert len(lines[0].splitlines()) == len(lines[1].splitlines()) == 2
 
