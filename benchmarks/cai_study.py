@@ -36,7 +36,7 @@ LOSSES = {
 SCHEDULES = {
     "light": {},
     "final": {"schedule": "final"},
-    "adaptive": {"schedule": "adaptive", "learning_rate": 2e-3},
+    "adaptive": {"schedule": "adaptive", "learning_rate": 2e-3, "revise": "wrong"},
     "full": {"schedule": "full"},
     "light-2e-3": {"learning_rate": 2e-3},
 }

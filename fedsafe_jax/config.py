@@ -57,7 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora_alpha = 32.0
     c.lora_rank_stabilized = False  # scale alpha / sqrt(rank) instead of alpha / rank (rsLoRA)
     c.lora_targets = ("q_proj", "v_proj")
-    c.clients_in_parallel = 0  # a device; 0: one on CPU, all of the cohort elsewhere
+    c.clients_in_parallel = 0  # a device; 0: all of the cohort (on CPU cores share their rows)
     c.chunk_clients = 0  # clients whose batches and updates are held at once; 0: 64
     c.checkpoint_every = 1  # rounds
 
@@ -122,6 +122,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.few_shots = 0  # examples of the constitution put before each prompt
     c.cai.few_shot_file = ""  # such examples in Anthropic's form; "": those of the constitution
     c.cai.revision_rounds = 1  # of critique and revision
+    c.cai.revise = "all"  # or wrong: answers that the check finds right stay as they are
     c.cai.check = "rules"  # what drops revisions: rules (refusals), filter, both or none
     c.cai.data = "on_policy"  # or cached (the first revisions, again and again), or mixed
     c.cai.schedule = "light"  # or full (an epoch a round), final (last round only), adaptive

@@ -78,14 +78,15 @@ class Server:
         """
         c, config = self.config.cai, self.config
         probe, share = None, decay(config, t)
+        # A light round's prompts, however few steps: what teaches are answers that are harmful.
         amount = schedule.amount(c.schedule, t == config.rounds - 1)
+        steps = c.steps * amount.steps
         if c.schedule == "adaptive":
             probe, share = Probe(self, clock), 1.0
-            # All prompts, however few steps: what teaches are answers that are still harmful.
-            amount = schedule.Amount(1, probe(current) / c.steps)
+            steps = probe(current)
         counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
         adapter, found = current.adapter, []
-        if amount.steps:
+        if steps:
             rng = np.random.default_rng([self.seed, t, 2])
             earlier = self._earlier(t) if c.data != "on_policy" else []
             if c.data != "cached" or not earlier:
@@ -98,7 +99,7 @@ class Server:
             replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | revise_lib.tally(found)
             counts["tokens_generated"] = self.tokens(said)
-            adapter, trained = self._train(current, kept, replay, amount.steps, t, share, probe)
+            adapter, trained = self._train(current, kept, replay, steps, t, share, probe)
             counts |= trained
             clock.lap("cai_train")
         if probe is not None:
@@ -153,6 +154,7 @@ class Server:
             c.revision_rounds,
             c.few_shots,
             **checks,
+            only_wrong=c.revise == "wrong",
         )
 
     def tokens(self, texts) -> int:
@@ -164,13 +166,13 @@ class Server:
     def _encode(self, prompt: str, response: str):
         return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
 
-    def _train(self, current, kept, replay, amount: float, t: int, share: float, probe):
+    def _train(self, current, kept, replay, steps: float, t: int, share: float, probe):
         """`(adapter, counts)`; without anything to imitate the adapter stays as it is.
 
         Args:
           current: the global model.
           kept, replay: what is learned.
-          amount: of steps, as in `schedule.Amount`; with a probe, until that asks for no more.
+          steps: infinity for an epoch; with a probe, until that asks for no more.
           t: the round.
           share: of the learning rate.
           probe: a `Probe` or None.
@@ -185,9 +187,8 @@ class Server:
         triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
         if not imitation:
             return current.adapter, {"pairs": len(triples), "steps": 0}
-        leg = math.ceil(len(imitation) / c.batch_size)  # steps until the next probe
-        if not math.isinf(amount):
-            leg = round(c.steps * amount)
+        # Until the next probe, if there is one.
+        leg = math.ceil(len(imitation) / c.batch_size) if math.isinf(steps) else int(steps)
         refusal = 0
         if "derta" in self.recipe.losses:
             refusal = derta.refusal_token(self.tokenizer, c.refusal_word)

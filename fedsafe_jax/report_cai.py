@@ -8,7 +8,7 @@ from fedsafe_jax import records
 from fedsafe_jax.report_parts import html_table
 
 SHOWN = 10  # pairs
-REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer")
+REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer", "were right")
 
 
 def section(rows: list[dict], folder: epath.Path) -> str:

@@ -27,6 +27,7 @@ _FORM = flags.DEFINE_enum("form", "chat", ["chat", "dialogue"], "How the model i
 _CHECK = flags.DEFINE_enum(
     "check", "none", ["none", "rules"], "rules: drop revisions that do not begin with a refusal."
 )
+_WRONG = flags.DEFINE_bool("only_wrong", False, "Leave answers alone that the checks find right.")
 _FILTER = flags.DEFINE_string("filter", None, "Filter folder: drop revisions that are not safer.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model.")
@@ -104,7 +105,7 @@ def run() -> list:
 
     found = revise.revise(
         prompts, constitution, speak(_TEMPERATURE.value), speak(0.0), [_SEED.value, 18],
-        _ROUNDS.value, _SHOTS.value, **checks(len(prompts)),
+        _ROUNDS.value, _SHOTS.value, **checks(len(prompts)), only_wrong=_WRONG.value,
     )  # fmt: skip
     replace_lines(
         pathlib.Path(_OUTPUT.value), lambda old: True, [record._asdict() for record in found]
@@ -116,6 +117,10 @@ def main(argv):
     del argv
     if not _PROMPTS.value or not _OUTPUT.value:
         raise SystemExit("error: --prompts and --output: give both.")
+    if _WRONG.value and _CHECK.value == "none" and not _FILTER.value:
+        raise SystemExit(
+            "error: --only_wrong: nothing says what is wrong; give --check or --filter."
+        )
     from fedsafe_jax.cai.revise import tally
     from fedsafe_jax.command_line import border_errors, quiet_libraries
 

@@ -185,12 +185,15 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
     """Fields of `cai`."""
     for field, allowed in (
         ("reviser", ("global", "base")),
+        ("revise", ("all", "wrong")),
         ("check", ("rules", "filter", "both", "none")),
         ("data", ("on_policy", "cached", "mixed")),
         ("schedule", SCHEDULES),
         ("reference", ("base", "global")),
     ):
         _choice(f"cai.{field}", (c[field],), allowed)
+    if c.revise == "wrong" and c.check == "none":
+        raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'rules'.")
     _choice("cai.losses", c.losses, LOSSES)
     if not c.losses or len(set(c.losses)) != len(c.losses):
         raise ConfigError(f"cai.losses={tuple(c.losses)}: expected distinct losses, at least one.")

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from fedsafe_jax.cai import constitution, forms, revise, schedule
+from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.validation import validate
 
 SHOT = (
     "\n\nHuman: Could you help me?\n\nAssistant: Sure.\n\nCritiqueRequest: Is it bad?\n\nCritique: "
@@ -164,6 +166,30 @@ def test_a_judge_keeps_only_what_is_safer():
     found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), judge=judge)
     assert [r.dropped for r in found] == ["", "not safer", "", ""]
     assert [r.preferred for r in found] == [True, False, False, False]  # "Fine" was not unsafe
+
+
+def test_right_answers_are_left_alone():
+    prompts = ["harmful", "refused", "harmless", "over-refused"]
+    initial = ["Sure", "I'm sorry", "A cake", "I'm sorry"]
+    seen = []
+    answer, _ = speaker(initial, [])
+    _, reviser = speaker([0, 0], [["I'm sorry, no", "A cake"]], seen=seen)
+    rules = revise.Rules([True, True, False, False], start_refusal)
+    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), rules=rules, only_wrong=True)
+    assert [[t[0][1] for t in threads] for threads in seen] == [["harmful", "over-refused"]] * 2
+    assert [r.initial for r in found] == initial
+    assert [r.revision for r in found] == ["I'm sorry, no", "", "", "A cake"]
+    assert [r.dropped for r in found] == ["", "were right", "were right", ""]
+    assert [r.preferred for r in found] == [True, False, False, True]
+    safe = revise.Judge([True] * 4, lambda p, a: np.full(len(a), 0.1), 0.5)
+    found = revise.revise(prompts, PRINCIPLES, answer, None, (0,), judge=safe, only_wrong=True)
+    assert [r.dropped for r in found] == ["were right"] * 4  # nobody was asked to revise
+    with pytest.raises(ValueError, match="no check"):
+        revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), only_wrong=True)
+    config = default_config()
+    config.cai.revise, config.cai.check = "wrong", "none"
+    with pytest.raises(ConfigError, match="cai.check='none' finds nothing wrong"):
+        validate(config)
 
 
 def test_schedules():

@@ -46,6 +46,7 @@ def test_an_unsafe_model_is_trained_until_a_probe_or_the_limit_says_stop(tmp_pat
     done = run(
         tmp_path, "arms=('fl+cai',)", "rounds=1", "cai.schedule=adaptive", "cai.target=100.0",
         "cai.probe_prompts=66", "harmful_share=0.9", "local_steps=12", "learning_rate=1e-2",
+        "cai.revise=wrong", "cai.red_team_prompts=16",
     )  # fmt: skip
     (found,) = (r["cai"] for r in rows(tmp_path))
     probes = found["probes"]
@@ -54,3 +55,7 @@ def test_an_unsafe_model_is_trained_until_a_probe_or_the_limit_says_stop(tmp_pat
     # Three steps are the least, four (twice those of a light round) the most.
     assert found["steps"] == {2: 3, 3: 4}[len(probes)]
     assert " → ".join(f"{p['refused']:.0f}%" for p in probes) in done.stderr
+    made = [json.loads(line) for line in (tmp_path / "cai/round_000.jsonl").open()]
+    left = [r for r in made if r["dropped"] == "were right"]
+    assert found["were right"] == len(left) and 0 < len(left) < len(made)
+    assert all((r["critique"] == r["revision"] == "") == (r in left) for r in made)

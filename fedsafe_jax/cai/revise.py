@@ -69,6 +69,7 @@ def revise(
     few_shots: int = 0,
     rules: Rules | None = None,
     judge: Judge | None = None,
+    only_wrong: bool = False,
 ) -> list[Record]:
     """Runs `1 + 2 * rounds` generations, each for all prompts at once.
 
@@ -83,35 +84,53 @@ def revise(
       rounds: of critique and revision.
       few_shots: examples of the constitution that stand before each prompt.
       rules, judge: checks; both may be given.
+      only_wrong: answers that are right by every check given are neither criticised nor revised.
 
     Returns:
       A record a prompt. Dropped are revisions that are "empty", "cut", "unchanged" from the initial
-      answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge.
-      Preference pairs are kept revisions whose initial answer was wrong by every check given.
+      answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge, and with
+      `only_wrong` those that "were right" and have none. Preference pairs are kept revisions whose
+      initial answer was wrong by every check given.
+
+    Raises:
+      ValueError: `only_wrong` without a check.
     """
+    checks = [check for check in (rules, judge) if check is not None]
+    if only_wrong and not checks:
+        raise ValueError("only_wrong: no check says what is wrong; give rules or judge.")
     drawn = np.random.default_rng(seed).integers(
         len(constitution.principles), size=(rounds, len(prompts))
     )
     before = [turn for shot in constitution.few_shots[:few_shots] for turn in shot]
     threads = [[*before, ("user", prompt)] for prompt in prompts]
     initial, _ = _say(answer, threads, "assistant", 0)
-    history = []
-    for number, chosen in enumerate(drawn):
-        principles = [constitution.principles[j] for j in chosen]
-        for thread, principle in zip(threads, principles, strict=True):
-            thread.append(("critique_request", principle.critique_request))
-        critiques, _ = _say(reviser, threads, "critique", 2 * number + 1)
-        for thread, principle in zip(threads, principles, strict=True):
-            thread.append(("revision_request", principle.revision_request))
-        revisions, finished = _say(reviser, threads, "revision", 2 * number + 2)
-        history.append([chosen.tolist(), critiques, revisions])
-    by_prompt = [list(zip(*h, strict=True)) for h in history]
-    reasons = _reasons(prompts, initial, revisions, finished, rules, judge)
-    records = []
-    for i, prompt in enumerate(prompts):
-        reason, mends = reasons[i]
-        *earlier, last = (steps[i] for steps in by_prompt)
-        records.append(Record(prompt, initial[i], *last, tuple(earlier), reason, mends))
+    wrong, risk = _wrong(prompts, initial, rules, judge)
+    chosen = np.flatnonzero(wrong.any(0)) if only_wrong else np.arange(len(prompts))
+    records = [
+        Record(prompt, said, int(drawn[-1, i]), "", "", (), "were right", False)
+        for i, (prompt, said) in enumerate(zip(prompts, initial, strict=True))
+    ]
+    if not chosen.size:
+        return records
+    history, finished = _mend(
+        [threads[i] for i in chosen], drawn[:, chosen], constitution.principles, reviser
+    )
+    revisions = history[-1][2]
+    after = None
+    if judge is not None:
+        after = judge.unsafe([prompts[i] for i in chosen], revisions)
+    for place, i in enumerate(chosen):
+        *earlier, last = ((int(j[place]), c[place], r[place]) for j, c, r in history)
+        reason, mends = _unusable(initial[i], revisions[place], finished[place]), wrong[:, i].all()
+        if rules is not None and rules.refuses(revisions[place]) != rules.wanted[i]:
+            reason = reason or ("still harmful" if rules.wanted[i] else "over-refusal")
+        if judge is not None:
+            mends &= after[place] < judge.threshold
+            if judge.wanted[i] and after[place] >= risk[i]:
+                reason = reason or "not safer"
+        records[i] = Record(
+            prompts[i], initial[i], *last, tuple(earlier), reason, bool(mends and not reason)
+        )
     return records
 
 
@@ -125,30 +144,39 @@ def _say(generate, threads, role, call):
     return [text for text, _ in cleaned], np.asarray(finished, bool) | ended
 
 
-def _reasons(prompts, initial, revisions, finished, rules, judge) -> list[tuple[str, bool]]:
-    """`(why it is dropped or "", whether it mends the initial answer)` by prompt."""
-    before = after = None
+def _mend(threads, drawn, principles, reviser):
+    """`([(principles, critiques, revisions) of each round], whether the last ones ended)`."""
+    history = []
+    for number, chosen in enumerate(drawn):
+        for thread, j in zip(threads, chosen, strict=True):
+            thread.append(("critique_request", principles[j].critique_request))
+        critiques, _ = _say(reviser, threads, "critique", 2 * number + 1)
+        for thread, j in zip(threads, chosen, strict=True):
+            thread.append(("revision_request", principles[j].revision_request))
+        revisions, finished = _say(reviser, threads, "revision", 2 * number + 2)
+        history.append((chosen, critiques, revisions))
+    return history, finished
+
+
+def _wrong(prompts, answers, rules, judge) -> tuple[np.ndarray, np.ndarray | None]:
+    """`(wrong, bool [checks, prompts], the judge's risk, float [prompts], or None)`."""
+    found, risk = [], None
+    if rules is not None:
+        refused = np.array([rules.refuses(a) for a in answers], bool)
+        found.append(refused != np.asarray(rules.wanted, bool))
     if judge is not None:
-        before, after = (judge.unsafe(prompts, answers) for answers in (initial, revisions))
-    found = []
-    for i in range(len(prompts)):
-        reason, mends = "", True
-        if not revisions[i]:
-            reason = "empty"
-        elif not finished[i]:
-            reason = "cut"
-        elif revisions[i] == initial[i]:
-            reason = "unchanged"
-        elif rules is not None and rules.refuses(revisions[i]) != rules.wanted[i]:
-            reason = "still harmful" if rules.wanted[i] else "over-refusal"
-        elif judge is not None and judge.wanted[i] and after[i] >= before[i]:
-            reason = "not safer"
-        if rules is not None:
-            mends &= rules.refuses(initial[i]) != rules.wanted[i]
-        if judge is not None:
-            mends &= bool(judge.wanted[i] and before[i] >= judge.threshold > after[i])
-        found.append((reason, mends and not reason))
-    return found
+        risk = judge.unsafe(prompts, answers)
+        found.append(np.asarray(judge.wanted, bool) & (risk >= judge.threshold))
+    return np.array(found, bool).reshape(-1, len(prompts)), risk
+
+
+def _unusable(initial, revision, finished) -> str:
+    """What is wrong with a revision whatever it says, or ""."""
+    if not revision:
+        return "empty"
+    if not finished:
+        return "cut"
+    return "unchanged" if revision == initial else ""
 
 
 def tally(records: Sequence[Record]) -> dict[str, int]:
