@@ -12,6 +12,7 @@ peer, and report the share of `--teraflops` that their useful arithmetic takes.
 """
 
 import json
+import os
 import pathlib
 import resource
 import statistics
@@ -20,8 +21,11 @@ import sys
 import tempfile
 import time
 
-import jax
-import shapes
+# The peer's alone: transformers imports torch for a tokenizer where it is installed.
+os.environ["USE_TORCH"] = "0"
+
+import jax  # noqa: E402
+import shapes  # noqa: E402
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -58,9 +62,11 @@ def our_round(lm, examples):
         return loss.packed_loss(lm.model, adapter, base, batch)
 
     count = _CLIENTS.value
-    method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer()), count)
+    shared = mesh.cores(lm.mesh)
+    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
+    method = algorithms.make("fedavg", training, count)
     adapter = lora.init(jax.random.key(0), lm.config, config)
-    parallel = 1 if jax.default_backend() == "cpu" else count
+    parallel = 0 if shared else count
     programs = make_round(RoundSpec(method, aggregation.make("mean")), lm.mesh, parallel)
     state = simulation.initial_state(programs, adapter, count)
     cohort = participation.draw_cohort(0, 0, [len(c) for c in clients], count, _STEPS.value)
@@ -92,7 +98,8 @@ def peer_round(folder: pathlib.Path, rows_file: pathlib.Path) -> dict:
         command += [f"--{name}", str(flag.value)]
     # A shell in between: a child's peak memory on Linux begins with that of who started it.
     command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    torch = {k: v for k, v in os.environ.items() if k != "USE_TORCH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=torch)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

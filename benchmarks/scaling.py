@@ -86,8 +86,11 @@ def run_rounds(count: int) -> dict:
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(lm.model, adapter, base, batch)
 
-    method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer()), count)
-    programs = make_round(RoundSpec(method, aggregation.make(_AGGREGATOR.value)), lm.mesh)
+    # As a run does it; with simulated devices, as accelerators do.
+    shared = None if _DEVICES.value else mesh.cores(lm.mesh)
+    method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer(), 1, shared), count)
+    spec = RoundSpec(method, aggregation.make(_AGGREGATOR.value))
+    programs = make_round(spec, lm.mesh, 0 if shared else 1)
     calls: dict = {}
     names = ("train", "collect", "finish")
     watched = programs._replace(**{n: recorded(getattr(programs, n), calls, n) for n in names})

@@ -9,7 +9,7 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.federated import aggregation, algorithms, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
-from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.federated.mesh import cores, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
 from fedsafe_jax.federated.round import RoundSpec, make_round
 from fedsafe_jax.language_model import LanguageModel
@@ -34,7 +34,7 @@ def finetune(
     batch_size: int = 8,
     seq_len: int = 256,
     learning_rate: float = 1e-3,
-    clients_in_parallel: int = 1,
+    clients_in_parallel: int = 0,
     seed: int = 0,
 ) -> Adapter:
     """Trains one adapter on several clients' pairs, without filter and CAI.
@@ -53,7 +53,8 @@ def finetune(
       batch_size: pairs a step.
       seq_len: tokens of a packed row; longer pairs are cut.
       learning_rate: of AdamW on the clients.
-      clients_in_parallel: that a device trains at once.
+      clients_in_parallel: that a device trains at once; 0: all of them (on CPU its cores share
+        their rows).
       seed: of initialisation, sampling and order.
 
     Returns:
@@ -78,9 +79,11 @@ def finetune(
         return loss.packed_loss(model, adapter, base, batch)
 
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
-    training = LocalTraining(loss_fn, make_optimizer())
+    shared = None if clients_in_parallel else cores(mesh)
+    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
     method = algorithms.make(algorithm, training, len(clients))
-    programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, clients_in_parallel)
+    parallel = clients_in_parallel or (0 if shared else count)
+    programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
     adapter = lora.init(jax.random.key(seed), lm.config, config)
     state = simulation.initial_state(programs, adapter, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps

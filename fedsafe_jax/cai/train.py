@@ -13,7 +13,8 @@ from fedsafe_jax.cai import derta, losses
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.loss import in_passes, packed_loss, token_nll
+from fedsafe_jax.models.loss import packed_loss, token_nll
+from fedsafe_jax.models.passes import in_passes
 
 LOSSES = ("sft", *losses.PREFERENCES, "derta")
 

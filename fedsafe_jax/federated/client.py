@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fedsafe_jax.models.loss import in_passes
+from fedsafe_jax.models.passes import in_passes
 
 
 class LocalTraining(NamedTuple):
@@ -19,11 +20,14 @@ class LocalTraining(NamedTuple):
       loss_fn: `(adapter, base, batch) -> scalar`, a mean over `batch.mask` (see `in_passes`).
       optimizer: built for a learning rate of 1; its updates are scaled by the step's rate.
       accumulation: batches whose gradients are averaged in a step.
+      mesh: devices that share the work of all clients that are mapped at once (see `in_passes`);
+        None: each maps its own.
     """
 
     loss_fn: Callable
     optimizer: optax.GradientTransformation
     accumulation: int = 1
+    mesh: Mesh | None = None
 
 
 class Trained(NamedTuple):
@@ -127,7 +131,7 @@ def local_training(
     """
     steps, accumulation = rates.shape[0], training.accumulation
     batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
-    value_and_grad = in_passes(training.loss_fn)
+    value_and_grad = in_passes(training.loss_fn, training.mesh)
 
     def gradients(local, micro):
         if accumulation == 1:

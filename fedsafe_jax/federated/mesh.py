@@ -37,3 +37,10 @@ def make_mesh(devices=None, model_parallel: int = 1) -> Mesh:
     shape = (len(devices) // model_parallel, model_parallel)
     axes = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh(shape, (CLIENTS, MODEL), axis_types=axes, devices=devices)
+
+
+def cores(mesh: Mesh) -> Mesh | None:
+    """The mesh, where its devices are cores of this machine: each has all there is in its reach, so
+    they can share the work of all clients (`LocalTraining.mesh`). None elsewhere."""
+    here = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return mesh if here and mesh.shape[MODEL] == 1 else None

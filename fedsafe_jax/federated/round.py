@@ -121,6 +121,7 @@ class Programs(NamedTuple):
 
     Attributes:
       spec, mesh: what they were built for.
+      layout: of `Inputs` on the mesh.
       train: `(server, base, Inputs, rates [steps]) -> (Sent, states, residuals, ClientMetrics)`;
         the number of clients is a multiple of the mesh axis `clients`.
       collect: `(Collected or None, Sent) -> Collected`, for linear aggregation.
@@ -130,6 +131,7 @@ class Programs(NamedTuple):
 
     spec: RoundSpec
     mesh: Mesh
+    layout: PartitionSpec
     train: Callable
     collect: Callable
     finish: Callable
@@ -149,19 +151,23 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
     Args:
       spec: what a round does.
       mesh: devices along `clients`, which split a chunk, and `model`, which split the base.
-      clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn.
+      clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn. 0:
+        every device has all clients, and a `LocalTraining` with a mesh deals out their passes.
     """
-    whole, split = NamedSharding(mesh, PartitionSpec()), PartitionSpec(CLIENTS)
+    whole = NamedSharding(mesh, PartitionSpec())
+    layout = PartitionSpec(CLIENTS) if clients_in_parallel else whole.spec
 
     def train_clients(server, base, inputs, rates):
         def one(client):
             return _client(spec, server, base, rates, client)
 
+        if not clients_in_parallel:
+            return jax.vmap(one)(inputs)
         return jax.lax.map(one, inputs, batch_size=clients_in_parallel)
 
     def train(server: ServerState, base, inputs: Inputs, rates):
         mapped = train_clients
-        if mesh.shape[CLIENTS] > 1:
+        if clients_in_parallel and mesh.shape[CLIENTS] > 1:
             # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
             # but failed in the backward pass of a checkpointed `cond` (jax 0.10.2).
@@ -170,8 +176,8 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
                 mesh=mesh,
                 axis_names={CLIENTS},  # `model` stays automatic
                 check_vma=False,
-                in_specs=(PartitionSpec(), PartitionSpec(), split, PartitionSpec()),
-                out_specs=split,
+                in_specs=(PartitionSpec(), PartitionSpec(), layout, PartitionSpec()),
+                out_specs=layout,
             )
         sent, states, residuals, metrics = mapped(server, base, inputs, rates)
         # Every process reads all clients' figures.
@@ -217,6 +223,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
     return Programs(
         spec,
         mesh,
+        layout,
         jax.jit(train),
         jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated: a run that is stopped in a round still saves it.

@@ -14,9 +14,10 @@ from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
 from fedsafe_jax.federated.round import Inputs, Programs
-from fedsafe_jax.models.sharding import CLIENTS
 
-CHUNK = 64  # clients of a chunk, unless told
+# Clients of a chunk, unless told; few on CPU, where more gain nothing and every core holds all.
+CHUNK = {"cpu": 16}
+DEFAULT_CHUNK = 64
 
 
 class FederatedState(NamedTuple):
@@ -123,8 +124,10 @@ def wait(tree, interval: float = 0.002) -> None:
 
 
 def chunk_size(cohort: int, devices: int, most: int = 0) -> int:
-    """Clients of a chunk: even chunks of at most `most` (0: 64), a multiple of `devices`."""
-    chunks = -(-cohort // max(most or CHUNK, devices))
+    """Clients of a chunk: even chunks of at most `most` (0: 64, on CPU 16), a multiple of
+    `devices`."""
+    most = most or CHUNK.get(jax.default_backend(), DEFAULT_CHUNK)
+    chunks = -(-cohort // max(most, devices))
     return -(-cohort // (chunks * devices)) * devices
 
 
@@ -158,7 +161,7 @@ def run_round(
     Returns:
       The state after the round, and a report.
     """
-    spec, mesh, split = programs.spec, programs.mesh, PartitionSpec(CLIENTS)
+    spec, mesh = programs.spec, programs.mesh
     count = len(cohort.ids)
     if boosts is None:
         boosts = np.ones(count, np.float32)
@@ -184,7 +187,7 @@ def run_round(
             mine["states"],
             mine["residuals"],
         )
-        inputs = jax.tree.map(lambda x: _spread(x, mesh, split), inputs)
+        inputs = jax.tree.map(lambda x: _spread(x, mesh, programs.layout), inputs)
         sent, states, residuals, metrics = programs.train(state.server, base, inputs, rates)
         # One chunk at a time: the next one's arrays are made while the devices work.
         if figures:

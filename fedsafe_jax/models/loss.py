@@ -1,7 +1,6 @@
 """Token losses that never hold `[tokens, vocab]` logits."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,6 @@ from fedsafe_jax.models.decoder import Decoder
 # Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
 CHUNK_TOKENS = {"cpu": 128}
 DEFAULT_CHUNK_TOKENS = 1024
-# Tokens of rows that `in_passes` takes at once: on CPU what stays in a core's cache.
-PASS_TOKENS = {"cpu": 256}
 
 
 def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
@@ -165,40 +162,3 @@ def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
     )
     nll = token_nll(model, base, hidden, batch.targets, batch.mask)
     return masked_mean(nll, batch.mask)
-
-
-def in_passes(loss_fn: Callable) -> Callable:
-    """`jax.value_and_grad` of a loss over packed rows, taken a few rows at a time.
-
-    As many passes are made as rows are filled, so that a shape which fits the largest batch costs
-    no more than the batch at hand, and activations of one pass are held. Where `PASS_TOKENS` has
-    no entry, on accelerators, all rows are one pass.
-
-    Args:
-      loss_fn: `(adapter, base, batch) -> scalar`, a `masked_mean` over `batch.mask`; `batch` is a
-        `data.packing.Batch` with fields `[rows, seq]`, filled rows first.
-
-    Returns:
-      A function of the same arguments that returns `(value, gradient to the adapter)`.
-    """
-    value_and_grad = jax.value_and_grad(loss_fn)
-
-    def passes(adapter, base, batch):
-        count, seq = batch.mask.shape
-        rows = max(1, PASS_TOKENS.get(jax.default_backend(), count * seq) // seq)
-        if count <= rows:
-            return value_and_grad(adapter, base, batch)
-        batch = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % rows), (0, 0))), batch)
-        whole = jnp.maximum(jnp.sum(batch.mask), 1)
-
-        def one(i, sums):
-            part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows), batch)
-            share = jnp.maximum(jnp.sum(part.mask), 1) / whole
-            new = value_and_grad(adapter, base, part)
-            return jax.tree.map(lambda x, y: x + share * y, sums, new)
-
-        filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
-        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter)
-        return jax.lax.fori_loop(0, -(-filled // rows), one, zero)
-
-    return passes

@@ -39,7 +39,8 @@ class Federation(NamedTuple):
     def spec(self, name="fedavg", optimizer=None, accumulation=1, aggregator="mean", **changes):
         settings = changes.pop("settings", None)
         trim, byzantine = changes.pop("trim_share", 0.1), changes.pop("byzantine", 1)
-        training = LocalTraining(self.loss_fn, optimizer or make_optimizer(), accumulation)
+        shared = changes.pop("mesh", None)
+        training = LocalTraining(self.loss_fn, optimizer or make_optimizer(), accumulation, shared)
         algorithm = algorithms.make(name, training, POPULATION, settings)
         return RoundSpec(algorithm, aggregation.make(aggregator, trim, byzantine), **changes)
 

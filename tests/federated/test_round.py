@@ -12,7 +12,7 @@ from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import round, simulation
 from fedsafe_jax.federated.algorithms import Settings
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.models import loss
+from fedsafe_jax.models import loss, passes
 from fedsafe_jax.models.decoder import Decoder
 
 ONES = np.ones(CLIENTS, np.float32)
@@ -55,6 +55,40 @@ def test_devices_chunks_and_vmap_give_what_one_device_gives(federation):
     one, _ = federation.run(spec)
     for layout in LAYOUTS[3::2]:
         close(federation.run(spec, **layout)[0], one)
+
+
+@pytest.mark.parametrize(
+    ("devices", "pass_tokens", "name", "accumulation"),
+    # Rows of 12, cut to 6, 9 or 12 where that is the pass; then all rows in one pass.
+    [(3, 8, "fedavg", 1), (1, 8, "scaffold", 3), (3, 24, "fedavg", 1)],
+)
+def test_passes_dealt_out_give_what_clients_in_turn_give(
+    federation, monkeypatch, devices, pass_tokens, name, accumulation
+):
+    monkeypatch.setitem(passes.PASS_TOKENS, "cpu", pass_tokens)
+    batches = jax.tree.map(np.copy, federation.batches)
+    for client, step, row, filled in [
+        (0, 0, 0, 5), (0, 1, 0, 9), (0, 1, 1, 0), (1, 0, 1, 7), (2, 2, 0, 6), (2, 2, 1, 3),
+    ]:  # fmt: skip
+        for x in batches:
+            x[client, step, row, filled:] = 0
+    for x in batches:
+        x[3] = 0  # the last client has nothing
+    federation = federation._replace(batches=batches)
+    rates = [0.01] * (STEPS // accumulation)
+    weights = ONES
+    in_turn, wanted = federation.run(
+        federation.spec(name, accumulation=accumulation), weights=weights, rates=rates
+    )
+    mesh = make_mesh(jax.devices()[:devices])
+    spec = federation.spec(name, accumulation=accumulation, mesh=mesh)
+    dealt, report = federation.run(
+        spec, devices=devices, parallel=0, weights=weights, rates=rates, chunk=4
+    )
+    close(dealt, in_turn)
+    np.testing.assert_allclose(report.losses, wanted.losses, rtol=1e-5)
+    np.testing.assert_array_equal(report.active, wanted.active)
+    assert not report.active[3].any() and report.active[:3].all()
 
 
 def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):

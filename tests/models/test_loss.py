@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_config
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.models import lora, loss
+from fedsafe_jax.models import lora, loss, passes
 from fedsafe_jax.models.decoder import Decoder
 
 
@@ -40,7 +40,7 @@ def test_chunked_nll_and_gradient_equal_the_plain_formula(monkeypatch):
 
 @pytest.mark.parametrize("filled", [0, 1, 3, 5])
 def test_passes_equal_all_rows_at_once(monkeypatch, filled):
-    monkeypatch.setitem(loss.PASS_TOKENS, "cpu", 16)  # two rows a pass
+    monkeypatch.setitem(passes.PASS_TOKENS, "cpu", 16)  # two rows a pass
     model, base = tiny_model()
     config = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
     adapter = jax.tree.map(lambda x: x + 0.05, lora.init(jax.random.key(1), model.config, config))
@@ -57,7 +57,7 @@ def test_passes_equal_all_rows_at_once(monkeypatch, filled):
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    value, gradient = jax.jit(loss.in_passes(loss_fn))(adapter, base, batch)
+    value, gradient = jax.jit(passes.in_passes(loss_fn))(adapter, base, batch)
     expected = jax.jit(jax.value_and_grad(loss_fn))(adapter, base, batch)
     # float32 sums over rows in another order.
     np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-7)
