@@ -1,10 +1,12 @@
 """Runs `fedsafe_jax.main` at the smallest size that still does everything."""
 
 import json
+import multiprocessing
 import os
 import pathlib
-import subprocess
+import runpy
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Devices as a user has them; compiled quickly, as in conftest.
@@ -28,15 +30,53 @@ def command(workdir, *settings):
     return [*start, f"--workdir={workdir}", *flags]
 
 
+class Run:
+    """A process of `fedsafe_jax.main`, in the manner of `subprocess.Popen`.
+
+    It begins as the copy of one that has imported the libraries: importing takes longer than much
+    of what is tested here.
+    """
+
+    def __init__(self, workdir, *settings):
+        self._folder = tempfile.TemporaryDirectory()
+        self._logs = [pathlib.Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fedsafe_jax.experiment"])
+        arguments = command(workdir, *settings)[3:], dict(ENVIRONMENT), self._logs
+        self._process = context.Process(target=_main, args=arguments, daemon=True)
+        self._process.start()
+        self.kill = self._process.kill
+
+    def poll(self):
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, how):
+        os.kill(self._process.pid, how)
+
+    def communicate(self, timeout):
+        self._process.join(timeout)
+        assert self.returncode is not None, f"not done after {timeout} s"
+        self.stdout, self.stderr = (log.read_text() for log in self._logs)
+        return self.stdout, self.stderr
+
+
+def _main(flags, environment, logs):
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(ROOT)
+    sys.argv = ["fedsafe_jax.main", *flags]
+    runpy.run_module("fedsafe_jax.main", run_name="__main__")
+
+
 def run(workdir, *settings, check=True):
-    done = subprocess.run(
-        command(workdir, *settings),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    """A run to its end."""
+    done = Run(workdir, *settings)
+    done.communicate(600)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -46,14 +86,6 @@ def comparable(workdir):
     results = json.loads((workdir / "results.json").read_text())
     del results["seconds"]
     return results
-
-
-def start(workdir, *settings):
-    """The run as a process, for tests that end it."""
-    return subprocess.Popen(
-        command(workdir, *settings), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 def rows(workdir):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from commands import ENVIRONMENT, ROOT, comparable, rows, run, start
+from commands import ENVIRONMENT, ROOT, Run, comparable, rows, run
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
 
 def stopped(workdir, how, arm):
     """What a run writes to stderr that gets a signal when a round of the arm is done."""
-    process, metrics = start(workdir), workdir / "metrics.jsonl"
+    process, metrics = Run(workdir), workdir / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and f'"arm": "{arm}"' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline

@@ -4,7 +4,7 @@ import random
 import signal
 import time
 
-from commands import comparable, run, start
+from commands import Run, comparable, run
 
 LONG = (
     "arms=('fl',)",
@@ -36,7 +36,7 @@ def test_ten_kills_end_with_the_same_adapter(tmp_path):
     rng = random.Random(0)
     written_to = 0
     for kill in range(10):
-        process, before = start(killed, *LONG), {p.name for p in checkpoints(killed)}
+        process, before = Run(killed, *LONG), {p.name for p in checkpoints(killed)}
         deadline = time.monotonic() + 120
         while process.poll() is None and not reached(killed, before, kill % 2):
             assert time.monotonic() < deadline
@@ -54,7 +54,7 @@ def test_ten_kills_end_with_the_same_adapter(tmp_path):
 
 def test_sigterm_loses_no_finished_round(tmp_path):
     settings = (*LONG, "checkpoint_every=100")
-    process, metrics = start(tmp_path, *settings), tmp_path / "metrics.jsonl"
+    process, metrics = Run(tmp_path, *settings), tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline
