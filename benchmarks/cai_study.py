@@ -37,6 +37,7 @@ SCHEDULES = {
     "light": {},
     "final": {"schedule": "final"},
     "adaptive": {"schedule": "adaptive", "learning_rate": 2e-3, "revise": "wrong"},
+    "adaptive-all": {"schedule": "adaptive", "learning_rate": 2e-3},
     "full": {"schedule": "full"},
     "light-2e-3": {"learning_rate": 2e-3},
 }
