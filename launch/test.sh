@@ -6,7 +6,7 @@ source launch/install.sh
 install '[test,report,dp,flower,docs]'
 # Small programs too: the tests compile the same ones in many processes.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
-export HF_HUB_OFFLINE=1 JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-.venv/xla_cache}"
+export HF_HUB_OFFLINE=1 JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla_cache}"
 .venv/bin/ruff check .
 # Two files at a time: much of the time is one process that starts, or one core that compiles.
 exec .venv/bin/python -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

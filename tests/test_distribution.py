@@ -43,6 +43,7 @@ def site(tmp_path_factory):
 def test_the_demos_base_is_evaluated_in_an_empty_folder(site, tmp_path):
     # PYTHONPATH comes before an editable install of the repository.
     environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": QUICK}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the site stays as the wheel has it
     command = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
     flags = [f"--config.{s}" for s in SMALL if s.startswith("eval")] + ["--config.arms=('base',)"]
     done = subprocess.run(
