@@ -59,7 +59,7 @@ def _scatter(plt, rows):
         axis.set_xscale("log")
     axis.set_xlabel("length of the update / median of the round")
     axis.set_ylabel("cosine to the mean")
-    if points:
+    if axis.get_legend_handles_labels()[0]:  # none where every update was left out
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
