@@ -62,11 +62,10 @@ def our_round(lm, examples):
         return loss.packed_loss(lm.model, adapter, base, batch)
 
     count = _CLIENTS.value
-    shared = mesh.cores(lm.mesh)
+    parallel, shared = mesh.clients_at_once(lm.mesh, 0, count)
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
     method = algorithms.make("fedavg", training, count)
     adapter = lora.init(jax.random.key(0), lm.config, config)
-    parallel = 0 if shared else count
     programs = make_round(RoundSpec(method, aggregation.make("mean")), lm.mesh, parallel)
     state = simulation.initial_state(programs, adapter, count)
     cohort = participation.draw_cohort(0, 0, [len(c) for c in clients], count, _STEPS.value)

@@ -87,10 +87,11 @@ def run_rounds(count: int) -> dict:
         return loss.packed_loss(lm.model, adapter, base, batch)
 
     # As a run does it; with simulated devices, as accelerators do.
-    shared = None if _DEVICES.value else mesh.cores(lm.mesh)
+    asked = 1 if _DEVICES.value else 0
+    parallel, shared = mesh.clients_at_once(lm.mesh, asked, count)
     method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer(), 1, shared), count)
     spec = RoundSpec(method, aggregation.make(_AGGREGATOR.value))
-    programs = make_round(spec, lm.mesh, 0 if shared else 1)
+    programs = make_round(spec, lm.mesh, parallel)
     calls: dict = {}
     names = ("train", "collect", "finish")
     watched = programs._replace(**{n: recorded(getattr(programs, n), calls, n) for n in names})

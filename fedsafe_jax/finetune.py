@@ -9,7 +9,7 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.federated import aggregation, algorithms, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
-from fedsafe_jax.federated.mesh import cores, make_mesh
+from fedsafe_jax.federated.mesh import clients_at_once, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
 from fedsafe_jax.federated.round import RoundSpec, make_round
 from fedsafe_jax.language_model import LanguageModel
@@ -79,10 +79,9 @@ def finetune(
         return loss.packed_loss(model, adapter, base, batch)
 
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
-    shared = None if clients_in_parallel else cores(mesh)
+    parallel, shared = clients_at_once(mesh, clients_in_parallel, count)
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
     method = algorithms.make(algorithm, training, len(clients))
-    parallel = clients_in_parallel or (0 if shared else count)
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
     adapter = lora.init(jax.random.key(seed), lm.config, config)
     state = simulation.initial_state(programs, adapter, len(clients))

@@ -16,7 +16,7 @@ from fedsafe_jax.federated import (
     simulation,
 )
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
-from fedsafe_jax.federated.mesh import cores
+from fedsafe_jax.federated.mesh import clients_at_once
 from fedsafe_jax.federated.round import Programs, RoundSpec, make_round
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
@@ -72,7 +72,7 @@ def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
         return loss.packed_loss(model, adapter, base, batch)
 
     optimizer = make_optimizer(config.optimizer, config.gradient_clip)
-    shared = None if config.clients_in_parallel else cores(mesh)
+    parallel, shared = clients_at_once(mesh, config.clients_in_parallel, config.clients_per_round)
     training = LocalTraining(loss_fn, optimizer, config.accumulation, shared)
     settings = algorithms.Settings(
         f.server_learning_rate,
@@ -96,9 +96,6 @@ def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
         f.stragglers > 0,
         bool(f.client_ranks),
     )
-    parallel = config.clients_in_parallel
-    if not parallel and shared is None:
-        parallel = 1 if jax.default_backend() == "cpu" else config.clients_per_round
     return make_round(spec, mesh, parallel)
 
 

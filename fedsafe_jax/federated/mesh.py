@@ -39,8 +39,17 @@ def make_mesh(devices=None, model_parallel: int = 1) -> Mesh:
     return jax.make_mesh(shape, (CLIENTS, MODEL), axis_types=axes, devices=devices)
 
 
-def cores(mesh: Mesh) -> Mesh | None:
-    """The mesh, where its devices are cores of this machine: each has all there is in its reach, so
-    they can share the work of all clients (`LocalTraining.mesh`). None elsewhere."""
-    here = jax.default_backend() == "cpu" and jax.process_count() == 1
-    return mesh if here and mesh.shape[MODEL] == 1 else None
+def clients_at_once(mesh: Mesh, asked: int, cohort: int) -> tuple[int, Mesh | None]:
+    """How clients are mapped: `(make_round's clients_in_parallel, LocalTraining's mesh)`.
+
+    Args:
+      mesh: of the run.
+      asked: clients that a device maps at once; 0: all of the cohort. The CPU cores of one process
+        then share their rows, and CPUs of several processes take clients one by one.
+      cohort: clients a round.
+    """
+    if asked or jax.default_backend() != "cpu":
+        return asked or cohort, None
+    if jax.process_count() == 1 and mesh.shape[MODEL] == 1:
+        return 0, mesh
+    return 1, None
