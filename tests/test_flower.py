@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -268,9 +269,21 @@ def free_ports(count):
     return ports
 
 
+def wait_for(address, log, seconds=120):
+    """Returns once `address` takes connections: `flwr run` does not try twice."""
+    host, port = address.split(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError:
+            assert time.monotonic() < end, f"no SuperLink in {seconds} s:\n{log.read_text()}"
+            time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def superlink_and_nodes(folder, tmp_path, environment):
-    """A SuperLink and three SuperNodes on loopback; gives the address."""
+    """A SuperLink that answers and three SuperNodes on loopback; gives the address."""
     link, *ports = free_ports(4)
     address, started = f"127.0.0.1:{link}", []
 
@@ -294,6 +307,7 @@ def superlink_and_nodes(folder, tmp_path, environment):
             text = " ".join(f"{k}={json.dumps(v)}" for k, v in own.items())
             flags = ("--superlink", address, "--port", str(port), "--node-config", text)
             start("flower-supernode", *flags)
+        wait_for(address, tmp_path / "flower-superlink0.log")
         yield address
     finally:
         for process in started:
@@ -318,5 +332,7 @@ def test_a_superlink_and_three_supernodes_give_the_same(simulated, folder, tmp_p
             env=environment, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
     logs = [path.read_text()[-2000:] for path in sorted(tmp_path.glob("*.log"))]
-    assert (tmp_path / "server/results.json").is_file(), "\n".join([done.stdout, *logs])
+    assert (tmp_path / "server/results.json").is_file(), "\n".join(
+        [done.stdout, done.stderr, *logs]
+    )
     assert_same_run(tmp_path / "server", simulated)
