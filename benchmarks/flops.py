@@ -67,7 +67,10 @@ def counted(config, lora_config, seq: int) -> dict[str, float]:
         # above the first one need, and which XLA would leave out of one by itself.
         def of(a, norm):
             layers = base["layers"] | {"input_layernorm": norm}
-            return loss.packed_loss(model, a, base | {"layers": layers}, batch)
+            params = base | {"layers": layers}
+            rows = batch.tokens, batch.positions, batch.segment_ids
+            hidden, _ = model.apply({"params": params, "lora": a}, *rows)
+            return loss.token_nll(model, params, hidden, batch.targets, batch.mask).mean()
 
         norm = base["layers"]["input_layernorm"]
         return jax.value_and_grad(of, argnums=(0, 1))(adapter, norm)

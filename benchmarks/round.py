@@ -11,6 +11,8 @@ is a JSON object. Shapes are those of `shapes.py`; `1b` and `8b` have random bfl
 peer, and report the share of `--teraflops` that their useful arithmetic takes.
 """
 
+# ruff: noqa: E402
+
 import json
 import os
 import pathlib
@@ -21,11 +23,12 @@ import sys
 import tempfile
 import time
 
-# The peer's alone: transformers imports torch for a tokenizer where it is installed.
-os.environ["USE_TORCH"] = "0"
+# The peer's alone: transformers imports torch for a tokenizer where it is installed, 270 MB.
+sys.modules["torch"] = None
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import jax  # noqa: E402
-import shapes  # noqa: E402
+import jax
+import shapes
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -97,8 +100,7 @@ def peer_round(folder: pathlib.Path, rows_file: pathlib.Path) -> dict:
         command += [f"--{name}", str(flag.value)]
     # A shell in between: a child's peak memory on Linux begins with that of who started it.
     command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
-    torch = {k: v for k, v in os.environ.items() if k != "USE_TORCH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=torch)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -10,13 +10,20 @@ compilation apart, and what a round's programs send between devices: the sum of 
 reduces one adapter, and nothing is as large as the base. The last line is a JSON object.
 """
 
+# ruff: noqa: E402
+
 import collections
 import json
+import os
 import re
 import resource
 import subprocess
 import sys
 import time
+
+# transformers imports torch for a tokenizer where it is installed, 270 MB.
+sys.modules["torch"] = None
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import jax
 from absl import app, flags

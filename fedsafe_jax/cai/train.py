@@ -14,7 +14,7 @@ from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
-from fedsafe_jax.models.passes import in_passes
+from fedsafe_jax.models.passes import compiler_options, in_passes
 
 LOSSES = ("sft", *losses.PREFERENCES, "derta")
 
@@ -142,7 +142,7 @@ def make_step(model: Decoder, recipe: Recipe):
         )
         return total, found
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def step(adapter, state, reference, base, data, rate):
         grads, found = gradients(adapter, reference, base, data)
         direction, state = optimizer.update(grads, state, adapter)

@@ -17,6 +17,7 @@ from fedsafe_jax.federated import aggregation, compression, lora_average, privac
 from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
 from fedsafe_jax.federated.compression import Compression
+from fedsafe_jax.models.passes import compiler_options
 from fedsafe_jax.models.sharding import CLIENTS
 
 SKETCH = 4096  # numbers kept of an update, for its angle to the mean
@@ -224,7 +225,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         spec,
         mesh,
         layout,
-        jax.jit(train),
+        jax.jit(train, compiler_options=compiler_options()),
         jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated: a run that is stopped in a round still saves it.
         jax.jit(finish, out_shardings=whole),

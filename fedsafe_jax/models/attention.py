@@ -1,5 +1,6 @@
 """Which tokens see which, rotary positions, and the choice of attention backend."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,12 +22,11 @@ class Visibility(NamedTuple):
 
     query_segments: jax.Array  # int32 [batch, q_len]
     key_segments: jax.Array  # int32 [batch, kv_len]
-    start: jax.Array | int  # slot of the first query among the keys
+    slots: jax.Array  # int32 [q_len], of the queries among the keys
 
     def mask(self, window: int = 0) -> jax.Array:
         """bool `[batch, 1, q_len, kv_len]`; `window` > 0 hides keys that many slots back."""
-        queries = self.start + jnp.arange(self.query_segments.shape[1])[:, None]
-        keys = jnp.arange(self.key_segments.shape[1])[None, :]
+        queries, keys = self.slots[:, None], jnp.arange(self.key_segments.shape[1])[None, :]
         near = keys <= queries
         if window:
             near &= keys > queries - window
@@ -136,6 +136,63 @@ def splash(query, key, value, segments, window: int, scale: float, softcap: floa
 
 # Backends that read segments instead of a mask.
 SEGMENTED = {"splash": splash, "blocks": block_attention.attend}
+
+
+def windows(config) -> tuple[int, ...]:
+    """The windows that occur, 0 for none: of layers without first."""
+    count = len(config.windowed_layers)
+    if count in (0, config.num_layers):
+        return (config.window if count else 0,)
+    return (0, config.window)
+
+
+def _backend(config, q_len: int, kv_len: int) -> str:
+    return choose_backend(
+        config.attention, q_len, kv_len, config.head_dim, config.dtype, config.attention_softcap
+    )
+
+
+def sight(config, visibility: Visibility):
+    """What the layers look through: a mask for each window, or segments, where a backend wants
+    these."""
+    q_len, kv_len = (segments.shape[1] for segments in visibility[:2])
+    if _backend(config, q_len, kv_len) in SEGMENTED:
+        return visibility.query_segments
+    return masks(config, visibility)
+
+
+def masks(config, visibility: Visibility) -> tuple[jax.Array, ...]:
+    """A mask for each window."""
+    return tuple(visibility.mask(window) for window in windows(config))
+
+
+def pick(masks, windowed):
+    """A layer's mask among `masks`."""
+    return masks[0] if len(masks) == 1 else jnp.where(windowed, masks[1], masks[0])
+
+
+def attend_row(config, query, key, value, sight, windowed):
+    """`attend` by the backend of choice, of queries to keys of the same positions.
+
+    Args:
+      config: of the decoder.
+      query, key, value: as in `attend`.
+      sight: of the function of that name.
+      windowed: bool scalar, whether the layer has a window.
+    """
+    scale, softcap = config.attention_scale, config.attention_softcap
+    backend = _backend(config, query.shape[1], key.shape[1])
+    if backend not in SEGMENTED:
+        return attend(query, key, value, pick(sight, windowed), scale, softcap, backend)
+    inputs = (query, key, value, sight)
+    kernels = [
+        functools.partial(SEGMENTED[backend], window=window, scale=scale, softcap=softcap)
+        for window in windows(config)
+    ]
+    if len(kernels) == 1:
+        return kernels[0](*inputs)
+    # A kernel is built for one window, so a layer branches between the two.
+    return jax.lax.cond(windowed, kernels[1], kernels[0], *inputs)
 
 
 def frequency_tables(config) -> tuple[np.ndarray, np.ndarray]:

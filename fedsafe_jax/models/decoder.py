@@ -59,86 +59,51 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention of `x` to itself, to a cache, or to `sources`.
+
+    `sources` are `(states [batch, kv_len, hidden_size], their Rotation)`, which keys and values
+    are made from; then `rotation` is that of `x`, and `sight` holds masks of `x` by `sources`.
+    """
+
     config: DecoderConfig
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x, layer, rotation, sight, cache):
+    def __call__(self, x, layer, rotation, sight, cache, sources=None):
         config = self.config
         batch, seq, _ = x.shape
         number, table, windowed = layer
-        rotation = rotation.table(table)
+        own = (x, rotation.table(table))
+        seen = own if sources is None else (sources[0], sources[1].table(table))
 
-        def project(name, heads):
+        def project(name, heads, x):
             width = heads * config.head_dim
             y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(x)
-            return y.reshape(batch, seq, heads, config.head_dim)
+            return y.reshape(batch, -1, heads, config.head_dim)
 
-        def turned(name, heads):
-            y = project(f"{name}_proj", heads)
+        def turned(name, heads, x, rotation):
+            y = project(f"{name}_proj", heads, x)
             if config.qk_norm:
                 y = RMSNorm(config.rms_norm_eps, config.norm_offset, name=f"{name}_norm")(y)
             return attention.rotate(y, rotation)
 
-        query, key = turned("q", config.num_heads), turned("k", config.num_kv_heads)
-        value = project("v_proj", config.num_kv_heads)
-        if cache is None:
-            out = _attend(config, query, key, value, sight, windowed)
-        else:
+        query = turned("q", config.num_heads, *own)
+        key = turned("k", config.num_kv_heads, *seen)
+        value = project("v_proj", config.num_kv_heads, seen[0])
+        scale, softcap = config.attention_scale, config.attention_softcap
+        if cache is not None:
             cache, *mine = write_cache(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
-            if mine[0].shape[-2] == seq:  # nothing was read before
-                out = _attend(config, query, key, value, sight, windowed)
-            else:
-                mask, scale = _pick(sight, windowed), config.attention_scale
-                out = attention.attend_cache(query, *mine, mask, scale, config.attention_softcap)
+        if sources is not None:
+            mask = attention.pick(sight, windowed)
+            out = attention.attend(query, key, value, mask, scale, softcap)
+        elif cache is None or mine[0].shape[-2] == seq:  # nothing was read before
+            out = attention.attend_row(config, query, key, value, sight, windowed)
+        else:
+            mask = attention.pick(sight, windowed)
+            out = attention.attend_cache(query, *mine, mask, scale, softcap)
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
         return o_proj(out), cache
-
-
-def _backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:
-    return attention.choose_backend(
-        config.attention, q_len, kv_len, config.head_dim, config.dtype, config.attention_softcap
-    )
-
-
-def _windows(config: DecoderConfig) -> tuple[int, ...]:
-    """The windows that occur, 0 for none: of layers without first."""
-    count = len(config.windowed_layers)
-    if count in (0, config.num_layers):
-        return (config.window if count else 0,)
-    return (0, config.window)
-
-
-def _sight(config: DecoderConfig, visibility: Visibility):
-    """What the layers look through: a mask for each window, or segments, where a backend wants
-    these."""
-    q_len, kv_len = (segments.shape[1] for segments in visibility[:2])
-    if _backend(config, q_len, kv_len) in attention.SEGMENTED:
-        return visibility.query_segments
-    return tuple(visibility.mask(window) for window in _windows(config))
-
-
-def _pick(masks, windowed):
-    """A layer's mask among those of `_sight`."""
-    return masks[0] if len(masks) == 1 else jnp.where(windowed, masks[1], masks[0])
-
-
-def _attend(config: DecoderConfig, query, key, value, sight, windowed):
-    scale, softcap = config.attention_scale, config.attention_softcap
-    backend = _backend(config, query.shape[1], key.shape[1])
-    if backend not in attention.SEGMENTED:
-        mask = _pick(sight, windowed)
-        return attention.attend(query, key, value, mask, scale, softcap, backend)
-    inputs = (query, key, value, sight)
-    kernels = [
-        functools.partial(attention.SEGMENTED[backend], window=window, scale=scale, softcap=softcap)
-        for window in _windows(config)
-    ]
-    if len(kernels) == 1:
-        return kernels[0](*inputs)
-    # A kernel is built for one window, so a layer branches between the two.
-    return jax.lax.cond(windowed, kernels[1], kernels[0], *inputs)
 
 
 class MLP(nn.Module):
@@ -160,19 +125,24 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """A layer; `sources` as in `Attention`, not yet normed."""
+
     config: DecoderConfig
     lora_scale: float
 
     @nn.compact
-    def __call__(self, carry, layer, rotation, sight):
+    def __call__(self, carry, layer, rotation, sight, sources=None):
         config = self.config
         x, cache = carry
 
         def norm(name, y):
             return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)(y)
 
+        input_norm = RMSNorm(config.rms_norm_eps, config.norm_offset, name="input_layernorm")
+        if sources is not None:
+            sources = input_norm(sources[0]), sources[1]
         attended, cache = Attention(config, self.lora_scale, name="self_attn")(
-            norm("input_layernorm", x), layer, rotation, sight, cache
+            input_norm(x), layer, rotation, sight, cache, sources
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:
@@ -183,6 +153,13 @@ class Layer(nn.Module):
             x = x + attended
             x = x + mlp(norm("post_attention_layernorm", x))
         return (x, cache), None
+
+
+def kinds_of_layers(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each layer its number, its table of rotary frequencies, and whether it has a window."""
+    numbers = np.arange(config.num_layers)
+    windowed = np.isin(numbers, config.windowed_layers)
+    return numbers, attention.frequency_tables(config)[1], windowed
 
 
 class Decoder(nn.Module):
@@ -236,17 +213,12 @@ class Decoder(nn.Module):
                 valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
             )
         if segment_ids is not None:
-            visibility = Visibility(segment_ids, segment_ids, 0)
+            visibility = Visibility(segment_ids, segment_ids, jnp.arange(seq))
         else:
             new, seen = (x.astype(jnp.int32) for x in (valid, cache.valid))
-            visibility = Visibility(new, seen, cache.length)
-        sight, rotation = _sight(config, visibility), attention.rotation(config, positions)
-        x = self.embed_tokens[tokens].astype(config.dtype)
-        if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, config.dtype)
-        numbers = np.arange(config.num_layers)
-        windowed = np.isin(numbers, config.windowed_layers)
-        layers = (numbers, attention.frequency_tables(config)[1], windowed)
+            visibility = Visibility(new, seen, cache.length + jnp.arange(seq))
+        sight, rotation = attention.sight(config, visibility), attention.rotation(config, positions)
+        x, layers = self.embed(tokens), kinds_of_layers(config)
         if cache is not None and isinstance(cache.key, tuple):
             x, cache = self._unrolled(x, cache, layers, rotation, sight)
         else:
@@ -272,6 +244,13 @@ class Decoder(nn.Module):
             values.append(one.value)
         return x, cache._replace(key=tuple(keys), value=tuple(values))
 
+    def embed(self, tokens):
+        """What the first layer reads: `[..., hidden_size]` of tokens int32 `[...]`."""
+        x = self.embed_tokens[tokens].astype(self.config.dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, self.config.dtype)
+        return x
+
     def unembed(self, hidden):
         """Logits, float32 `[..., vocab]`, of hidden states `[..., hidden_size]`."""
         params = self.variables["params"]
@@ -279,6 +258,13 @@ class Decoder(nn.Module):
         logits = jnp.dot(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def nll(self, hidden, targets):
+        """Negative log-likelihood in nats, float32 `[tokens]`, of targets int32 `[tokens]` after
+        hidden states `[tokens, hidden_size]`; every logit is materialised."""
+        logits = self.unembed(hidden)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     def logits(self, tokens, positions, segment_ids):
         """Float32 `[batch, seq, vocab]`; for short inputs, as every logit is materialised."""

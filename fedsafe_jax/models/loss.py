@@ -4,8 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.last_layer import weighted_nll
+from fedsafe_jax.models.passes import PASS_TOKENS
 
 # Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
 CHUNK_TOKENS = {"cpu": 128}
@@ -39,9 +42,7 @@ def _nll_of(model: Decoder, chunk: int):
     """`(params, hidden [tokens, hidden_size], targets [tokens], on [tokens]) -> nll [tokens]`."""
 
     def chunk_nll(params, h, target):
-        logits = model.apply({"params": params}, h, method="unembed")
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return model.apply({"params": params}, h, target, method="nll")
 
     def in_front(hidden, targets, on):
         """Tokens in whole chunks, targets first, and where each came from."""
@@ -102,8 +103,8 @@ def _nll_of(model: Decoder, chunk: int):
     alone, with_gradient = _in_one_line(loss_alone), _in_one_line(loss_and_gradient)
 
     def forward(*inputs):
-        learns = any(x.perturbed for x in jax.tree.leaves(inputs[0], is_leaf=_is_primal))
-        params, hidden, targets, on = jax.tree.map(lambda x: x.value, inputs, is_leaf=_is_primal)
+        learns = any(x.perturbed for x in jax.tree.leaves(inputs[0]))
+        params, hidden, targets, on = custom_vjp_primal_tree_values(inputs)
         if learns:
             return jax.vjp(lambda p, h: trained_head(p, h, targets, on), params, hidden)
         return with_gradient(params, hidden, targets, on)
@@ -116,10 +117,6 @@ def _nll_of(model: Decoder, chunk: int):
     nll = jax.custom_vjp(alone)
     nll.defvjp(forward, backward, symbolic_zeros=True)
     return nll
-
-
-def _is_primal(x) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def _in_one_line(function):
@@ -151,12 +148,19 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
     """Mean negative log-likelihood, in nats, over the learned tokens of packed rows.
 
+    On CPU, of no more tokens than a pass has (`models.passes`), the last layer is computed for
+    learned tokens alone.
+
     Args:
       model: the decoder.
       adapter: LoRA factors.
       base: frozen base parameters.
       batch: `data.packing.Batch` with fields `[rows, seq]`.
     """
+    rows, seq = batch.mask.shape
+    if jax.default_backend() == "cpu" and rows * seq <= max(seq, PASS_TOKENS["cpu"]):
+        weights = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1)
+        return weighted_nll(model, adapter, base, batch, weights)
     hidden, _ = model.apply(
         {"params": base, "lora": adapter}, batch.tokens, batch.positions, batch.segment_ids
     )

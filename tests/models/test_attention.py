@@ -47,7 +47,7 @@ def test_backends_equal_the_formula(arrays, window, softcap):
     scale = HEAD_DIM**-0.5
     expected = plain(*arrays, window, scale, softcap)
     real = segments > 0
-    mask = Visibility(segments, segments, 0).mask(window)
+    mask = Visibility(segments, segments, jnp.arange(segments.shape[1])).mask(window)
     found = attention.attend(query, key, value, mask, scale, softcap)
     # float32 sums over at most 256 keys.
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
@@ -63,7 +63,7 @@ def test_gradients_of_blocks_equal_those_of_xla(arrays, window, softcap):
     query, key, value, segments = arrays
     short = 200  # not a multiple of a block
     query, key, value, segments = (x[:, :short] for x in (query, key, value, segments))
-    mask = Visibility(segments, segments, 0).mask(window)
+    mask = Visibility(segments, segments, jnp.arange(segments.shape[1])).mask(window)
     real = (segments > 0)[..., None, None]
 
     def loss(attend, *inputs):
