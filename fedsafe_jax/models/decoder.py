@@ -259,17 +259,18 @@ class Decoder(nn.Module):
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def nll(self, hidden, targets):
-        """Negative log-likelihood in nats, float32 `[tokens]`, of targets int32 `[tokens]` after
-        hidden states `[tokens, hidden_size]`; every logit is materialised."""
-        logits = self.unembed(hidden)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
     def logits(self, tokens, positions, segment_ids):
         """Float32 `[batch, seq, vocab]`; for short inputs, as every logit is materialised."""
         hidden, _ = self(tokens, positions, segment_ids)
         return self.unembed(hidden)
+
+
+def target_nll(model: Decoder, params, hidden, targets) -> jax.Array:
+    """Negative log-likelihood, float32 `[tokens]` in nats, of targets int32 `[tokens]` after hidden
+    states `[tokens, hidden_size]`; every logit is materialised."""
+    logits = model.apply({"params": params}, hidden, method="unembed")
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 @functools.lru_cache

@@ -13,7 +13,7 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models import attention
 from fedsafe_jax.models.attention import Rotation, Visibility
-from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, kinds_of_layers
+from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, kinds_of_layers, target_nll
 
 CHUNK_TOKENS = 128  # each chunk makes the row's keys and values anew
 
@@ -90,8 +90,7 @@ def _last(model: Decoder):
             variables, (x[:, slots], None), layer, turned, seen, (x, rotation)
         )
         h = norm.apply({"params": base["norm"]}, h[0])
-        targets = batch.targets[0, slots]
-        return jnp.sum(weights * model.apply({"params": base}, h, targets, method="nll"))
+        return jnp.sum(weights * target_nll(model, base, h, batch.targets[0, slots]))
 
     def by_chunk(function, zero, base, rotation, batch, weights):
         """The sum of `function(slots, weights, ...)` over the chunks that learned tokens fill."""

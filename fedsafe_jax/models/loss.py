@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder import Decoder, target_nll
 from fedsafe_jax.models.last_layer import weighted_nll
 from fedsafe_jax.models.passes import PASS_TOKENS
 
@@ -41,8 +41,7 @@ def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
 def _nll_of(model: Decoder, chunk: int):
     """`(params, hidden [tokens, hidden_size], targets [tokens], on [tokens]) -> nll [tokens]`."""
 
-    def chunk_nll(params, h, target):
-        return model.apply({"params": params}, h, target, method="nll")
+    chunk_nll = functools.partial(target_nll, model)
 
     def in_front(hidden, targets, on):
         """Tokens in whole chunks, targets first, and where each came from."""
