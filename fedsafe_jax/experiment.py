@@ -64,6 +64,7 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
             )
             if processes.agreed(path.is_file()):
                 # The file is the first process's; the others need not see it.
+                progress.found(0 if arm == "base" else config.rounds)
                 outcome = json.loads(path.read_text()) if processes.is_first() else {}
                 adapter = runner.restored_adapter()
             else:
@@ -143,6 +144,7 @@ class ArmRun:
         data = self.clients.filtered if "filter" in self.arm else self.clients.plain
         saved = checkpoint.RoundCheckpoints(self.folder)
         state, done = self._restored(saved)
+        self.progress.found(done)
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, data, server, t)

@@ -15,7 +15,7 @@ class Progress:
     def __init__(self, config):
         trained = [arm for arm in config.arms if arm != "base"]
         self._total = len(config.seeds) * len(config.algorithms) * len(trained) * config.rounds
-        self._done = 0
+        self._done = self._found = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)
         self._silent = not processes.is_first()
@@ -26,13 +26,21 @@ class Progress:
         """By this process, of all arms."""
         return self._done
 
+    def found(self, rounds: int) -> None:
+        """Rounds that an earlier process had finished, when this one comes by."""
+        self._found += rounds
+
+    @property
+    def _left(self) -> int:
+        return self._total - self._found - self._done
+
     def round_done(self, row: dict) -> None:
         """One finished round, as written to `metrics.jsonl`."""
         self._done += 1
         self._spent.append(sum(row["seconds"].values()))
         # The median of recent rounds: the first of an arm compiles.
         recent = sorted(self._spent[-8:])
-        left = (self._total - self._done) * recent[len(recent) // 2]
+        left = self._left * recent[len(recent) // 2]
         parts = [
             f"{row['arm']} seed {row['seed']} round {row['round'] + 1}",
             "no loss" if row["loss"] is None else f"loss {row['loss']:.3f}",
@@ -66,7 +74,7 @@ class Progress:
     def _show(self, text: str) -> None:
         if self._silent:
             return
-        share = self._done / max(self._total, 1)
+        share = 1 - self._left / max(self._total, 1)
         if self._console.is_terminal:
             filled = round(24 * share)
             bar = "\u2588" * filled + "\u2591" * (24 - filled)
