@@ -11,6 +11,7 @@ from fedsafe_jax.models.sharding import CLIENTS
 
 # Tokens of a pass: on CPU what stays in a core's cache. Elsewhere all rows are one pass.
 PASS_TOKENS = {"cpu": 256}
+CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 def in_passes(loss_fn: Callable, mesh: Mesh | None = None) -> Callable:
@@ -55,16 +56,15 @@ def compiler_options() -> dict | None:
     """For `jax.jit` of a program of passes: compiled in half the memory on CPU, and as fast.
 
     Passes of five widths are five programs, and with XLA's newer code generator compiling them
-    takes more memory than training. None where the compiler no longer knows the option.
+    takes more memory than training. None where the compiler does not know the option.
     """
-    options = {"xla_cpu_use_fusion_emitters": False}
     if jax.default_backend() != "cpu":
         return None
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError:
         return None
-    return options
+    return CPU_OPTIONS
 
 
 def _dealt_out(value_and_grad: Callable, passes: Callable, mesh: Mesh) -> Callable:

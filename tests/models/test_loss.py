@@ -93,3 +93,12 @@ def test_clients_in_one_line_and_a_learning_head(monkeypatch):
             jax.vmap(jax.grad(f, 1), axes)(base, hidden, targets, mask) for f in (total, plain)
         )
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
+    passes.compiler_options.cache_clear()
+    assert passes.compiler_options() == passes.CPU_OPTIONS
+    passes.compiler_options.cache_clear()
+    monkeypatch.setattr(passes, "CPU_OPTIONS", {"xla_cpu_no_such_option": False})
+    assert passes.compiler_options() is None
+    passes.compiler_options.cache_clear()
