@@ -1,0 +1,43 @@
+"""What the cases share: the mark of a failure of today, a small config, its errors."""
+
+import pathlib
+
+import pytest
+
+from fedsafe_jax.command_line import border_errors
+from fedsafe_jax.config import ConfigError, default_config
+
+CASES = pathlib.Path(__file__).parent
+BORDER = (ConfigError, *border_errors())  # what the command line prints as one line
+NOT_RAISED = pytest.fail.Exception  # `pytest.raises` that saw no exception
+
+
+def fails_today(reason: str, raises):
+    """Marks what is right and does not happen yet.
+
+    Args:
+      reason: what happens instead.
+      raises: the exceptions that this ends in; any other one is an error of the test.
+    """
+    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
+
+
+def small_config(case: str = "", **changes):
+    """A config of two clients and one round.
+
+    Args:
+      case: folder of the input files; "" for packaged ones alone.
+      changes: of other fields; those of a group are written `eval__advbench`.
+    """
+    c = default_config()
+    c.data_dir = str(CASES / case) if case else ""
+    c.arms, c.export_arm = ("base", "fl"), "fl"
+    c.rounds = c.local_steps = 1
+    c.num_clients = c.clients_per_round = c.batch_size = 2
+    c.examples_per_client = 4
+    c.eval.max_prompts = c.eval.max_heldout = 4
+    c.eval.max_new_tokens = 8
+    for name, value in changes.items():
+        group, _, field = name.rpartition("__")
+        (c[group] if group else c)[field] = value
+    return c
