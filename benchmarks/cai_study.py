@@ -77,9 +77,10 @@ def cost(rows, seeds: int) -> dict:
 
 def main(argv):
     del argv
-    from fedsafe_jax import experiment, records
+    from fedsafe_jax import experiment
     from fedsafe_jax.command_line import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
+    from fedsafe_jax.runtime import run_files
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))
@@ -99,7 +100,7 @@ def main(argv):
                 shutil.copytree(scores, workdir / "filter_scores", dirs_exist_ok=True)
             experiment.run(config, str(workdir))
         arms = json.loads((workdir / "results.json").read_text())["arms"]
-        metrics = records.read_lines(workdir / "metrics.jsonl")
+        metrics = run_files.read_lines(workdir / "metrics.jsonl")
         for arm, measured in arms.items():
             spent = cost([r for r in metrics if r["arm"] == arm], len(config.seeds))
             found[f"{name}/{arm}"] = measured | {"cost": spent}

@@ -36,8 +36,8 @@ def border_errors():
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.processes import ClusterError
-    from fedsafe_jax.records import WorkdirError
+    from fedsafe_jax.runtime.multihost import ClusterError
+    from fedsafe_jax.runtime.run_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, WorkdirError
     return *data, ClusterError, EndpointError, FilterError, ModelError

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import records
 from fedsafe_jax.cai import derta, forms, schedule
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as train_lib
@@ -18,6 +17,7 @@ from fedsafe_jax.data import chat, sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.rounds import rate
+from fedsafe_jax.runtime import run_files
 from fedsafe_jax.world import limit
 
 BATCH = 32  # dialogues generated at once
@@ -112,7 +112,7 @@ class Server:
         if self._past is None:
             self._past = []
             for path in sorted(self.folder.glob("round_*.jsonl")):
-                for row in filter(self.mine, records.read_lines(path)):
+                for row in filter(self.mine, run_files.read_lines(path)):
                     found = revise_lib.Record(**{f: row[f] for f in revise_lib.Record._fields})
                     if row["round"] < t:  # others are of a round that is repeated now
                         self._past.append((row["round"], found))

@@ -161,11 +161,12 @@ def main(argv):
     del argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.set_verbosity(logging.WARNING)  # libraries; results are printed
-    from fedsafe_jax import load_adapter, load_pretrained, records
+    from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.data.sources import SourceError
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.models.hub import ModelError
+    from fedsafe_jax.runtime import run_files
 
     started = time.monotonic()
     settings = Settings(_NEW.value, _LENGTH.value, _BATCH.value)
@@ -182,7 +183,7 @@ def main(argv):
         raise SystemExit(f"error: {error}") from None
     result |= {"model": _MODEL.value, "adapter": _ADAPTER.value}
     result["seconds"] = time.monotonic() - started
-    records.write_json(pathlib.Path(_OUTPUT.value), json.loads(json.dumps(result)))
+    run_files.write_json(pathlib.Path(_OUTPUT.value), json.loads(json.dumps(result)))
 
 
 if __name__ == "__main__":

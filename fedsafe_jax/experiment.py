@@ -10,16 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import (
-    checkpoint,
-    constitutional,
-    export,
-    preemption,
-    processes,
-    records,
-    report,
-    rounds,
-)
+from fedsafe_jax import constitutional, export, report, rounds
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
@@ -28,7 +19,8 @@ from fedsafe_jax.federated import simulation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.progress import Progress
+from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
+from fedsafe_jax.runtime.progress import Progress
 from fedsafe_jax.validation import validate
 
 
@@ -50,7 +42,7 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
     world = world or world_lib.load(config)
     workdir = epath.Path(workdir)
     progress = Progress(config)
-    if records.claim(workdir, config.to_dict()):
+    if run_files.claim(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")
     outcomes: dict[str, list[dict]] = {}
     final_adapters: dict[str, object] = {}
@@ -62,29 +54,29 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
             runner = (arm_run or ArmRun)(
                 config, world, clients, workdir, progress, seed, arm_id, algorithm, arm
             )
-            if processes.agreed(path.is_file()):
+            if multihost.agreed(path.is_file()):
                 # The file is the first process's; the others need not see it.
                 progress.found(0 if arm == "base" else config.rounds)
-                outcome = json.loads(path.read_text()) if processes.is_first() else {}
+                outcome = json.loads(path.read_text()) if multihost.is_first() else {}
                 adapter = runner.restored_adapter()
             else:
                 adapter = runner.train()
                 outcome = runner.evaluate(adapter)
-                records.write_json(path, outcome)
+                run_files.write_json(path, outcome)
             outcomes.setdefault(arm_id, []).append(outcome)
             final_adapters.setdefault(arm_id, adapter)
         if clients.quality is not None:
             filter_quality.append(clients.filter_record())
-    if not processes.is_first():
-        processes.meet("reported")
+    if not multihost.is_first():
+        multihost.meet("reported")
         return {}
     results = summarise(config, world, workdir, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
-    records.write_json(workdir / "results.json", results)
+    run_files.write_json(workdir / "results.json", results)
     export_best(config, world, workdir, final_adapters, results)
     report.write(workdir, config, results, outcomes)
     progress.table(results)
-    processes.meet("reported")
+    multihost.meet("reported")
     return results
 
 
@@ -174,7 +166,7 @@ class ArmRun:
     def _round(self, state, data, server, t: int):
         """`(state, row of metrics, records of CAI)` of one round."""
         config, clock = self.config, Clock()
-        processes.meet("round")
+        multihost.meet("round")
         # Filtered local training and aggregation.
         state, figures = self._federate(state, data, t)
         clock.lap("federated")
@@ -189,7 +181,7 @@ class ArmRun:
             # Constitutional AI on the aggregated model.
             current, base = map(self._language_model, (state.server.adapter, None))
             adapter, row["cai"], found = server.run(current, base, t, clock)
-            adapter = simulation.replicate(processes.same(adapter), self.world.mesh)
+            adapter = simulation.replicate(multihost.same(adapter), self.world.mesh)
             state = state._replace(server=state.server._replace(adapter=adapter))
         if config.eval.every_round_prompts:
             row["eval"] = self._probe(state.server.adapter)
@@ -216,12 +208,12 @@ class ArmRun:
         t = row["round"]
         if cai_records:
             key = {"arm": self.arm_id, "seed": self.seed, "round": t}
-            records.replace_lines(
+            run_files.replace_lines(
                 self.workdir / "cai" / f"round_{t:03d}.jsonl",
                 self._mine,
                 [key | r._asdict() for r in cai_records],
             )
-        records.replace_lines(
+        run_files.replace_lines(
             self.workdir / "metrics.jsonl",
             lambda old: self._mine(old) and old["round"] >= t,
             [row],
@@ -232,7 +224,7 @@ class ArmRun:
         return row["arm"] == self.arm_id and row["seed"] == self.seed
 
     def _language_model(self, adapter):
-        own = processes.local(adapter, self.world.mesh)
+        own = multihost.local(adapter, self.world.mesh)
         return dataclasses.replace(self.world.lm, adapter=own)
 
     def _probe(self, adapter) -> dict:
@@ -253,7 +245,7 @@ class ArmRun:
         self.progress.note(f"{self.arm_id} seed {self.seed}: evaluating")
         started = time.monotonic()
         c, judge = self.config.eval, None
-        if c.judge_url and self.arm != "base" and processes.is_first():
+        if c.judge_url and self.arm != "base" and multihost.is_first():
             judge = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
         outcome = suite.evaluate(
             self._language_model(adapter), self.world.evals, c, judge, self._language_model(None)
@@ -308,5 +300,5 @@ def export_best(config, world, workdir, adapters, results) -> None:
     names = [n for n in adapters if n == config.export_arm or n.endswith("/" + config.export_arm)]
     if names and adapters[names[0]] is not None:
         card = export.model_card(config, names[0], results["arms"][names[0]])
-        own = processes.local(adapters[names[0]], world.mesh)
+        own = multihost.local(adapters[names[0]], world.mesh)
         export.export(world.lm, own, world.lora, workdir / "export", card)

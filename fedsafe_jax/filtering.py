@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import generation, processes
+from fedsafe_jax import generation
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.conversation import Conversation
@@ -20,6 +20,7 @@ from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import encoder_hub, lora
+from fedsafe_jax.runtime import multihost
 
 
 class Scored(NamedTuple):
@@ -173,7 +174,7 @@ def score(config, world, pairs: Sequence[Example], seed: int, folder: epath.Path
         known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
     trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
     fingerprint = cache.content_hash(trained, seed, config.dtype, known)
-    scores = cache.ScoreCache(folder, fingerprint, processes.is_first())
+    scores = cache.ScoreCache(folder, fingerprint, multihost.is_first())
     log_odds = scores.log_odds(pairs, make_filter)
     decision = Decision(*scores.decision)
     threshold = f.threshold or decision.threshold

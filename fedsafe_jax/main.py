@@ -29,7 +29,7 @@ def main(argv):
         prepare_libraries(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)  # libraries; the run's own lines go through progress
     from fedsafe_jax.config import ConfigError
-    from fedsafe_jax.preemption import Preempted
+    from fedsafe_jax.runtime.preemption import Preempted
     from fedsafe_jax.validation import validate
 
     try:
@@ -40,14 +40,15 @@ def main(argv):
             print(plan.describe(config))
             return
         validate(config)
-        from fedsafe_jax import experiment, preemption, processes
+        from fedsafe_jax import experiment
         from fedsafe_jax.federated.mesh import use_cores
+        from fedsafe_jax.runtime import multihost, preemption
 
         use_cores(config.clients_per_round)
-        processes.join()
+        multihost.join()
         preemption.listen()
         experiment.run(config, _WORKDIR.value)
-        if processes.is_first():
+        if multihost.is_first():
             print(f"report: {epath.Path(_WORKDIR.value) / 'report.html'}")
     except (ConfigError, *border_errors()) as error:
         raise SystemExit(f"error: {error}") from None

@@ -7,9 +7,10 @@ import json
 
 from etils import epath
 
-from fedsafe_jax import records, report_cai, report_clients, report_filter
-from fedsafe_jax.progress import table_rows
+from fedsafe_jax import report_cai, report_clients, report_filter
 from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
+from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime.progress import table_rows
 
 STYLE = """
 :root{color-scheme:light dark;--text:#222;--faint:#666;--line:#ddd;--page:#fff;--box:#f6f6f6}
@@ -102,7 +103,7 @@ def write(workdir: epath.Path, config, results: dict, outcomes: dict) -> None:
     """
     figures = workdir / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    rows = records.read_lines(workdir / "metrics.jsonl")
+    rows = run_files.read_lines(workdir / "metrics.jsonl")
     parts = ["<h1>Federated fine-tuning, safety filter and Constitutional AI</h1>"]
     header, table = table_rows(results)
     parts += [

@@ -4,8 +4,8 @@ import collections
 
 from etils import epath
 
-from fedsafe_jax import records
 from fedsafe_jax.report_parts import html_table
+from fedsafe_jax.runtime import run_files
 
 SHOWN = 10  # pairs
 REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer", "were right")
@@ -70,7 +70,7 @@ def _pairs(folder: epath.Path) -> list[tuple[str, str, str]]:
     """Answers that revision mended, from the first round that has some: the damage is new there."""
     found: list[tuple[str, str, str]] = []
     for path in sorted(folder.glob("round_*.jsonl")):
-        for row in records.read_lines(path):
+        for row in run_files.read_lines(path):
             pair = (row["prompt"], row["initial"], row["revision"])
             if row["preferred"] and pair not in found:
                 found.append(pair)

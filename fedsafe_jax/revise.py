@@ -82,7 +82,7 @@ def run() -> list:
     from fedsafe_jax.constitutional import generate
     from fedsafe_jax.conversation import Conversation
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.records import replace_lines
+    from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(_PROMPTS.value, _COLUMN.value)
     constitution = constitution_lib.load(_CONSTITUTION.value, _SHOT_FILE.value)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax import processes, rounds
+from fedsafe_jax import rounds
 from fedsafe_jax.cai import constitution as constitution_lib
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
@@ -16,6 +16,7 @@ from fedsafe_jax.federated import mesh
 from fedsafe_jax.filtering import check_folders, undisputed
 from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
+from fedsafe_jax.runtime import multihost
 
 HELDOUT_SEED = 2025  # the evaluation sets are the same for every seed of the run
 
@@ -147,7 +148,7 @@ def load(config: ConfigDict, read: Sequence[str] = ROLES) -> World:
     lm.lora_scale = lora_config.scale
     lm.config = dataclasses.replace(lm.config, remat=config.remat)
     base = lm.params
-    lm.params, lm.mesh = processes.local(base, devices), processes.local_mesh(devices)
+    lm.params, lm.mesh = multihost.local(base, devices), multihost.local_mesh(devices)
     return World(
         lm,
         base,

@@ -6,9 +6,10 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fedsafe_jax import export, records, report_parts
+from fedsafe_jax import export, report_parts
 from fedsafe_jax.filters import cache
 from fedsafe_jax.models import lora
+from fedsafe_jax.runtime import run_files
 
 
 class Bucket(MemoryFileSystem):
@@ -28,14 +29,14 @@ def workdir(monkeypatch):
 
 
 def test_records_of_a_run(workdir):
-    assert not records.claim(workdir, {"rounds": 3})
-    assert records.claim(workdir, {"rounds": 3})
-    with pytest.raises(records.WorkdirError, match="rounds=3"):
-        records.claim(workdir, {"rounds": 4})
+    assert not run_files.claim(workdir, {"rounds": 3})
+    assert run_files.claim(workdir, {"rounds": 3})
+    with pytest.raises(run_files.WorkdirError, match="rounds=3"):
+        run_files.claim(workdir, {"rounds": 4})
     path = workdir / "cai" / "round_000.jsonl"
-    records.replace_lines(path, lambda row: False, [{"a": 1}, {"a": 2}])
-    records.replace_lines(path, lambda row: row["a"] == 1, [{"a": 3}])
-    assert [row["a"] for row in records.read_lines(path)] == [2, 3]
+    run_files.replace_lines(path, lambda row: False, [{"a": 1}, {"a": 2}])
+    run_files.replace_lines(path, lambda row: row["a"] == 1, [{"a": 3}])
+    assert [row["a"] for row in run_files.read_lines(path)] == [2, 3]
     assert [p.name for p in (workdir / "cai").glob("round_*.jsonl")] == ["round_000.jsonl"]
     scores = cache.ScoreCache(workdir / "filter_scores", "f")
     scores.decision = [1.0, 0.5, 0.0]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedsafe_jax.checkpoint import RoundCheckpoints
 from fedsafe_jax.federated import algorithms, server_optimizers
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.simulation import FederatedState
+from fedsafe_jax.runtime.checkpoint import RoundCheckpoints
 
 
 def state(value):
@@ -82,7 +82,7 @@ def test_every_algorithms_state_is_stored(tmp_path):
 def test_signals_wait_while_a_round_is_recorded():
     import signal
 
-    from fedsafe_jax import preemption
+    from fedsafe_jax.runtime import preemption
 
     old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     preemption.listen()

@@ -10,7 +10,7 @@ import pytest
 from commands import ENVIRONMENT, ROOT, SMALL, run
 from safetensors.numpy import load_file
 
-from fedsafe_jax import processes
+from fedsafe_jax.runtime import multihost
 
 SCRIPT = ROOT / "launch" / "local_multiprocess.sh"
 
@@ -101,10 +101,10 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 )
 def test_clusters_are_recognised(environment, expected):
     if isinstance(expected, str):
-        with pytest.raises(processes.ClusterError, match=expected):
-            processes.described(environment)
+        with pytest.raises(multihost.ClusterError, match=expected):
+            multihost.described(environment)
     else:
-        assert processes.described(environment) == expected
+        assert multihost.described(environment) == expected
 
 
 BUCKET = "--workdir=gs://bucket/run"

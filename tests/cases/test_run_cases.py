@@ -10,9 +10,10 @@ from etils import epath
 from safetensors import SafetensorError
 from small_run import BORDER, fails_today, small_config
 
-from fedsafe_jax import experiment, records
+from fedsafe_jax import experiment
 from fedsafe_jax.models import hub
-from fedsafe_jax.records import WorkdirError
+from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime.run_files import WorkdirError
 
 FULL = os.strerror(errno.ENOSPC)
 READ_ONLY = os.strerror(errno.EROFS)
@@ -30,7 +31,7 @@ READ_ONLY = os.strerror(errno.EROFS)
 def test_a_damaged_config_of_a_workdir(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(WorkdirError) as error:
-        records.claim(epath.Path(tmp_path), {"rounds": 1})
+        run_files.claim(epath.Path(tmp_path), {"rounds": 1})
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -39,7 +40,7 @@ def test_a_workdir_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(WorkdirError) as error:
-        records.claim(epath.Path(path), {"rounds": 1})
+        run_files.claim(epath.Path(path), {"rounds": 1})
     assert str(path) in str(error.value)
 
 
@@ -108,6 +109,6 @@ def test_records_keep_rows_with_line_separators(tmp_path):
     path = epath.Path(tmp_path) / "round_000.jsonl"
     first = [{"arm": "a", "prompt": "one\u2028two"}, {"arm": "a", "prompt": "plain"}]
     second = [{"arm": "b", "prompt": "x"}]
-    records.replace_lines(path, lambda row: row["arm"] == "a", first)
-    records.replace_lines(path, lambda row: row["arm"] == "b", second)
-    assert records.read_lines(path) == first + second
+    run_files.replace_lines(path, lambda row: row["arm"] == "a", first)
+    run_files.replace_lines(path, lambda row: row["arm"] == "b", second)
+    assert run_files.read_lines(path) == first + second

@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax import processes
+from fedsafe_jax.runtime import multihost
 
 
 class Progress:
@@ -18,7 +18,7 @@ class Progress:
         self._done = self._found = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)
-        self._silent = not processes.is_first()
+        self._silent = not multihost.is_first()
         self._last_text = ""
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from fedsafe_jax import processes
+from fedsafe_jax.runtime import multihost
 
 
 class WorkdirError(RuntimeError):
@@ -17,7 +17,7 @@ def write_json(path: epath.Path, content) -> None:
 
     Nothing in all processes but the first, here and below.
     """
-    if not processes.is_first():
+    if not multihost.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
@@ -39,7 +39,7 @@ def read_lines(path: epath.Path) -> list[dict]:
 
 def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
     """Drops the rows that are `stale` and appends `rows`, atomically."""
-    if not processes.is_first():
+    if not multihost.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_lines(path) if not stale(row)] + rows
