@@ -28,7 +28,7 @@ from fedsafe_jax.command_line import prepare_libraries
 from fedsafe_jax.data import sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality
-from fedsafe_jax.language_model import model_folder
+from fedsafe_jax.inference.language_model import model_folder
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a filter.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)

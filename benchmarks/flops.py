@@ -23,8 +23,9 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax import generation, load_pretrained
+from fedsafe_jax import load_pretrained
 from fedsafe_jax.data.packing import Batch
+from fedsafe_jax.inference import generation
 from fedsafe_jax.models import lora, loss, passes
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 

@@ -23,8 +23,8 @@ import jax
 import shapes
 from absl import app, flags, logging
 
-from fedsafe_jax import generation
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
+from fedsafe_jax.inference import generation
 from fedsafe_jax.models.quantize import num_bytes
 
 _SHAPE = flags.DEFINE_enum("shape", "demo", shapes.NAMES, "Which model.")

@@ -2,7 +2,7 @@
 
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.finetune import finetune
-from fedsafe_jax.language_model import LanguageModel, load_pretrained, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models.lora import Adapter, LoraConfig, load_adapter, save_adapter
 
 __all__ = [

@@ -12,10 +12,10 @@ from etils import epath
 from fedsafe_jax.cai import derta, forms, schedule
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as train_lib
-from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.evals.statistics import wilson
+from fedsafe_jax.inference.chat_session import Conversation
 from fedsafe_jax.rounds import rate
 from fedsafe_jax.runtime import run_files
 from fedsafe_jax.world import limit

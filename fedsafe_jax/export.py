@@ -5,7 +5,7 @@ import tempfile
 
 from etils import epath
 
-from fedsafe_jax.language_model import LanguageModel, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
 from fedsafe_jax.models import lora
 
 

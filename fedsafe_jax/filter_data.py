@@ -59,7 +59,7 @@ def run(folder: str, rows: list[dict], action: str, threshold: float) -> list[di
     """The rows with `p_unsafe` and `action`; an empty response is kept, as nothing was said."""
     from fedsafe_jax.data.sources import Example
     from fedsafe_jax.filters import store
-    from fedsafe_jax.language_model import load_pretrained
+    from fedsafe_jax.inference.language_model import load_pretrained
 
     found = store.load(folder, load_pretrained)
     pairs = [Example((("user", row["prompt"]),), row["response"]) for row in rows]

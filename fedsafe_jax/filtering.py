@@ -9,16 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import generation
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
-from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import actions, cache, classifier, guard, store
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.training import TrainingOptions
-from fedsafe_jax.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.inference import generation
+from fedsafe_jax.inference.chat_session import Conversation
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import encoder_hub, lora
 from fedsafe_jax.runtime import multihost
 

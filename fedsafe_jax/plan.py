@@ -20,7 +20,7 @@ KNOWN = {
 def _decoder_config(config) -> DecoderConfig:
     if config.model in KNOWN:
         return KNOWN[config.model]
-    from fedsafe_jax.language_model import model_folder
+    from fedsafe_jax.inference.language_model import model_folder
 
     return hub.read_config(model_folder(config.model), config.dtype)
 

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from fedsafe_jax import pretrain_data
 from fedsafe_jax.data import chat, packing
-from fedsafe_jax.language_model import LanguageModel, load_pretrained, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf

@@ -80,8 +80,8 @@ def run() -> list:
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
     from fedsafe_jax.constitutional import generate
-    from fedsafe_jax.conversation import Conversation
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
+    from fedsafe_jax.inference.chat_session import Conversation
     from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(_PROMPTS.value, _COLUMN.value)

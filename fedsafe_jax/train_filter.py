@@ -83,7 +83,7 @@ def run(config, workdir: str) -> dict:
     from fedsafe_jax import filtering
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.protocol import FilterError
-    from fedsafe_jax.language_model import model_folder
+    from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
     from fedsafe_jax.runtime.run_files import write_json
     from fedsafe_jax.validation import validate_filter

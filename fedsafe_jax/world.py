@@ -14,7 +14,7 @@ from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
 from fedsafe_jax.filtering import check_folders, undisputed
-from fedsafe_jax.language_model import LanguageModel, load_pretrained, model_folder
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.runtime import multihost
 

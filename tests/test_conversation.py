@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from families import VOCAB, checkpoint
 
-from fedsafe_jax import conversation, generation, language_model
-from fedsafe_jax.conversation import Conversation
 from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.inference import chat_session, generation, language_model
+from fedsafe_jax.inference.chat_session import Conversation
+from fedsafe_jax.inference.sampling import GREEDY
 from fedsafe_jax.models import hub
-from fedsafe_jax.sampling import GREEDY
 
 FIRST = ("Hello!", "What is the capital of France?", "Write a short poem about the ocean.", "Hi")
 THEN = ("Say that again in other words, please.", "Why?", "And now the same, but shorter.", "Oh?")
@@ -54,7 +54,7 @@ def test_a_changed_answer_is_read_again(packaged, read):
 
 
 def test_nothing_is_kept_beyond_the_limit(packaged, read, monkeypatch):
-    monkeypatch.setattr(conversation, "KEPT_BYTES", 0)
+    monkeypatch.setattr(chat_session, "KEPT_BYTES", 0)
     turns(packaged, Conversation(packaged, 4), 4)
     assert not read["read_on"]
 

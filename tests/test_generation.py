@@ -6,12 +6,12 @@ import pytest
 import scipy.stats
 from families import FAMILIES, VOCAB, checkpoint
 
-from fedsafe_jax import decoding, generation, language_model
 from fedsafe_jax.data import chat
 from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.inference import decoding, generation, language_model
+from fedsafe_jax.inference.sampling import Sampling, restrict
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.sampling import Sampling, restrict
 
 PROMPTS = ("Hello!", "What is the capital of France?", "Write a short poem about the ocean.")
 

@@ -19,7 +19,7 @@ from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.round import Inputs
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.cache import content_hash, folder_hash
-from fedsafe_jax.language_model import model_folder
+from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS

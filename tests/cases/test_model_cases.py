@@ -17,7 +17,7 @@ from fedsafe_jax import export
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.data import chat
 from fedsafe_jax.evals.judges import JUDGES
-from fedsafe_jax.language_model import load_pretrained
+from fedsafe_jax.inference.language_model import load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 

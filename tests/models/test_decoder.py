@@ -39,7 +39,7 @@ def test_logits_equal_transformers_both_ways(tmp_path, family):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    from fedsafe_jax.language_model import LanguageModel, save_pretrained
+    from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
 
     reference = checkpoint(family, tmp_path)
     # Longer than the windows of the families that have one.

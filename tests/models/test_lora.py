@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_config
 from families import VOCAB, checkpoint
 
-from fedsafe_jax import language_model
+from fedsafe_jax.inference import language_model
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
 

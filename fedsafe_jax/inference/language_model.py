@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedsafe_jax import generation
 from fedsafe_jax.data import chat
+from fedsafe_jax.inference import generation
+from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.sharding import MODEL
-from fedsafe_jax.sampling import Sampling
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
@@ -181,7 +181,7 @@ class LanguageModel:
 def model_folder(path_or_hub_id: str) -> pathlib.Path:
     """The local folder of a model: as given, packaged (`package:model`), or downloaded."""
     if path_or_hub_id == "package:model":
-        return pathlib.Path(__file__).parent / "assets" / "model"
+        return pathlib.Path(__file__).parents[1] / "assets" / "model"
     return hub.resolve(path_or_hub_id)
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from fedsafe_jax.data.prompts import Packed
+from fedsafe_jax.inference.prompt_packing import Packed
+from fedsafe_jax.inference.sampling import Sampling, choose
 from fedsafe_jax.models.cache import (
     KVCache,
     empty_cache,
@@ -24,7 +25,6 @@ from fedsafe_jax.models.cache import (
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
-from fedsafe_jax.sampling import Sampling, choose
 
 SHARED = KVCache(0, 0, 0, None)  # vmap axes over adapters: the length is one for all
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedsafe_jax import decoding
-from fedsafe_jax.data.prompts import Packed, cache_length, pack_prompts
+from fedsafe_jax.inference import decoding
+from fedsafe_jax.inference.prompt_packing import Packed, cache_length, pack_prompts
+from fedsafe_jax.inference.sampling import GREEDY, Sampling
 from fedsafe_jax.models.cache import KVCache
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.sharding import CLIENTS
-from fedsafe_jax.sampling import GREEDY, Sampling
 
 
 class Generated(NamedTuple):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsafe_jax import decoding, generation
-from fedsafe_jax.data.prompts import cache_length, pack_prompts, round_up
-from fedsafe_jax.language_model import Dialogue, LanguageModel
+from fedsafe_jax.inference import decoding, generation
+from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
+from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts, round_up
+from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models.cache import KVCache
-from fedsafe_jax.sampling import Sampling
 
 KEPT_BYTES = 4 << 30  # of all caches together; batches beyond that are read anew
 
