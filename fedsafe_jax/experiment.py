@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import constitutional, export, report, rounds
+from fedsafe_jax import constitutional, export, rounds
 from fedsafe_jax import world as world_lib
 from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
@@ -19,6 +19,7 @@ from fedsafe_jax.federated import simulation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.report import page
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
 from fedsafe_jax.runtime.progress import Progress
 from fedsafe_jax.validation import validate
@@ -74,7 +75,7 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
     results["seconds"] = {"this_process": time.monotonic() - started}
     run_files.write_json(workdir / "results.json", results)
     export_best(config, world, workdir, final_adapters, results)
-    report.write(workdir, config, results, outcomes)
+    page.write(workdir, config, results, outcomes)
     progress.table(results)
     multihost.meet("reported")
     return results
@@ -286,7 +287,7 @@ def summarise(config, world, workdir, outcomes, filter_quality) -> dict:
         "data": world.counts,
         "sources": {"advbench": config.eval.advbench, "over_refusal": config.eval.over_refusal},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": report.versions(),
+        "versions": page.versions(),
     }
     if filter_quality:
         names = ("accuracy", "precision", "recall", "hmean", "auroc")

@@ -6,9 +6,10 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fedsafe_jax import export, report_parts
+from fedsafe_jax import export
 from fedsafe_jax.filters import cache
 from fedsafe_jax.models import lora
+from fedsafe_jax.report import drawing
 from fedsafe_jax.runtime import run_files
 
 
@@ -49,7 +50,7 @@ def test_figures_and_exports(workdir, packaged):
         return plt.figure()
 
     (workdir / "figures").mkdir(parents=True)
-    assert report_parts.figure_tag(workdir / "figures" / "a.png", draw).startswith(
+    assert drawing.figure_tag(workdir / "figures" / "a.png", draw).startswith(
         '<div class="scroll"><img'
     )
     assert (workdir / "figures" / "a.png").read_bytes()[1:4] == b"PNG"

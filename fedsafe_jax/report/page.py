@@ -7,8 +7,8 @@ import json
 
 from etils import epath
 
-from fedsafe_jax import report_cai, report_clients, report_filter
-from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
+from fedsafe_jax.report import cai, clients, filter
+from fedsafe_jax.report.drawing import COLOURS, figure_tag, html_table
 from fedsafe_jax.runtime import run_files
 from fedsafe_jax.runtime.progress import table_rows
 
@@ -127,10 +127,10 @@ def write(workdir: epath.Path, config, results: dict, outcomes: dict) -> None:
             if probed:
                 draw = _curves(probed, lambda r, name=name: r["eval"][name], label)
                 parts.append(figure_tag(figures / f"{name}_by_round.png", draw))
-        parts.append(report_clients.section(rows, figures))
+        parts.append(clients.section(rows, figures))
     if "filter" in results:
-        parts.append(report_filter.section(results["filter"], figures))
-    parts.append(report_cai.section(rows, workdir / "cai"))
+        parts.append(filter.section(results["filter"], figures))
+    parts.append(cai.section(rows, workdir / "cai"))
     parts += [_judges_section(results), _samples_section(outcomes)]
     if rows:
         parts.append(_seconds_section(rows))

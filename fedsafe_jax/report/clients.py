@@ -5,7 +5,7 @@ import statistics
 
 from etils import epath
 
-from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
+from fedsafe_jax.report.drawing import COLOURS, figure_tag, html_table
 
 
 def section(rows: list[dict], figures: epath.Path) -> str:

@@ -4,7 +4,7 @@ import collections
 
 from etils import epath
 
-from fedsafe_jax.report_parts import html_table
+from fedsafe_jax.report.drawing import html_table
 from fedsafe_jax.runtime import run_files
 
 SHOWN = 10  # pairs

@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from fedsafe_jax.report_parts import COLOURS, figure_tag, html_table
+from fedsafe_jax.report.drawing import COLOURS, figure_tag, html_table
 
 RATES = ("accuracy", "precision", "recall", "hmean")
 
