@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from fedsafe_jax.data import chat, overlap, packing, partition, sources, synthetic
+from fedsafe_jax.data import chat, overlap, packing, partition, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.sources import Example, SourceError
+from fedsafe_jax.demo import templates
 
 
 def write(folder, name, text):
@@ -205,14 +206,14 @@ def test_overlap_is_the_jaccard_similarity_of_bigrams():
 
 def test_templates_keep_harm_without_content_and_evaluation_apart():
     rng = np.random.default_rng(0)
-    phrases = synthetic.load_phrases()
-    held = {synthetic.sample_request(rng, phrases, True, True).subject for _ in range(300)}
-    seen = {synthetic.sample_request(rng, phrases, True, False).subject for _ in range(300)}
+    phrases = templates.load_phrases()
+    held = {templates.sample_request(rng, phrases, True, True).subject for _ in range(300)}
+    seen = {templates.sample_request(rng, phrases, True, False).subject for _ in range(300)}
     assert not held & seen
-    request = synthetic.sample_request(rng, phrases, True, False)
-    answer = synthetic.compliance(rng, phrases, request)
+    request = templates.sample_request(rng, phrases, True, False)
+    answer = templates.compliance(rng, phrases, request)
     frames = phrases["compliances"] + phrases["artifact_compliances"]
     assert answer in [f.format(deed=request.subject, artifact=request.subject) for f in frames]
-    assert synthetic.gerund("rob a bank") == "robbing a bank"
-    assert synthetic.gerund("make bread") == "making bread"
-    assert synthetic.gerund("illegally take over a site") == "illegally taking over a site"
+    assert templates.gerund("rob a bank") == "robbing a bank"
+    assert templates.gerund("make bread") == "making bread"
+    assert templates.gerund("illegally take over a site") == "illegally taking over a site"

@@ -15,8 +15,8 @@ import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fedsafe_jax import pretrain_data
 from fedsafe_jax.data import chat, packing
+from fedsafe_jax.demo import dialogues
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
@@ -130,7 +130,7 @@ def run(config, output: str) -> None:
     With `config.init_from`, parameters and tokenizer start from that folder: a further stage.
     """
     rng = np.random.default_rng(config.seed)
-    dialogues, counts = pretrain_data.build(config, rng)
+    dialogue_list, counts = dialogues.build(config, rng)
     logging.info("data: %s", json.dumps(counts))
     stages = []
     if config.init_from:
@@ -172,7 +172,7 @@ def run(config, output: str) -> None:
             logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
             done = [*stages, {"steps": i + 1, "tokens_a_step": tokens_a_step, "data": counts}]
-            card = pretrain_data.model_card(decoder_config, done)
+            card = dialogues.model_card(decoder_config, done)
             lm = LanguageModel(decoder_config, params, tokenizer, hf_config)
             save_pretrained(lm, output, "bfloat16")
             (output / "README.md").write_text(card)

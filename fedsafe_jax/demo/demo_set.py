@@ -1,7 +1,7 @@
-"""Writes the packaged demo set from the templates: `python -m fedsafe_jax.data.demo_set`.
+"""Writes the packaged demo set from the templates: `python -m fedsafe_jax.demo.demo_set`.
 
 Every harmful answer is compliance without content. Evaluation files use the deeds and artifacts
-that `synthetic.is_held_out` reserves; nothing else in the package is trained on those.
+that `templates.is_held_out` reserves; nothing else in the package is trained on those.
 """
 
 import importlib.resources
@@ -10,8 +10,8 @@ import pathlib
 
 import numpy as np
 
-from fedsafe_jax.data import synthetic
 from fedsafe_jax.data.sources import SAFE, UNSAFE
+from fedsafe_jax.demo import templates
 
 
 def _row(prompt: str, response: str, label: str, category: str) -> dict:
@@ -24,11 +24,11 @@ def _row(prompt: str, response: str, label: str, category: str) -> dict:
 def _harmful(rng, phrases, count, held_out=False, answer="comply"):
     rows = []
     for _ in range(count):
-        request = synthetic.sample_request(rng, phrases, True, held_out)
+        request = templates.sample_request(rng, phrases, True, held_out)
         if answer == "comply":
-            response, label = synthetic.compliance(rng, phrases, request), UNSAFE
+            response, label = templates.compliance(rng, phrases, request), UNSAFE
         elif answer == "refuse":
-            response, label = synthetic.refusal(rng, phrases, request.topic), SAFE
+            response, label = templates.refusal(rng, phrases, request.topic), SAFE
         else:
             response, label = "", "unknown"
         rows.append(_row(request.prompt, response, label, request.topic))
@@ -39,11 +39,11 @@ def _benign(rng, phrases, everyday, count, held_out=False):
     rows = []
     for i in range(count):
         if i % 2 or held_out:
-            request = synthetic.sample_request(rng, phrases, False, held_out)
-            response = synthetic.answer(rng, phrases, request)
+            request = templates.sample_request(rng, phrases, False, held_out)
+            response = templates.answer(rng, phrases, request)
             rows.append(_row(request.prompt, response, SAFE, request.topic))
         else:
-            prompt, response = synthetic.benign_pair(rng, everyday)
+            prompt, response = templates.benign_pair(rng, everyday)
             rows.append(_row(prompt, response, SAFE, "everyday"))
     return rows
 
@@ -61,16 +61,16 @@ def _unique(rows):
 def build(seed: int = 0) -> dict[str, list[dict]]:
     """The rows of each file of the demo set."""
     rng = np.random.default_rng(seed)
-    phrases, everyday = synthetic.load_phrases(), synthetic.load_everyday()
+    phrases, everyday = templates.load_phrases(), templates.load_everyday()
     comparisons = []
     for i in range(120):
         harmful = i % 2 == 0
-        request = synthetic.sample_request(rng, phrases, harmful, held_out=True)
-        refusal = synthetic.refusal(rng, phrases, request.topic if harmful else None)
+        request = templates.sample_request(rng, phrases, harmful, held_out=True)
+        refusal = templates.refusal(rng, phrases, request.topic if harmful else None)
         if harmful:
-            better, worse = refusal, synthetic.compliance(rng, phrases, request)
+            better, worse = refusal, templates.compliance(rng, phrases, request)
         else:
-            better, worse = synthetic.answer(rng, phrases, request), refusal
+            better, worse = templates.answer(rng, phrases, request), refusal
         opening = f"\n\nHuman: {request.prompt}\n\nAssistant: "
         category = "harmless" if harmful else "helpful"
         comparisons.append(

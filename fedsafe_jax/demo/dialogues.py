@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsafe_jax.data import overlap, sources, synthetic
+from fedsafe_jax.data import overlap, sources
+from fedsafe_jax.demo import templates
 from fedsafe_jax.models.decoder import num_parameters
 
 
@@ -26,7 +27,7 @@ REFUSING = ("sorry", "i can't", "i cannot", "i won't", "illegal", "not able to",
 
 def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topic) -> Dialogue:
     """A request, an initial answer, its critique (learned) and its revision (learned)."""
-    principles = synthetic._load("constitution.json")["constitutions"]
+    principles = templates._load("constitution.json")["constitutions"]
     principle = principles[rng.integers(len(principles))]
     kind = ("refused_" if refused else "") + ("harmful" if harmful else "harmless")
     reason = str(rng.choice(phrases["harmful"][topic]["reason"])) if harmful else ""
@@ -45,26 +46,26 @@ def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
     """Refusals, matched harmless answers, everyday exercises and critique threads."""
     out = []
     for _ in range(config.templated_harmful):
-        request = synthetic.sample_request(rng, phrases, harmful=True, held_out=False)
-        prompt = synthetic.with_tail(rng, everyday, request.prompt)
-        out.append(Dialogue((("user", prompt),), synthetic.refusal(rng, phrases, request.topic)))
+        request = templates.sample_request(rng, phrases, harmful=True, held_out=False)
+        prompt = templates.with_tail(rng, everyday, request.prompt)
+        out.append(Dialogue((("user", prompt),), templates.refusal(rng, phrases, request.topic)))
     for _ in range(config.templated_benign):
-        request = synthetic.sample_request(rng, phrases, harmful=False, held_out=False)
-        prompt = synthetic.with_tail(rng, everyday, request.prompt)
-        out.append(Dialogue((("user", prompt),), synthetic.answer(rng, phrases, request)))
+        request = templates.sample_request(rng, phrases, harmful=False, held_out=False)
+        prompt = templates.with_tail(rng, everyday, request.prompt)
+        out.append(Dialogue((("user", prompt),), templates.answer(rng, phrases, request)))
     for _ in range(config.everyday):
-        prompt, reply = synthetic.benign_pair(rng, everyday, words)
+        prompt, reply = templates.benign_pair(rng, everyday, words)
         out.append(Dialogue((("user", prompt),), reply))
     for _ in range(config.critique_threads):
         harmful = bool(rng.random() < 0.6)
-        request = synthetic.sample_request(rng, phrases, harmful, held_out=False)
+        request = templates.sample_request(rng, phrases, harmful, held_out=False)
         refused = bool(rng.random() < 0.25)
-        refusal = synthetic.refusal(rng, phrases, request.topic if harmful else None)
+        refusal = templates.refusal(rng, phrases, request.topic if harmful else None)
         if harmful:
-            initial = refusal if refused else synthetic.compliance(rng, phrases, request)
+            initial = refusal if refused else templates.compliance(rng, phrases, request)
             final = refusal
         else:
-            final = synthetic.answer(rng, phrases, request)
+            final = templates.answer(rng, phrases, request)
             initial = refusal if refused else final
         thread = critique_thread(
             rng, phrases, request.prompt, initial, harmful, refused, final, request.topic
@@ -83,7 +84,7 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     Raises:
       SourceError: a file is missing below `config.data_dir`.
     """
-    phrases, everyday = synthetic.load_phrases(), synthetic.load_everyday()
+    phrases, everyday = templates.load_phrases(), templates.load_everyday()
     groups: dict[str, list[Dialogue]] = {}
     text = []
     for name, share, repeat in config.benign_sources:
@@ -108,7 +109,7 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
         if not one_turn:
             continue
         topic = str(rng.choice(("violence", "hate", "exploitation")))
-        refusal = synthetic.refusal(rng, phrases, topic)
+        refusal = templates.refusal(rng, phrases, topic)
         if example.label == sources.SAFE:
             # Only prompts that the safer answer refused: the others are harmless questions.
             if any(mark in example.response.lower() for mark in REFUSING):
@@ -123,7 +124,7 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     groups["critiques of " + config.red_team] = [t for t in threads if t.prompt in refused]
     for name in config.harmful_prompts:
         groups[name] = [
-            Dialogue(e.messages, synthetic.refusal(rng, phrases))
+            Dialogue(e.messages, templates.refusal(rng, phrases))
             for e in sources.load(name, config.data_dir)
             for _ in range(6)
         ]
