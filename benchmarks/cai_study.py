@@ -78,7 +78,7 @@ def cost(rows, seeds: int) -> dict:
 def main(argv):
     del argv
     from fedsafe_jax import experiment
-    from fedsafe_jax.command_line import prepare_libraries
+    from fedsafe_jax.cli.startup import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import run_files
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsafe_jax import filtering
-from fedsafe_jax.command_line import prepare_libraries
+from fedsafe_jax.cli.startup import prepare_libraries
 from fedsafe_jax.data import sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality

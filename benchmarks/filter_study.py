@@ -73,7 +73,7 @@ def draw(names, arms, path):
 def main(argv):
     del argv
     from fedsafe_jax import experiment
-    from fedsafe_jax.command_line import prepare_libraries
+    from fedsafe_jax.cli.startup import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
 
     folder = pathlib.Path(_WORKDIR.value)

@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from fedsafe_jax.command_line import border_errors, check_flags, prepare_libraries
+from fedsafe_jax.cli.startup import border_errors, check_flags, prepare_libraries
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -60,7 +60,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from fedsafe_jax.command_line import find_configs as _find_configs
+    from fedsafe_jax.cli.startup import find_configs as _find_configs
     from fedsafe_jax.config import ConfigError as _ConfigError
     from fedsafe_jax.config import default_config as _default_config
 

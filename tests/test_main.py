@@ -194,7 +194,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
 
 def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
     code = f"""import jax
-from fedsafe_jax.command_line import prepare_libraries
+from fedsafe_jax.cli.startup import prepare_libraries
 prepare_libraries({str(tmp_path)!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x @ x.T)(jax.numpy.ones((64, 64))).block_until_ready()"""

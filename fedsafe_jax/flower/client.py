@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from jax.flatten_util import ravel_pytree
 
-from fedsafe_jax.command_line import border_errors, prepare_libraries
+from fedsafe_jax.cli.startup import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.site import Settings, Site, settings_of

@@ -17,8 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsafe_jax import experiment, rounds
 from fedsafe_jax import world as world_lib
+from fedsafe_jax.cli.startup import border_errors, prepare_libraries
 from fedsafe_jax.clients import Clients
-from fedsafe_jax.command_line import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from fedsafe_jax.command_line import border_errors
+from fedsafe_jax.cli.startup import border_errors
 from fedsafe_jax.config import ConfigError, default_config
 
 CASES = pathlib.Path(__file__).parent

@@ -114,7 +114,7 @@ def main(argv):
     del argv
     if _CONFIG.value is None or not _WORKDIR.value:
         raise SystemExit("--config and --workdir: give both.")
-    from fedsafe_jax.command_line import border_errors, prepare_libraries
+    from fedsafe_jax.cli.startup import border_errors, prepare_libraries
 
     prepare_libraries(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)
@@ -145,8 +145,8 @@ def print_quality(q: dict) -> None:
 
 
 if __name__ == "__main__":
-    from fedsafe_jax.command_line import check_flags as _check_flags
-    from fedsafe_jax.command_line import find_configs as _find_configs
+    from fedsafe_jax.cli.startup import check_flags as _check_flags
+    from fedsafe_jax.cli.startup import find_configs as _find_configs
     from fedsafe_jax.config import ConfigError as _ConfigError
     from fedsafe_jax.config import filter_config as _filter_config
 

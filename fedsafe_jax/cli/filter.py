@@ -78,7 +78,7 @@ def main(argv):
     for name, flag in (("filter", _FILTER), ("input", _INPUT), ("output", _OUTPUT)):
         if not flag.value:
             raise SystemExit(f"--{name}: missing; see --help.")
-    from fedsafe_jax.command_line import border_errors
+    from fedsafe_jax.cli.startup import border_errors
     from fedsafe_jax.filters import actions, quality
 
     logging.set_verbosity(logging.WARNING)

@@ -122,7 +122,7 @@ def main(argv):
             "error: --only_wrong: nothing says what is wrong; give --check or --filter."
         )
     from fedsafe_jax.cai.revise import tally
-    from fedsafe_jax.command_line import border_errors, quiet_libraries
+    from fedsafe_jax.cli.startup import border_errors, quiet_libraries
 
     quiet_libraries()
     logging.set_verbosity(logging.WARNING)
