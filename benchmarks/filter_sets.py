@@ -23,12 +23,12 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax import filtering
 from fedsafe_jax.cli.startup import prepare_libraries
 from fedsafe_jax.data import sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality
 from fedsafe_jax.inference.language_model import model_folder
+from fedsafe_jax.pipeline import filtering
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a filter.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)

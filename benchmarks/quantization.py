@@ -17,7 +17,7 @@ import fedsafe_jax as fs
 from fedsafe_jax.data import chat, packing, sources
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 from fedsafe_jax.models.quantize import KINDS, num_bytes, quantize_params
-from fedsafe_jax.plan import KNOWN
+from fedsafe_jax.pipeline.dry_run import KNOWN
 
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
 _SOURCE = flags.DEFINE_string("source", "chat:package/clients_safe.jsonl", "Dialogues.")

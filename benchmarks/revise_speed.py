@@ -17,11 +17,11 @@ from absl import app, flags
 
 from fedsafe_jax import load_pretrained
 from fedsafe_jax.cai import constitution, forms, revise
-from fedsafe_jax.constitutional import generate
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
 from fedsafe_jax.inference.chat_session import Conversation
 from fedsafe_jax.inference.language_model import model_folder
+from fedsafe_jax.pipeline.constitutional import generate
 
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
 _PROMPTS = flags.DEFINE_string("prompts", "chat:package/cai_red_team.jsonl", "Source.")

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import constitutional, export, rounds
-from fedsafe_jax import world as world_lib
-from fedsafe_jax.clients import build_clients
 from fedsafe_jax.evals import suite
 from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.pipeline import constitutional, export, rounds
+from fedsafe_jax.pipeline import inputs as world_lib
+from fedsafe_jax.pipeline.clients import build_clients
 from fedsafe_jax.report import page
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
 from fedsafe_jax.runtime.progress import Progress

@@ -34,10 +34,10 @@ def main(argv):
 
     try:
         if config.dry_run:
-            from fedsafe_jax import plan
+            from fedsafe_jax.pipeline import dry_run
 
             validate(config)
-            print(plan.describe(config))
+            print(dry_run.describe(config))
             return
         validate(config)
         from fedsafe_jax import experiment

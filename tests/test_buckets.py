@@ -6,9 +6,9 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fedsafe_jax import export
 from fedsafe_jax.filters import cache
 from fedsafe_jax.models import lora
+from fedsafe_jax.pipeline import export
 from fedsafe_jax.report import drawing
 from fedsafe_jax.runtime import run_files
 

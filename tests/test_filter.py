@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from fedsafe_jax import filtering
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.sources import Example
 from fedsafe_jax.filters import (
@@ -23,6 +22,7 @@ from fedsafe_jax.filters import (
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.inference import language_model
 from fedsafe_jax.models import lora
+from fedsafe_jax.pipeline import filtering
 
 SHAPE = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
 

@@ -21,10 +21,11 @@ flwr = pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedsafe_jax import clients, experiment, filtering  # noqa: E402
-from fedsafe_jax import world as world_lib  # noqa: E402
+from fedsafe_jax import experiment  # noqa: E402
 from fedsafe_jax.config import ConfigError, default_config  # noqa: E402
 from fedsafe_jax.flower import client, server, site, wire  # noqa: E402
+from fedsafe_jax.pipeline import clients, filtering  # noqa: E402
+from fedsafe_jax.pipeline import inputs as world_lib  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = ROOT / "fedsafe_jax/assets/demo"

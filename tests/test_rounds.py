@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from fedsafe_jax import rounds
 from fedsafe_jax.config import ConfigError, default_config, openfedllm
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
+from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.validation import validate
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

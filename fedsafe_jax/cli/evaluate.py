@@ -110,13 +110,14 @@ def run_prompts(lm, path: str, column: str, settings: Settings) -> dict:
 
 def run_tasks(lm, tasks, settings: Settings) -> dict:
     """Runs the named tasks and prints their rates."""
-    from fedsafe_jax import load_pretrained, world
+    from fedsafe_jax import load_pretrained
     from fedsafe_jax.data import sources
     from fedsafe_jax.evals import judges, statistics, suite
     from fedsafe_jax.evals.tasks import mt_bench
+    from fedsafe_jax.pipeline import inputs
 
     def limited(items):
-        return world.limit(items, _LIMIT.value)
+        return inputs.limit(items, _LIMIT.value)
 
     def prompts(source):
         return limited([e.prompt for e in sources.load(source, _DATA_DIR.value)])

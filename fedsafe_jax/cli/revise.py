@@ -59,10 +59,11 @@ def read_prompts(path: str, column: str) -> list[str]:
 
 def checks(count: int) -> dict:
     """What drops revisions, by the flags."""
-    from fedsafe_jax import filtering, load_pretrained
+    from fedsafe_jax import load_pretrained
     from fedsafe_jax.cai import revise
     from fedsafe_jax.evals.judges import start_refusal
     from fedsafe_jax.filters import store
+    from fedsafe_jax.pipeline import filtering
 
     wanted, found = [True] * count, {}
     if _CHECK.value == "rules":
@@ -79,9 +80,9 @@ def run() -> list:
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
-    from fedsafe_jax.constitutional import generate
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.inference.chat_session import Conversation
+    from fedsafe_jax.pipeline.constitutional import generate
     from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(_PROMPTS.value, _COLUMN.value)

@@ -25,7 +25,7 @@ def read(config):
     import numpy as np
 
     from fedsafe_jax.data import sources
-    from fedsafe_jax.filtering import undisputed
+    from fedsafe_jax.pipeline.filtering import undisputed
 
     def load(name):
         found = [e for e in sources.load(name, config.data_dir) if e.response]
@@ -80,11 +80,11 @@ def measure(found, held, share: float, seed: int) -> dict:
 
 def run(config, workdir: str) -> dict:
     """Trains, saves, measures; returns what `filter_results.json` holds."""
-    from fedsafe_jax import filtering
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
+    from fedsafe_jax.pipeline import filtering
     from fedsafe_jax.runtime.run_files import write_json
     from fedsafe_jax.validation import validate_filter
 

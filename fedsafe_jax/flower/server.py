@@ -15,15 +15,16 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedsafe_jax import experiment, rounds
-from fedsafe_jax import world as world_lib
+from fedsafe_jax import experiment
 from fedsafe_jax.cli.startup import border_errors, prepare_libraries
-from fedsafe_jax.clients import Clients
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.received import BROKEN, Received, read_description
 from fedsafe_jax.flower.site import base_fingerprint
+from fedsafe_jax.pipeline import inputs as world_lib
+from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.validation import validate
 
 app = ServerApp()

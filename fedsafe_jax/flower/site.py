@@ -11,8 +11,6 @@ from etils import epath
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from fedsafe_jax import clients, filtering, rounds
-from fedsafe_jax import world as world_lib
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
@@ -23,6 +21,8 @@ from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.pipeline import clients, filtering, rounds
+from fedsafe_jax.pipeline import inputs as world_lib
 from fedsafe_jax.validation import validate
 
 BASE_FILES = ("*.safetensors", "config.json", "tokenizer.json")  # what makes a base the same

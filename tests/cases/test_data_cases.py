@@ -8,9 +8,9 @@ from jinja2.exceptions import TemplateError, UndefinedError
 from small_run import BORDER, NOT_RAISED, fails_today, small_config
 from tiny_llama import with_template
 
-from fedsafe_jax import world as world_lib
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.sources import SourceError
+from fedsafe_jax.pipeline import inputs as world_lib
 
 # Refuses a system turn, as Gemma's template does, and two user turns in a row, as Mistral's.
 STRICT_TEMPLATE = (

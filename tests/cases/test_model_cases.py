@@ -13,13 +13,13 @@ from tiny_llama import PACKAGED, make, with_template
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from fedsafe_jax import export
-from fedsafe_jax import world as world_lib
 from fedsafe_jax.data import chat
 from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.inference.language_model import load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
+from fedsafe_jax.pipeline import export
+from fedsafe_jax.pipeline import inputs as world_lib
 
 IDS = np.array([[1, 5, 6, 7, 9, 300]])
 HI = (("user", "Hi"),)

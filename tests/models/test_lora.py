@@ -43,7 +43,7 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedsafe_jax import export
+    from fedsafe_jax.pipeline import export
 
     lora_config = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
     adapter = random_adapter(packaged.config, lora_config)

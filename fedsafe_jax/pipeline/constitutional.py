@@ -16,9 +16,9 @@ from fedsafe_jax.data import chat, sources
 from fedsafe_jax.evals.judges import start_refusal
 from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.inference.chat_session import Conversation
-from fedsafe_jax.rounds import rate
+from fedsafe_jax.pipeline.inputs import limit
+from fedsafe_jax.pipeline.rounds import rate
 from fedsafe_jax.runtime import run_files
-from fedsafe_jax.world import limit
 
 BATCH = 32  # dialogues generated at once
 PROBED = 64  # prompts of a probe asked at once; no more where these show that CAI is needed

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import filtering, rounds
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.sources import UNSAFE
 from fedsafe_jax.filters import actions
 from fedsafe_jax.filters import quality as rates
-from fedsafe_jax.world import encode_all
+from fedsafe_jax.pipeline import filtering, rounds
+from fedsafe_jax.pipeline.inputs import encode_all
 
 
 @dataclasses.dataclass

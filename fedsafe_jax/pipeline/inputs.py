@@ -8,14 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax import rounds
 from fedsafe_jax.cai import constitution as constitution_lib
 from fedsafe_jax.data import chat, overlap, sources
 from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
 from fedsafe_jax.federated import mesh
-from fedsafe_jax.filtering import check_folders, undisputed
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
+from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.filtering import check_folders, undisputed
 from fedsafe_jax.runtime import multihost
 
 HELDOUT_SEED = 2025  # the evaluation sets are the same for every seed of the run
