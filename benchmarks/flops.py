@@ -26,7 +26,7 @@ from rich.table import Table
 from fedsafe_jax import load_pretrained
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.inference import generation
-from fedsafe_jax.models import lora, loss, passes
+from fedsafe_jax.models import lora, loss, microbatch
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 
 _SHAPE = flags.DEFINE_enum("shape", "demo", shapes.NAMES, "Which model.")
@@ -128,7 +128,7 @@ def measured(lm, lora_config, needed: float, seq: int) -> dict:
     """Rates of the local step, for rows of one segment and of segments of 80, and of decoding."""
     lm.lora_scale = lora_config.scale
     adapter = lora.init(jax.random.key(0), lm.config, lora_config)
-    step = jax.jit(passes.in_passes(lambda a, b, x: loss.packed_loss(lm.model, a, b, x)))
+    step = jax.jit(microbatch.in_passes(lambda a, b, x: loss.packed_loss(lm.model, a, b, x)))
     whole = fastest(lambda: step(adapter, lm.params, row_of(seq)))
     packed = fastest(lambda: step(adapter, lm.params, row_of(seq, 80)))
     operations, bandwidth = peaks(lm.config.dtype)

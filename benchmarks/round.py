@@ -37,7 +37,7 @@ from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import aggregation, algorithms, mesh, participation, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
-from fedsafe_jax.federated.round import RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.models import lora, loss
 
 _SHAPE = flags.DEFINE_enum("shape", "demo", shapes.NAMES, "Which model.")

@@ -35,7 +35,7 @@ from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import aggregation, algorithms, mesh, participation, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
-from fedsafe_jax.federated.round import RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.models import lora, loss
 
 _CLIENTS = flags.DEFINE_list("clients", ["1", "4", "16", "64", "256"], "Clients a round, several.")

@@ -11,7 +11,7 @@ from fedsafe_jax.federated import aggregation, algorithms, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
-from fedsafe_jax.federated.round import RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder

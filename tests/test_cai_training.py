@@ -10,7 +10,7 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.loss import packed_loss
-from fedsafe_jax.models.passes import PASS_TOKENS
+from fedsafe_jax.models.microbatch import PASS_TOKENS
 
 VOCABULARY, SIZE, SEQ, BETA = 11, 3, 16, 0.3
 NAMES = ("dpo", "ipo", "kto")

@@ -14,7 +14,7 @@ from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
-from fedsafe_jax.models.passes import compiler_options, in_passes
+from fedsafe_jax.models.microbatch import compiler_options, in_passes
 
 LOSSES = ("sft", *losses.PREFERENCES, "derta")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedsafe_jax.models.passes import in_passes
+from fedsafe_jax.models.microbatch import in_passes
 
 
 class LocalTraining(NamedTuple):

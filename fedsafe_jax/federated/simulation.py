@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round import Inputs, Programs
+from fedsafe_jax.federated.round_programs import Inputs, Programs
 
 # Clients of a chunk, unless told; few on CPU, where more gain nothing and every core holds all.
 CHUNK = {"cpu": 16}

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.lora_average import project_products
-from fedsafe_jax.federated.round import SKETCH, ClientMetrics, Sent
+from fedsafe_jax.federated.round_programs import SKETCH, ClientMetrics, Sent
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
 

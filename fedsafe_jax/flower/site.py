@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
-from fedsafe_jax.federated.round import Inputs
+from fedsafe_jax.federated.round_programs import Inputs
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.cache import content_hash, folder_hash
 from fedsafe_jax.inference.language_model import model_folder

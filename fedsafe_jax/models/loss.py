@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
-from fedsafe_jax.models.last_layer import weighted_nll
-from fedsafe_jax.models.passes import PASS_TOKENS
+from fedsafe_jax.models.microbatch import PASS_TOKENS
+from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
 # Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
 CHUNK_TOKENS = {"cpu": 128}

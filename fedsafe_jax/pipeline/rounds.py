@@ -17,7 +17,7 @@ from fedsafe_jax.federated import (
 )
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once
-from fedsafe_jax.federated.round import Programs, RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import Programs, RoundSpec, make_round
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder

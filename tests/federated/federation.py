@@ -14,7 +14,7 @@ from fedsafe_jax.federated import aggregation, algorithms, simulation
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round import RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import leaf_sharding

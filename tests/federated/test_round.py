@@ -9,10 +9,10 @@ from conftest import tiny_config
 from federation import CLIENTS, IDS, LORA, SGD, STEPS, WEIGHTS, close, make_federation
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.federated import round, simulation
+from fedsafe_jax.federated import round_programs, simulation
 from fedsafe_jax.federated.algorithms import Settings
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.models import loss, passes
+from fedsafe_jax.models import loss, microbatch
 from fedsafe_jax.models.decoder import Decoder
 
 ONES = np.ones(CLIENTS, np.float32)
@@ -65,7 +65,7 @@ def test_devices_chunks_and_vmap_give_what_one_device_gives(federation):
 def test_passes_dealt_out_give_what_clients_in_turn_give(
     federation, monkeypatch, devices, pass_tokens, name, accumulation
 ):
-    monkeypatch.setitem(passes.PASS_TOKENS, "cpu", pass_tokens)
+    monkeypatch.setitem(microbatch.PASS_TOKENS, "cpu", pass_tokens)
     batches = jax.tree.map(np.copy, federation.batches)
     for client, step, row, filled in [
         (0, 0, 0, 5), (0, 1, 0, 9), (0, 1, 1, 0), (1, 0, 1, 7), (2, 2, 0, 6), (2, 2, 1, 3),
@@ -191,9 +191,9 @@ def test_one_client_is_the_identity(federation):
 
 def test_no_collective_inside_local_training(federation):
     mesh = make_mesh(jax.devices()[:4])
-    programs = round.make_round(federation.spec(), mesh, 1)
+    programs = round_programs.make_round(federation.spec(), mesh, 1)
     state = simulation.initial_state(programs, federation.adapter, 6)
-    inputs = round.Inputs(
+    inputs = round_programs.Inputs(
         federation.batches, WEIGHTS, np.ones(4, np.float32), np.zeros(4, np.int32), (), ()
     )
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("clients"))
@@ -257,9 +257,9 @@ def test_sketches_keep_angles():
     a, b = rng.normal(size=(2, 100_000)).astype(np.float32)
     b += 0.5 * a
     exact = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    sa, sb = round.sketch(jnp.asarray(a)), round.sketch(jnp.asarray(b))
+    sa, sb = round_programs.sketch(jnp.asarray(a)), round_programs.sketch(jnp.asarray(b))
     found = float(sa @ sb) / np.linalg.norm(a) / np.linalg.norm(b)
-    assert abs(found - exact) < 4 / np.sqrt(round.SKETCH)  # four standard errors
+    assert abs(found - exact) < 4 / np.sqrt(round_programs.SKETCH)  # four standard errors
 
 
 def test_stragglers_count_per_step(federation):

@@ -16,7 +16,7 @@ from fedsafe_jax.federated.algorithms import Settings  # noqa: E402
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer  # noqa: E402
 from fedsafe_jax.federated.mesh import make_mesh  # noqa: E402
 from fedsafe_jax.federated.participation import Cohort  # noqa: E402
-from fedsafe_jax.federated.round import RoundSpec, make_round  # noqa: E402
+from fedsafe_jax.federated.round_programs import RoundSpec, make_round  # noqa: E402
 from fedsafe_jax.models import hub, lora, loss  # noqa: E402
 from fedsafe_jax.models.decoder import Decoder  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 from families import COMMON, FAMILIES
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.models import hub, last_layer, lora, loss
+from fedsafe_jax.models import hub, lora, loss, sparse_last_layer
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.quantize import quantize
@@ -78,10 +78,10 @@ def assert_same(model, base, adapter, batch):
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(last_layer, "CHUNK_TOKENS", 8)
-    last_layer._last.cache_clear()
+    monkeypatch.setattr(sparse_last_layer, "CHUNK_TOKENS", 8)
+    sparse_last_layer._last.cache_clear()
     yield
-    last_layer._last.cache_clear()
+    sparse_last_layer._last.cache_clear()
 
 
 # Biases, one window for all, layers without positions, norms of heads, soft caps, two tables.

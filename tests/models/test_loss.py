@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_config
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.models import lora, loss, passes
+from fedsafe_jax.models import lora, loss, microbatch
 from fedsafe_jax.models.decoder import Decoder
 
 
@@ -40,7 +40,7 @@ def test_chunked_nll_and_gradient_equal_the_plain_formula(monkeypatch):
 
 @pytest.mark.parametrize("filled", [0, 1, 3, 5])
 def test_passes_equal_all_rows_at_once(monkeypatch, filled):
-    monkeypatch.setitem(passes.PASS_TOKENS, "cpu", 16)  # two rows a pass
+    monkeypatch.setitem(microbatch.PASS_TOKENS, "cpu", 16)  # two rows a pass
     model, base = tiny_model()
     config = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
     adapter = jax.tree.map(lambda x: x + 0.05, lora.init(jax.random.key(1), model.config, config))
@@ -57,7 +57,7 @@ def test_passes_equal_all_rows_at_once(monkeypatch, filled):
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    value, gradient = jax.jit(passes.in_passes(loss_fn))(adapter, base, batch)
+    value, gradient = jax.jit(microbatch.in_passes(loss_fn))(adapter, base, batch)
     expected = jax.jit(jax.value_and_grad(loss_fn))(adapter, base, batch)
     # float32 sums over rows in another order.
     np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-7)
@@ -96,9 +96,9 @@ def test_clients_in_one_line_and_a_learning_head(monkeypatch):
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
-    passes.compiler_options.cache_clear()
-    assert passes.compiler_options() == passes.CPU_OPTIONS
-    passes.compiler_options.cache_clear()
-    monkeypatch.setattr(passes, "CPU_OPTIONS", {"xla_cpu_no_such_option": False})
-    assert passes.compiler_options() is None
-    passes.compiler_options.cache_clear()
+    microbatch.compiler_options.cache_clear()
+    assert microbatch.compiler_options() == microbatch.CPU_OPTIONS
+    microbatch.compiler_options.cache_clear()
+    monkeypatch.setattr(microbatch, "CPU_OPTIONS", {"xla_cpu_no_such_option": False})
+    assert microbatch.compiler_options() is None
+    microbatch.compiler_options.cache_clear()

@@ -17,7 +17,7 @@ from fedsafe_jax.federated import aggregation, compression, lora_average, privac
 from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
 from fedsafe_jax.federated.compression import Compression
-from fedsafe_jax.models.passes import compiler_options
+from fedsafe_jax.models.microbatch import compiler_options
 from fedsafe_jax.models.sharding import CLIENTS
 
 SKETCH = 4096  # numbers kept of an update, for its angle to the mean
