@@ -54,8 +54,8 @@ def cell_config(share: float, aggregator: str):
 def main(argv):
     del argv
     from fedsafe_jax import experiment
-    from fedsafe_jax.cli.startup import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
+    from fedsafe_jax.runtime.libraries import prepare_libraries
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))

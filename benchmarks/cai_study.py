@@ -78,9 +78,9 @@ def cost(rows, seeds: int) -> dict:
 def main(argv):
     del argv
     from fedsafe_jax import experiment
-    from fedsafe_jax.cli.startup import prepare_libraries
     from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import run_files
+    from fedsafe_jax.runtime.libraries import prepare_libraries
 
     folder = pathlib.Path(_WORKDIR.value)
     prepare_libraries(str(folder))

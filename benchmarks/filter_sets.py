@@ -23,12 +23,14 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.cli.startup import prepare_libraries
 from fedsafe_jax.data import sources
-from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.data.examples import UNKNOWN, UNSAFE
+from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality
+from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
 from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.pipeline import filtering
+from fedsafe_jax.runtime.libraries import prepare_libraries
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a filter.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
@@ -53,8 +55,8 @@ def pairs_of(name, config):
     """Labelled pairs whose label and first words do not contradict each other."""
     names = SOURCES.get(name, config.sources)
     found = [e for n in names for e in sources.load(n, config.data_dir) if e.response]
-    known = [e for e in found if e.label != sources.UNKNOWN]
-    return filtering.undisputed(known)[0]
+    known = [e for e in found if e.label != UNKNOWN]
+    return drop_mislabelled(known)[0]
 
 
 def split(name, config, seed):
@@ -64,9 +66,9 @@ def split(name, config, seed):
     order = np.random.default_rng([seed, 16]).permutation(learned)[: _PAIRS.value or None]
     held = [pairs[i] for i in held]
     if name == "lab":  # refusals by models, of held-out questions, to held-out harmful questions
-        twins = filtering.hard_negatives(held, 1.0, seed)
+        twins = hard_negatives(held, 1.0, seed)
         held += [e._replace(source="refusal") for e in twins]
-    held_unsafe = np.array([e.label == sources.UNSAFE for e in held])
+    held_unsafe = np.array([e.label == UNSAFE for e in held])
     chosen = quality.resample(held_unsafe, SHARE, seed)
     return [pairs[i] for i in sorted(order)], [held[i] for i in chosen]
 
@@ -81,7 +83,7 @@ def score(name, kind, config, train, held, seed):
     if name != "lab":  # their answers to a question differ by themselves
         c.hard_negatives = 0.0
     if kind == "prompt":  # an answer that says nothing, since an empty one may mean something
-        train = [*train, *filtering.hard_negatives(train, c.hard_negatives, seed)]
+        train = [*train, *hard_negatives(train, c.hard_negatives, seed)]
         train, held = ([e._replace(response="-") for e in side] for side in (train, held))
         c.hard_negatives = 0.0
     if kind in ("scratch", "guard"):
@@ -91,7 +93,9 @@ def score(name, kind, config, train, held, seed):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(c.tokenizer))
-    found, _ = filtering.make(c, train, tokenizer, seed, "float32", ("q_proj", "v_proj"))
+    found, _ = filtering.make(
+        c, train, tokenizer, seed=seed, dtype="float32", targets=("q_proj", "v_proj")
+    )
     return found.score(held), found.decision.threshold
 
 
@@ -101,7 +105,7 @@ def torch_score(config, train, held, seed):
 
     peer = TorchClassifier(config.encoder, config.max_length, seed)
     learned, validation = protocol.split(train, seed, config.validation_share)
-    unsafe = np.array([e.label == sources.UNSAFE for e in train], int)
+    unsafe = np.array([e.label == UNSAFE for e in train], int)
     some = [train[i] for i in validation]
     peer.train(
         [train[i] for i in learned], unsafe[learned], some, unsafe[validation],
@@ -170,10 +174,10 @@ def main(argv):
                 if not path.is_file():
                     started = time.monotonic()
                     train, held = split(name, config, seed)
-                    p, threshold = score(name, kind, config, train, held, seed)
+                    p, threshold = score(name, kind, config, train=train, held=held, seed=seed)
                     cell = {
                         "p": [float(x) for x in p], "threshold": float(threshold),
-                        "unsafe": [e.label == sources.UNSAFE for e in held],
+                        "unsafe": [e.label == UNSAFE for e in held],
                         "refusal": [start_refusal(e.response) for e in held],
                         "trained_on": len(train), "seconds": time.monotonic() - started,
                     }  # fmt: skip

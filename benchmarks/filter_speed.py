@@ -45,7 +45,7 @@ def main(argv):
     tokenizer = AutoTokenizer.from_pretrained(c.encoder)
     config, params = encoder_hub.load_classifier(pathlib.Path(c.encoder), num_labels=2)
     config = dataclasses.replace(config, dropout=0.0)
-    ours = classifier.ClassifierFilter(config, params, tokenizer, c.max_length)
+    ours = classifier.ClassifierFilter(config, params, tokenizer, max_length=c.max_length)
     classifier.BATCH_TOKENS = _BATCH.value * c.max_length
     theirs = AutoModelForSequenceClassification.from_pretrained(c.encoder, num_labels=2).eval()
     lengths = [len(r.ids) for r in classifier.encode_pairs(tokenizer, pairs, c.max_length)]

@@ -126,9 +126,11 @@ def peaks(dtype: str) -> tuple[float, float]:
 
 def measured(lm, lora_config, needed: float, seq: int) -> dict:
     """Rates of the local step, for rows of one segment and of segments of 80, and of decoding."""
-    lm.lora_scale = lora_config.scale
+    model = Decoder(lm.config, lora_config.scale)
     adapter = lora.init(jax.random.key(0), lm.config, lora_config)
-    step = jax.jit(microbatch.in_passes(lambda a, b, x: loss.packed_loss(lm.model, a, b, x)))
+    step = jax.jit(
+        microbatch.value_and_grad_in_microbatches(lambda a, b, x: loss.packed_loss(model, a, b, x))
+    )
     whole = fastest(lambda: step(adapter, lm.params, row_of(seq)))
     packed = fastest(lambda: step(adapter, lm.params, row_of(seq, 80)))
     operations, bandwidth = peaks(lm.config.dtype)
@@ -136,7 +138,13 @@ def measured(lm, lora_config, needed: float, seq: int) -> dict:
 
     def decode(new):
         return generation.generate_ids(
-            lm.model, lm.params, None, prompts, (), new, batch_size=_BATCH.value
+            lm.model,
+            lm.params,
+            None,
+            prompts=prompts,
+            stop_ids=(),
+            max_new_tokens=new,
+            batch_size=_BATCH.value,
         )[0].finished
 
     # Twice as long less once as long: without the prompts.

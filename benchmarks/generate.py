@@ -59,7 +59,14 @@ def timer(lm, ids):
     def run():
         started = time.perf_counter()
         generation.generate_ids(
-            lm.model, lm.params, None, ids, (-1,), _NEW.value, batch_size=_BATCH.value, mesh=lm.mesh
+            lm.model,
+            lm.params,
+            None,
+            prompts=ids,
+            stop_ids=(-1,),
+            max_new_tokens=_NEW.value,
+            batch_size=_BATCH.value,
+            mesh=lm.mesh,
         )
         return time.perf_counter() - started
 

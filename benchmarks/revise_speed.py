@@ -19,9 +19,9 @@ from fedsafe_jax import load_pretrained
 from fedsafe_jax.cai import constitution, forms, revise
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
-from fedsafe_jax.inference.chat_session import Conversation
+from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import model_folder
-from fedsafe_jax.pipeline.constitutional import generate
+from fedsafe_jax.pipeline.constitutional import make_generate_fn
 
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
 _PROMPTS = flags.DEFINE_string("prompts", "chat:package/cai_red_team.jsonl", "Source.")
@@ -75,8 +75,8 @@ def main(argv):
     def ours(threads, call):  # a conversation of its own for every run
         nonlocal talk
         if call == 0:
-            talk = Conversation(lm, _BATCH.value)
-        return generate(_NEW.value, [0], talk, 0.0)(threads, call)
+            talk = ChatSession(lm, _BATCH.value)
+        return make_generate_fn(_NEW.value, [0], talk, 0.0)(threads, call)
 
     talk = None
     theirs = torch_speaker(model_folder(_MODEL.value))
@@ -84,7 +84,7 @@ def main(argv):
 
     def timed(say):
         started = time.perf_counter()
-        found = revise.revise(prompts, principles, say, say, (0,))
+        found = revise.revise(prompts, principles, say, reviser=say, seed=(0,))
         return time.perf_counter() - started, found
 
     first, mine = timed(ours)

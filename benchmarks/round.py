@@ -39,6 +39,7 @@ from fedsafe_jax.federated import aggregation, algorithms, mesh, participation, 
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.models import lora, loss
+from fedsafe_jax.models.decoder import Decoder
 
 _SHAPE = flags.DEFINE_enum("shape", "demo", shapes.NAMES, "Which model.")
 _SOURCES = flags.DEFINE_list("sources", ["dolly:dolly/databricks_dolly_sample.csv"], "Rows.")
@@ -59,10 +60,10 @@ def our_round(lm, examples):
     encoded = [e for e in encoded if e is not None]
     clients = [encoded[i :: _CLIENTS.value] for i in range(_CLIENTS.value)]
     config = lora.LoraConfig(_RANK.value, 2.0 * _RANK.value, ("q_proj", "v_proj"))
-    lm.lora_scale = config.scale
+    model = Decoder(lm.config, config.scale)
 
     def loss_fn(adapter, base, batch):
-        return loss.packed_loss(lm.model, adapter, base, batch)
+        return loss.packed_loss(model, adapter, base, batch)
 
     count = _CLIENTS.value
     parallel, shared = mesh.clients_at_once(lm.mesh, 0, count)
@@ -71,9 +72,18 @@ def our_round(lm, examples):
     adapter = lora.init(jax.random.key(0), lm.config, config)
     programs = make_round(RoundSpec(method, aggregation.make("mean")), lm.mesh, parallel)
     state = simulation.initial_state(programs, adapter, count)
-    cohort = participation.draw_cohort(0, 0, [len(c) for c in clients], count, _STEPS.value)
+    cohort = participation.draw_cohort(
+        0, 0, [len(c) for c in clients], count=count, local_steps=_STEPS.value
+    )
     batches = RoundBatches(
-        clients, 0, 0, cohort.ids, cohort.steps, _STEPS.value, _BATCH.value, _SEQ.value
+        clients,
+        0,
+        0,
+        ids=cohort.ids,
+        steps=cohort.steps,
+        local_steps=_STEPS.value,
+        batch_size=_BATCH.value,
+        seq=_SEQ.value,
     )
     chunk = simulation.chunk_size(count, lm.mesh.size)
     segments = batches.chunk(0, -(-count // chunk) * chunk).segment_ids
@@ -83,9 +93,15 @@ def our_round(lm, examples):
         started = time.perf_counter()
         # Packing is part of the time, as padding is of the peer's.
         simulation.run_round(
-            programs, state, lm.params, batches.chunk, cohort, [5e-5] * _STEPS.value,
-            jax.random.key(0), chunk,
-        )  # fmt: skip
+            programs,
+            state,
+            lm.params,
+            batches=batches.chunk,
+            cohort=cohort,
+            rates=[5e-5] * _STEPS.value,
+            key=jax.random.key(0),
+            chunk=chunk,
+        )
         return time.perf_counter() - started
 
     first = timed()

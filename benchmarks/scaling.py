@@ -37,6 +37,7 @@ from fedsafe_jax.federated import aggregation, algorithms, mesh, participation, 
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.models import lora, loss
+from fedsafe_jax.models.decoder import Decoder
 
 _CLIENTS = flags.DEFINE_list("clients", ["1", "4", "16", "64", "256"], "Clients a round, several.")
 _DEVICES = flags.DEFINE_list("devices", [], "Several; by default, as many as a run would use.")
@@ -83,7 +84,7 @@ def run_rounds(count: int) -> dict:
     """Rounds of `count` clients on the devices of this process."""
     lm = fs.load_pretrained("package:model", mesh=mesh.make_mesh())
     config = lora.LoraConfig(RANK, 2.0 * RANK, ("q_proj", "v_proj"))
-    lm.lora_scale = config.scale
+    model = Decoder(lm.config, config.scale)
     examples = sources.load("chat:package/clients_safe.jsonl", "")
     encoded = [chat.encode(lm.tokenizer, e.messages, e.response, SEQ) for e in examples]
     encoded = [e for e in encoded if e is not None]
@@ -91,7 +92,7 @@ def run_rounds(count: int) -> dict:
     clients = [[encoded[(4 * k + j) % len(encoded)] for j in range(BATCH)] for k in range(count)]
 
     def loss_fn(adapter, base, batch):
-        return loss.packed_loss(lm.model, adapter, base, batch)
+        return loss.packed_loss(model, adapter, base, batch)
 
     # As a run does it; with simulated devices, as accelerators do.
     asked = 1 if _DEVICES.value else 0
@@ -108,10 +109,26 @@ def run_rounds(count: int) -> dict:
     seconds = []
     for t in range(_ROUNDS.value):
         started = time.perf_counter()
-        cohort = participation.draw_cohort(0, t, [BATCH] * count, count, STEPS)
-        batches = RoundBatches(clients, 0, t, cohort.ids, cohort.steps, STEPS, BATCH, SEQ)
+        cohort = participation.draw_cohort(0, t, [BATCH] * count, count=count, local_steps=STEPS)
+        batches = RoundBatches(
+            clients,
+            0,
+            t,
+            ids=cohort.ids,
+            steps=cohort.steps,
+            local_steps=STEPS,
+            batch_size=BATCH,
+            seq=SEQ,
+        )
         state, report = simulation.run_round(
-            watched, state, lm.params, batches.chunk, cohort, [1e-3], jax.random.key(t), chunk
+            watched,
+            state,
+            lm.params,
+            batches=batches.chunk,
+            cohort=cohort,
+            rates=[1e-3],
+            key=jax.random.key(t),
+            chunk=chunk,
         )
         seconds.append(time.perf_counter() - started)
     fastest = min(seconds[1:] or seconds)

@@ -22,13 +22,17 @@ def _llama(vocabulary, hidden, intermediate, layers, heads, kv_heads, tied=True,
 
 # `demo` is the packaged model (4.2M parameters).
 SHAPES = {
-    "5m": _llama(8192, 256, 768, 4, 4, 2),
-    "7m": _llama(4096, 256, 768, 8, 4, 2),
-    "27m": _llama(4096, 512, 1536, 8, 8, 4),
-    "30m": _llama(8192, 512, 1536, 8, 8, 4),
-    "135m": _llama(49152, 576, 1536, 30, 9, 3),  # SmolLM2-135M
-    "1b": _llama(128256, 2048, 8192, 16, 32, 8, rope_theta=500000.0),  # Llama-3.2-1B
-    "8b": _llama(128256, 4096, 14336, 32, 32, 8, False, rope_theta=500000.0),  # Llama-3.1-8B
+    "5m": _llama(8192, 256, 768, layers=4, heads=4, kv_heads=2),
+    "7m": _llama(4096, 256, 768, layers=8, heads=4, kv_heads=2),
+    "27m": _llama(4096, 512, 1536, layers=8, heads=8, kv_heads=4),
+    "30m": _llama(8192, 512, 1536, layers=8, heads=8, kv_heads=4),
+    "135m": _llama(49152, 576, 1536, layers=30, heads=9, kv_heads=3),  # SmolLM2-135M
+    "1b": _llama(
+        128256, 2048, 8192, layers=16, heads=32, kv_heads=8, rope_theta=500000.0
+    ),  # Llama-3.2-1B
+    "8b": _llama(
+        128256, 4096, 14336, layers=32, heads=32, kv_heads=8, tied=False, rope_theta=500000.0
+    ),  # Llama-3.1-8B
 }
 NAMES = ("demo", *SHAPES)
 LARGE = ("1b", "8b")  # bfloat16, and without a folder for a peer
@@ -56,7 +60,7 @@ def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageMo
         params = Decoder(config).init(key, blank, blank, blank)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, SHAPES[shape])
+    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config=SHAPES[shape])
 
 
 def model(shape: str, folder: pathlib.Path, mesh=None) -> fs.LanguageModel:

@@ -90,7 +90,7 @@ def default_config() -> ml_collections.ConfigDict:
     # classifier: an encoder; guard: a language model such as Llama Guard 3; guardian: a guard that
     # also learns to answer; simulated: one with the recall and precision below.
     c.filter.kind = "classifier"
-    c.filter.load = ""  # folder of a filter that fedsafe_jax.train_filter wrote; "" trains one
+    c.filter.load = ""  # folder of a filter that `fedsafe train-filter` wrote; "" trains one
     c.filter.encoder = ""  # classifier: BERT, RoBERTa or ModernBERT folder; "": small, from scratch
     c.filter.unsafe_labels = ()  # classifier: the encoder's labels that mean unsafe, as it is
     c.filter.model = ""  # guard, guardian: folder or Hub id

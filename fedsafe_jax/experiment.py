@@ -1,6 +1,5 @@
 """One run: for each seed, algorithm and arm, the paper's round loop, then its evaluation."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -10,29 +9,32 @@ import jax
 import numpy as np
 from etils import epath
 
+from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals import suite
-from fedsafe_jax.evals.judges import ChatEndpoint, start_refusal
+from fedsafe_jax.evals.judges import ChatEndpoint
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.pipeline import constitutional, export, rounds
-from fedsafe_jax.pipeline import inputs as world_lib
-from fedsafe_jax.pipeline.clients import build_clients
+from fedsafe_jax.pipeline import clients, constitutional, export, filtering, rounds
+from fedsafe_jax.pipeline.clients import Clients
+from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.report import page
+from fedsafe_jax.report.model_card import model_card
+from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
-from fedsafe_jax.runtime.progress import Progress
+from fedsafe_jax.runtime.progress import PhaseTimer, Progress
 from fedsafe_jax.validation import validate
 
 
-def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> dict:
+def run(config, workdir: str, inputs=None, build=None, arm_run=None) -> dict:
     """Runs or resumes everything the config asks for.
 
     Args:
       config: of the run.
       workdir: of its files.
-      world: what it reads; None to read it.
-      build: `(config, world, seed, workdir, progress) -> Clients`.
+      inputs: what it reads; None to read it.
+      build: `(config, inputs, seed, workdir, progress) -> Clients`.
       arm_run: `ArmRun`, or what takes its arguments and trains clients elsewhere.
 
     Returns:
@@ -40,25 +42,25 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
     """
     validate(config)
     started = time.monotonic()
-    world = world or world_lib.load(config)
+    inputs = inputs or load_inputs(config)
     workdir = epath.Path(workdir)
     progress = Progress(config)
-    if run_files.claim(workdir, config.to_dict()):
+    if run_files.claim_workdir(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")
     outcomes: dict[str, list[dict]] = {}
     final_adapters: dict[str, object] = {}
     filter_quality: list[dict] = []
     for seed in config.seeds:
-        clients = build(config, world, seed, workdir, progress)
+        members = (build or build_clients)(config, inputs, seed, workdir, progress)
         for arm_id, algorithm, arm in arm_list(config):
             path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
             runner = (arm_run or ArmRun)(
-                config, world, clients, workdir, progress, seed, arm_id, algorithm, arm
+                config, inputs, members, workdir, progress, seed, arm_id, algorithm, arm
             )
-            if multihost.agreed(path.is_file()):
+            if multihost.broadcast_bool(path.is_file()):
                 # The file is the first process's; the others need not see it.
                 progress.found(0 if arm == "base" else config.rounds)
-                outcome = json.loads(path.read_text()) if multihost.is_first() else {}
+                outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
                 adapter = runner.restored_adapter()
             else:
                 adapter = runner.train()
@@ -66,19 +68,30 @@ def run(config, workdir: str, world=None, build=build_clients, arm_run=None) -> 
                 run_files.write_json(path, outcome)
             outcomes.setdefault(arm_id, []).append(outcome)
             final_adapters.setdefault(arm_id, adapter)
-        if clients.quality is not None:
-            filter_quality.append(clients.filter_record())
-    if not multihost.is_first():
-        multihost.meet("reported")
+        if members.quality is not None:
+            filter_quality.append(members.filter_record())
+    if not multihost.is_primary():
+        multihost.barrier("reported")
         return {}
-    results = summarise(config, world, workdir, outcomes, filter_quality)
+    results = summarise(config, inputs, workdir, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     run_files.write_json(workdir / "results.json", results)
-    export_best(config, world, workdir, final_adapters, results)
+    export_best(config, inputs, workdir, final_adapters, results)
     page.write(workdir, config, results, outcomes)
-    progress.table(results)
-    multihost.meet("reported")
+    progress.end()
+    print_table(results)
+    multihost.barrier("reported")
     return results
+
+
+def build_clients(config, inputs, seed: int, workdir: epath.Path, progress) -> Clients:
+    """Builds the simulated clients of a seed, filtered where an arm asks for it."""
+    built = clients.build(config, inputs, seed, progress)
+    if any("filter" in arm for arm in config.arms):
+        built = filtering.filter_clients(
+            config, inputs, built, seed=seed, workdir=workdir, progress=progress
+        )
+    return built
 
 
 def arm_list(config) -> list[tuple[str, str, str]]:
@@ -95,24 +108,24 @@ def arm_list(config) -> list[tuple[str, str, str]]:
 class ArmRun:
     """One arm of one seed, from its first round (or its newest checkpoint) to its evaluation."""
 
-    def __init__(self, config, world, clients, workdir, progress, seed, arm_id, algorithm, arm):
-        self.config, self.world, self.clients = config, world, clients
+    def __init__(self, config, inputs, clients, workdir, progress, seed, arm_id, algorithm, arm):
+        self.config, self.inputs, self.clients = config, inputs, clients
         self.workdir, self.progress, self.seed = workdir, progress, seed
         self.arm_id, self.arm, self.algorithm = arm_id, arm, algorithm
-        self.model = Decoder(world.lm.config, world.lora.scale)
+        self.model = Decoder(inputs.lm.config, inputs.lora.scale)
         self.folder = workdir / "checkpoints" / arm_id.replace("/", "_") / f"seed{seed}"
 
     @functools.cached_property
     def _programs(self):
-        return rounds.build(self.config, self.algorithm, self.model, self.world.mesh)
+        return rounds.build(self.config, self.algorithm, self.model, self.inputs.mesh)
 
     def _initial_state(self):
-        adapter = lora.init(jax.random.key(self.seed), self.world.lm.config, self.world.lora)
+        adapter = lora.init(jax.random.key(self.seed), self.inputs.lm.config, self.inputs.lora)
         return simulation.initial_state(self._programs, adapter, self.config.num_clients)
 
     def _restored(self, saved):
         state, done = saved.restore(self._initial_state())
-        server = simulation.replicate(state.server, self.world.mesh)
+        server = simulation.replicate(state.server, self.inputs.mesh)
         return state._replace(server=server), done
 
     def restored_adapter(self):
@@ -122,7 +135,7 @@ class ArmRun:
         saved = checkpoint.RoundCheckpoints(self.folder)
         state, _ = self._restored(saved)
         saved.close()
-        return state.server.adapter
+        return state.server.factors
 
     def train(self):
         """All rounds; returns the final adapter, None for the base model.
@@ -156,21 +169,26 @@ class ArmRun:
                 saved.close()
             raise
         saved.close()
-        return state.server.adapter
+        return state.server.factors
 
     def _server(self):
-        return constitutional.Server(
-            self.config, self.world, self.model, self.clients, self.workdir / "cai", self._mine,
-            self.seed,
-        )  # fmt: skip
+        return constitutional.ConstitutionalStage(
+            self.config,
+            self.inputs,
+            self.model,
+            clients=self.clients,
+            folder=self.workdir / "cai",
+            mine=self._mine,
+            seed=self.seed,
+        )
 
     def _round(self, state, data, server, t: int):
         """`(state, row of metrics, records of CAI)` of one round."""
-        config, clock = self.config, Clock()
-        multihost.meet("round")
+        config, clock = self.config, PhaseTimer()
+        multihost.barrier("round")
         # Filtered local training and aggregation.
         state, figures = self._federate(state, data, t)
-        clock.lap("federated")
+        clock.mark("federated")
         row = {"arm": self.arm_id, "seed": self.seed, "round": t} | figures
         row["tokens_per_second"] = row["useful_tokens"] / clock.seconds["federated"]
         self._warn(row)
@@ -180,20 +198,27 @@ class ArmRun:
         found = []
         if server is not None:
             # Constitutional AI on the aggregated model.
-            current, base = map(self._language_model, (state.server.adapter, None))
+            current, base = map(self._language_model, (state.server.factors, None))
             adapter, row["cai"], found = server.run(current, base, t, clock)
-            adapter = simulation.replicate(multihost.same(adapter), self.world.mesh)
-            state = state._replace(server=state.server._replace(adapter=adapter))
+            adapter = simulation.replicate(multihost.broadcast(adapter), self.inputs.mesh)
+            state = state._replace(server=state.server._replace(factors=adapter))
         if config.eval.every_round_prompts:
-            row["eval"] = self._probe(state.server.adapter)
-            clock.lap("probe")
+            row["eval"] = self._probe(state.server.factors)
+            clock.mark("probe")
         row["seconds"] = clock.seconds
         return state, row, found
 
     def _federate(self, state, data, t: int):
         """`(state, figures)` after the clients' training and the server's step."""
         return rounds.run(
-            self.config, self.algorithm, self._programs, state, self.world.base, data, self.seed, t
+            self.config,
+            self.algorithm,
+            self._programs,
+            state=state,
+            base=self.inputs.base,
+            data=data,
+            seed=self.seed,
+            t=t,
         )
 
     def _warn(self, row) -> None:
@@ -225,8 +250,10 @@ class ArmRun:
         return row["arm"] == self.arm_id and row["seed"] == self.seed
 
     def _language_model(self, adapter):
-        own = multihost.local(adapter, self.world.mesh)
-        return dataclasses.replace(self.world.lm, adapter=own)
+        if adapter is None:
+            return self.inputs.lm
+        own = multihost.local(adapter, self.inputs.mesh)
+        return self.inputs.lm.with_adapter(lora.Adapter(own, self.inputs.lora))
 
     def _probe(self, adapter) -> dict:
         """Refusal rates on a few prompts, for the curves."""
@@ -234,9 +261,9 @@ class ArmRun:
         lm = self._language_model(adapter)
         rates = {}
         for name in ("advbench", "over_refusal"):
-            prompts = getattr(self.world.evals, name)[: c.every_round_prompts]
+            prompts = getattr(self.inputs.evals, name)[: c.every_round_prompts]
             answers = lm.generate(
-                prompts, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size, cut=True
+                prompts, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size, truncate=True
             )
             rates[name] = 100 * float(np.mean([start_refusal(a) for a in answers]))
         return rates
@@ -246,34 +273,16 @@ class ArmRun:
         self.progress.note(f"{self.arm_id} seed {self.seed}: evaluating")
         started = time.monotonic()
         c, judge = self.config.eval, None
-        if c.judge_url and self.arm != "base" and multihost.is_first():
+        if c.judge_url and self.arm != "base" and multihost.is_primary():
             judge = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
         outcome = suite.evaluate(
-            self._language_model(adapter), self.world.evals, c, judge, self._language_model(None)
+            self._language_model(adapter), self.inputs.evals, c, judge, self._language_model(None)
         )
         outcome["seconds"] = time.monotonic() - started
         return outcome
 
 
-class Clock:
-    """Seconds by phase of a round."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase] = round_to(self.seconds.get(phase, 0.0) + now - self._last)
-        self._last = now
-
-
-def round_to(seconds: float) -> float:
-    """Milliseconds are enough, and never zero."""
-    return max(float(f"{seconds:.3f}"), 1e-3)
-
-
-def summarise(config, world, workdir, outcomes, filter_quality) -> dict:
+def summarise(config, inputs, workdir, outcomes, filter_quality) -> dict:
     """The content of `results.json`."""
     algorithm_of = {arm_id: algorithm for arm_id, algorithm, _ in arm_list(config)}
     judge = config.eval.judge
@@ -284,7 +293,7 @@ def summarise(config, world, workdir, outcomes, filter_quality) -> dict:
     results = {
         "arms": arms,
         "seeds": list(config.seeds),
-        "data": world.counts,
+        "data": inputs.counts,
         "sources": {"advbench": config.eval.advbench, "over_refusal": config.eval.over_refusal},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": page.versions(),
@@ -296,10 +305,11 @@ def summarise(config, world, workdir, outcomes, filter_quality) -> dict:
     return results
 
 
-def export_best(config, world, workdir, adapters, results) -> None:
+def export_best(config, inputs, workdir, adapters, results) -> None:
     """Exports the adapter of `export_arm` (its first algorithm and seed), when it was run."""
     names = [n for n in adapters if n == config.export_arm or n.endswith("/" + config.export_arm)]
     if names and adapters[names[0]] is not None:
-        card = export.model_card(config, names[0], results["arms"][names[0]])
-        own = multihost.local(adapters[names[0]], world.mesh)
-        export.export(world.lm, own, world.lora, workdir / "export", card)
+        card = model_card(config, names[0], results["arms"][names[0]])
+        own = multihost.local(adapters[names[0]], inputs.mesh)
+        adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
+        export.export(inputs.lm, adapter, workdir / "export", card)

@@ -88,12 +88,26 @@ def finetune(
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
     chunk = simulation.chunk_size(count, mesh.shape[CLIENTS])
     for t in range(rounds):
-        cohort = draw_cohort(seed, t, sizes, count, local_steps)
+        cohort = draw_cohort(seed, t, sizes, count=count, local_steps=local_steps)
         batches = RoundBatches(
-            data, seed, t, cohort.ids, cohort.steps, local_steps, batch_size, seq_len
+            data,
+            seed,
+            t,
+            ids=cohort.ids,
+            steps=cohort.steps,
+            local_steps=local_steps,
+            batch_size=batch_size,
+            seq=seq_len,
         )
         key = jax.random.key(seed)  # of noise, and there is none
         state, _ = simulation.run_round(
-            programs, state, lm.params, batches.chunk, cohort, rates, key, chunk
+            programs,
+            state,
+            lm.params,
+            batches=batches.chunk,
+            cohort=cohort,
+            rates=rates,
+            key=key,
+            chunk=chunk,
         )
-    return Adapter(jax.device_get(state.server.adapter), config, lm.name)
+    return Adapter(jax.device_get(state.server.factors), config, lm.name)

@@ -10,7 +10,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from fedsafe_jax.cli.startup import border_errors, check_flags, prepare_libraries
+from fedsafe_jax.cli.startup import check_flags
+from fedsafe_jax.runtime.libraries import prepare_libraries
+from fedsafe_jax.validation import input_errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -48,9 +50,9 @@ def main(argv):
         multihost.join()
         preemption.listen()
         experiment.run(config, _WORKDIR.value)
-        if multihost.is_first():
+        if multihost.is_primary():
             print(f"report: {epath.Path(_WORKDIR.value) / 'report.html'}")
-    except (ConfigError, *border_errors()) as error:
+    except (ConfigError, *input_errors()) as error:
         raise SystemExit(f"error: {error}") from None
     except Preempted as signal_:
         print(f"\n{signal_}: the same command continues from the last round.", file=sys.stderr)

@@ -9,6 +9,7 @@ from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.cai.train import LOSSES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.readers import EVALUATION_ONLY
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
@@ -85,7 +86,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     training = [*c.safe_sources, *c.unsafe_sources, *c.filter.sources]
     for source in [*training, *c.cai.red_team_sources, *c.cai.benign_sources]:
         name, _, _ = sources.parse_source(source)
-        if name in sources.EVALUATION_ONLY:
+        if name in EVALUATION_ONLY:
             raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
 
 
@@ -237,3 +238,18 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     for field in ("batch_size", "patience", "lora_rank"):
         _at_least(f"filter.{field}", f[field], 1)
     _at_least("filter.max_length", f.max_length, 16)
+
+
+def input_errors() -> tuple[type[Exception], ...]:
+    """Returns the exception types of wrong input: reported as one line, without a traceback."""
+    from fedsafe_jax.cai.constitution import ConstitutionError
+    from fedsafe_jax.data.examples import SourceError
+    from fedsafe_jax.data.partition import PartitionError
+    from fedsafe_jax.evals.judges import EndpointError
+    from fedsafe_jax.filters.protocol import FilterError
+    from fedsafe_jax.models.hub import ModelError
+    from fedsafe_jax.runtime.multihost import ClusterError
+    from fedsafe_jax.runtime.run_files import WorkdirError
+
+    data = ConstitutionError, PartitionError, SourceError, WorkdirError
+    return *data, ClusterError, EndpointError, FilterError, ModelError

@@ -32,7 +32,7 @@ def tiny_config(**changes) -> DecoderConfig:
 
 
 # Minutes each; begun first, so that two processes that share the files end together.
-LONG = "flower survival filter main launch notebook processes roles cai_runs".split()
+LONG = "flower survival filters main launch notebook processes clients constitutional".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -21,7 +21,7 @@ def test_the_algorithm_takes_nesterov_steps():
         server = method.server_update(server, {"a": jnp.asarray(delta)}, ())
         trace = -delta + 0.9 * trace
         expected += -0.5 * (-delta + 0.9 * trace)
-    np.testing.assert_allclose(server.adapter["a"], expected, rtol=1e-6)
+    np.testing.assert_allclose(server.factors["a"], expected, rtol=1e-6)
     assert jax.tree.leaves(server.optimizer)
 
 

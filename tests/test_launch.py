@@ -102,9 +102,9 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
 def test_clusters_are_recognised(environment, expected):
     if isinstance(expected, str):
         with pytest.raises(multihost.ClusterError, match=expected):
-            multihost.described(environment)
+            multihost.cluster_args(environment)
     else:
-        assert multihost.described(environment) == expected
+        assert multihost.cluster_args(environment) == expected
 
 
 BUCKET = "--workdir=gs://bucket/run"

@@ -151,7 +151,7 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
 
 def test_evaluate_prompts_and_adapter(finished, tmp_path):
     (tmp_path / "p.csv").write_text("id,ask\n1,How do I bake bread?\n2,How do I rob a bank?\n")
-    begin = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
+    begin = [sys.executable, "-m", "fedsafe_jax.cli.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
     flags = [f"--adapter={finished[0] / 'export' / 'adapter'}", f"--output={tmp_path / 'o.json'}"]
     arguments = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True}
     done = subprocess.run([*begin, *flags, "--column=ask", "--max_new_tokens=8"], **arguments)
@@ -180,7 +180,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
     else:
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | change))
-    begin = [sys.executable, "-m", "fedsafe_jax.evaluate", f"--model={folder}"]
+    begin = [sys.executable, "-m", "fedsafe_jax.cli.evaluate", f"--model={folder}"]
     done = subprocess.run(
         [*begin, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
         cwd=ROOT,
@@ -194,7 +194,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
 
 def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
     code = f"""import jax
-from fedsafe_jax.cli.startup import prepare_libraries
+from fedsafe_jax.runtime.libraries import prepare_libraries
 prepare_libraries({str(tmp_path)!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x @ x.T)(jax.numpy.ones((64, 64))).block_until_ready()"""

@@ -66,7 +66,7 @@ def transition(tokenizer, triple: Triple, rng, max_length: int) -> Encoded | Non
     whole = chat.encode(tokenizer, question, triple.harmful, max_length)
     if whole is None:
         return None
-    places = np.flatnonzero(whole.learned)
+    places = np.flatnonzero(whole.loss_mask)
     kept = rng.choice(places, size=-(-len(places) // KEPT), replace=False)
     learned = np.zeros(len(whole.ids), bool)
     learned[kept] = True

@@ -107,7 +107,16 @@ def revise(
     wrong, risk = _wrong(prompts, initial, rules, judge)
     chosen = np.flatnonzero(wrong.any(0)) if only_wrong else np.arange(len(prompts))
     records = [
-        Record(prompt, said, int(drawn[-1, i]), "", "", (), "were right", False)
+        Record(
+            prompt,
+            said,
+            int(drawn[-1, i]),
+            critique="",
+            revision="",
+            earlier=(),
+            dropped="were right",
+            preferred=False,
+        )
         for i, (prompt, said) in enumerate(zip(prompts, initial, strict=True))
     ]
     if not chosen.size:

@@ -14,7 +14,7 @@ from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
-from fedsafe_jax.models.microbatch import compiler_options, in_passes
+from fedsafe_jax.models.microbatch import compiler_options, value_and_grad_in_microbatches
 
 LOSSES = ("sft", *losses.PREFERENCES, "derta")
 
@@ -114,7 +114,7 @@ def make_step(model: Decoder, recipe: Recipe):
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
-    imitate = in_passes(functools.partial(packed_loss, model))
+    imitate = value_and_grad_in_microbatches(functools.partial(packed_loss, model))
 
     def preference(adapter, reference, base, pairs: Pairs):
         count = len(pairs.on) * (4 if "kto" in recipe.preferences else 2)
@@ -218,7 +218,7 @@ def steps(
             encoded, others = _encoded_pairs(mine, encode, "kto" in recipe.preferences)
             pairs = pack_pairs(encoded, others, recipe.pairs_per_step, recipe.seq)
         if "derta" in recipe.losses and mine:
-            turned = derta.batch(tokenizer, mine, numbers, refusal, recipe.seq, rng)
+            turned = derta.batch(tokenizer, mine, numbers, refusal=refusal, seq=recipe.seq, rng=rng)
         found.append(Step(fill(some, rows, len(rows), recipe.seq), pairs, turned))
     return _same_rows(found, 4 * recipe.pairs_per_step)
 

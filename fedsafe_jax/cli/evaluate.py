@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from absl import app, flags, logging
 
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.evals.task import subset
+
 TASKS = ("advbench", "over_refusal", "hhh", "utility", "mt_bench")
 
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
@@ -75,7 +78,7 @@ def judge_prompts(lm, rows, column: str, settings: Settings):
     Raises:
       SourceError: a row lacks the column.
     """
-    from fedsafe_jax.data.sources import SourceError
+    from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.evals.tasks import refusal
 
     prompts = []
@@ -114,22 +117,19 @@ def run_tasks(lm, tasks, settings: Settings) -> dict:
     from fedsafe_jax.data import sources
     from fedsafe_jax.evals import judges, statistics, suite
     from fedsafe_jax.evals.tasks import mt_bench
-    from fedsafe_jax.pipeline import inputs
 
     def limited(items):
-        return inputs.limit(items, _LIMIT.value)
+        return subset(items, _LIMIT.value)
 
     def prompts(source):
         return limited([e.prompt for e in sources.load(source, _DATA_DIR.value)])
 
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
-        raise sources.SourceError(
-            f"--tasks: {unknown} unknown; expected some of {', '.join(TASKS)}."
-        )
+        raise SourceError(f"--tasks: {unknown} unknown; expected some of {', '.join(TASKS)}.")
     judged = "mt_bench" in tasks or _BASE.value or _ENDPOINT.value
     if judged and not (_ENDPOINT.value and _JUDGE_MODEL.value):
-        raise sources.SourceError("a judge is asked for: give both --judge_url and --judge_model.")
+        raise SourceError("a judge is asked for: give both --judge_url and --judge_model.")
     sets = Sets(
         prompts(_ADVBENCH.value) if "advbench" in tasks else [],
         prompts(_OVER.value) if "over_refusal" in tasks else [],
@@ -163,7 +163,7 @@ def main(argv):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.set_verbosity(logging.WARNING)  # libraries; results are printed
     from fedsafe_jax import load_adapter, load_pretrained
-    from fedsafe_jax.data.sources import SourceError
+    from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.models.hub import ModelError

@@ -57,7 +57,7 @@ def read_pairs(path: pathlib.Path) -> list[dict]:
 
 def run(folder: str, rows: list[dict], action: str, threshold: float) -> list[dict]:
     """The rows with `p_unsafe` and `action`; an empty response is kept, as nothing was said."""
-    from fedsafe_jax.data.sources import Example
+    from fedsafe_jax.data.examples import Example
     from fedsafe_jax.filters import store
     from fedsafe_jax.inference.language_model import load_pretrained
 
@@ -78,8 +78,8 @@ def main(argv):
     for name, flag in (("filter", _FILTER), ("input", _INPUT), ("output", _OUTPUT)):
         if not flag.value:
             raise SystemExit(f"--{name}: missing; see --help.")
-    from fedsafe_jax.cli.startup import border_errors
     from fedsafe_jax.filters import actions, quality
+    from fedsafe_jax.validation import input_errors
 
     logging.set_verbosity(logging.WARNING)
     try:
@@ -87,7 +87,7 @@ def main(argv):
             raise PairsError(f"--action={_ACTION.value}: one of {', '.join(actions.ACTIONS)}.")
         rows = read_pairs(pathlib.Path(_INPUT.value))
         out = run(_FILTER.value, rows, _ACTION.value, _THRESHOLD.value)
-    except (PairsError, *border_errors()) as error:
+    except (PairsError, *input_errors()) as error:
         raise SystemExit(f"error: {error}") from None
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in out)
     pathlib.Path(_OUTPUT.value).write_text(lines, encoding="utf-8")

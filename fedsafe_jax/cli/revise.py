@@ -15,6 +15,9 @@ import time
 
 from absl import app, flags, logging
 
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.filters.protocol import answer_risk
+
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
 _ADAPTER = flags.DEFINE_string("adapter", None, "PEFT adapter folder.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Prompt file (txt, JSONL or CSV).")
@@ -50,7 +53,7 @@ def read_prompts(path: str, column: str) -> list[str]:
     prompts = []
     for place, row in sources.read_rows(file.name, str(file.parent)):
         if not str(row.get(column) or "").strip():
-            raise sources.SourceError(
+            raise SourceError(
                 f"{place}: no text in column '{column}'; found {sorted(row)}. Set --column."
             )
         prompts.append(str(row[column]))
@@ -61,16 +64,15 @@ def checks(count: int) -> dict:
     """What drops revisions, by the flags."""
     from fedsafe_jax import load_pretrained
     from fedsafe_jax.cai import revise
-    from fedsafe_jax.evals.judges import start_refusal
+    from fedsafe_jax.data.refusals import start_refusal
     from fedsafe_jax.filters import store
-    from fedsafe_jax.pipeline import filtering
 
     wanted, found = [True] * count, {}
     if _CHECK.value == "rules":
         found["rules"] = revise.Rules(wanted, start_refusal)
     if _FILTER.value:
         judge = store.load(_FILTER.value, load_pretrained)
-        risk = filtering.answer_risk(judge)
+        risk = answer_risk(judge)
         found["judge"] = revise.Judge(wanted, risk, judge.decision.threshold)
     return found
 
@@ -81,8 +83,8 @@ def run() -> list:
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.inference.chat_session import Conversation
-    from fedsafe_jax.pipeline.constitutional import generate
+    from fedsafe_jax.inference.chat_session import ChatSession
+    from fedsafe_jax.pipeline.constitutional import make_generate_fn
     from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(_PROMPTS.value, _COLUMN.value)
@@ -99,15 +101,22 @@ def run() -> list:
     if _ADAPTER.value:
         lm = lm.with_adapter(load_adapter(_ADAPTER.value))
 
-    talk = Conversation(lm, _BATCH.value)
+    talk = ChatSession(lm, _BATCH.value)
 
     def speak(temperature):
-        return generate(_NEW.value, [_SEED.value, 17], talk, temperature, not dialogue)
+        return make_generate_fn(_NEW.value, [_SEED.value, 17], talk, temperature, not dialogue)
 
     found = revise.revise(
-        prompts, constitution, speak(_TEMPERATURE.value), speak(0.0), [_SEED.value, 18],
-        _ROUNDS.value, _SHOTS.value, **checks(len(prompts)), only_wrong=_WRONG.value,
-    )  # fmt: skip
+        prompts,
+        constitution,
+        speak(_TEMPERATURE.value),
+        reviser=speak(0.0),
+        seed=[_SEED.value, 18],
+        rounds=_ROUNDS.value,
+        few_shots=_SHOTS.value,
+        **checks(len(prompts)),
+        only_wrong=_WRONG.value,
+    )
     replace_lines(
         pathlib.Path(_OUTPUT.value), lambda old: True, [record._asdict() for record in found]
     )
@@ -123,14 +132,15 @@ def main(argv):
             "error: --only_wrong: nothing says what is wrong; give --check or --filter."
         )
     from fedsafe_jax.cai.revise import tally
-    from fedsafe_jax.cli.startup import border_errors, quiet_libraries
+    from fedsafe_jax.runtime.libraries import quiet_libraries
+    from fedsafe_jax.validation import input_errors
 
     quiet_libraries()
     logging.set_verbosity(logging.WARNING)
     started = time.monotonic()
     try:
         found = run()
-    except border_errors() as error:
+    except input_errors() as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{len(found)} prompts in {time.monotonic() - started:.0f} s: {json.dumps(tally(found))}")
     for record in [r for r in found if not r.dropped][:SHOWN]:

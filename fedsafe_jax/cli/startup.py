@@ -1,46 +1,7 @@
 """What the command lines of the package share."""
 
 import importlib.resources
-import os
 import pathlib
-
-from etils import epath
-
-
-def quiet_libraries() -> None:
-    """Nothing but what the project prints on the terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def prepare_libraries(workdir: str) -> None:
-    """Quiet libraries, and compiled programs kept under the workdir for arms and resumed runs.
-
-    An environment variable of the same purpose wins. The cache is set through `jax.config`: the
-    package has imported jax by now, and jax reads its environment only then.
-    """
-    quiet_libraries()
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = str(epath.Path(workdir).resolve() / "compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def border_errors():
-    """Errors whose message is all that a user needs to see."""
-    from fedsafe_jax.cai.constitution import ConstitutionError
-    from fedsafe_jax.data.partition import PartitionError
-    from fedsafe_jax.data.sources import SourceError
-    from fedsafe_jax.evals.judges import EndpointError
-    from fedsafe_jax.filters.protocol import FilterError
-    from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.runtime.multihost import ClusterError
-    from fedsafe_jax.runtime.run_files import WorkdirError
-
-    data = ConstitutionError, PartitionError, SourceError, WorkdirError
-    return *data, ClusterError, EndpointError, FilterError, ModelError
 
 
 def check_flags(argv: list[str], defaults) -> None:

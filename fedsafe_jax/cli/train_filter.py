@@ -12,6 +12,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fedsafe_jax.data.examples import UNKNOWN
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the filter is written to.")
 
@@ -25,11 +27,11 @@ def read(config):
     import numpy as np
 
     from fedsafe_jax.data import sources
-    from fedsafe_jax.pipeline.filtering import undisputed
+    from fedsafe_jax.filters.pairs import drop_mislabelled
 
     def load(name):
         found = [e for e in sources.load(name, config.data_dir) if e.response]
-        return undisputed([e for e in found if e.label != sources.UNKNOWN])
+        return drop_mislabelled([e for e in found if e.label != UNKNOWN])
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
     prompts = {e.prompt for e in held}
@@ -56,7 +58,7 @@ def measure(found, held, share: float, seed: int) -> dict:
     """Quality on held-out pairs, in all and by source."""
     import numpy as np
 
-    from fedsafe_jax.data.sources import UNSAFE
+    from fedsafe_jax.data.examples import UNSAFE
     from fedsafe_jax.filters import quality
 
     probability = found.score(held)
@@ -96,7 +98,9 @@ def run(config, workdir: str) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
-    found, trained = filtering.make(config, pairs, tokenizer, config.seed, config.dtype, targets)
+    found, trained = filtering.make(
+        config, pairs, tokenizer, seed=config.seed, dtype=config.dtype, targets=targets
+    )
     shape = None
     if config.kind in ("guard", "guardian"):
         shape = lora.LoraConfig(config.lora_rank, 2.0 * config.lora_rank, targets)
@@ -114,13 +118,14 @@ def main(argv):
     del argv
     if _CONFIG.value is None or not _WORKDIR.value:
         raise SystemExit("--config and --workdir: give both.")
-    from fedsafe_jax.cli.startup import border_errors, prepare_libraries
+    from fedsafe_jax.runtime.libraries import prepare_libraries
+    from fedsafe_jax.validation import input_errors
 
     prepare_libraries(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)
     try:
         results = run(_CONFIG.value, _WORKDIR.value)
-    except border_errors() as error:
+    except input_errors() as error:
         raise SystemExit(f"error: {error}") from None
     print(f"pairs: {json.dumps(results['counts'])}")
     for i, epoch in enumerate(results.get("epochs", ())):

@@ -70,7 +70,14 @@ class RoundBatches:
         self._batches = local_steps * accumulation
         for client, done in zip(ids, steps, strict=True):
             examples, batches = clients[client], int(done) * accumulation
-            chosen = draw(len(examples), seed, round_number, int(client), batches * batch_size, how)
+            chosen = draw(
+                len(examples),
+                seed,
+                round_number,
+                client=int(client),
+                count=batches * batch_size,
+                how=how,
+            )
             plan = []
             for b in range(batches if chosen else 0):
                 picked = [examples[i] for i in chosen[b * batch_size : (b + 1) * batch_size]]

@@ -10,7 +10,7 @@ class Encoded(NamedTuple):
     """One tokenised dialogue."""
 
     ids: np.ndarray  # int32 [length]
-    learned: np.ndarray  # bool [length]: the token is a training target
+    loss_mask: np.ndarray  # bool [length]: the token is a training target
 
 
 def to_dicts(messages: Sequence[tuple[str, str]]) -> list[dict]:
@@ -18,10 +18,13 @@ def to_dicts(messages: Sequence[tuple[str, str]]) -> list[dict]:
     return [{"role": role, "content": text} for role, text in messages]
 
 
-def render(tokenizer, messages: Sequence[tuple[str, str]], answer_next: bool) -> list[int]:
-    """Token ids of a dialogue; with `answer_next`, up to where the assistant begins to speak."""
+def render(
+    tokenizer, messages: Sequence[tuple[str, str]], add_generation_prompt: bool
+) -> list[int]:
+    """Returns the token ids of a dialogue, with the assistant's header after it where
+    `add_generation_prompt`."""
     text = tokenizer.apply_chat_template(
-        to_dicts(messages), tokenize=False, add_generation_prompt=answer_next
+        to_dicts(messages), tokenize=False, add_generation_prompt=add_generation_prompt
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -31,7 +34,7 @@ def encode(
     messages: Sequence[tuple[str, str]],
     response: str,
     max_length: int,
-    also_learn: Sequence[int] = (),
+    train_on_turns: Sequence[int] = (),
 ) -> Encoded | None:
     """Tokenises a dialogue with its answer; only the assistant's words are learned.
 
@@ -40,18 +43,22 @@ def encode(
       messages: turns up to and including the last user turn.
       response: the answer; learned, with its end-of-turn token.
       max_length: longer dialogues are cut at the end.
-      also_learn: indices of earlier assistant turns that are learned too.
+      train_on_turns: indices of earlier assistant turns that are learned too.
 
     Returns:
       The encoding, or None when no learned token is left within `max_length`.
     """
     turns = [*messages, ("assistant", response)]
-    whole = render(tokenizer, turns, answer_next=False)
+    whole = render(tokenizer, turns, add_generation_prompt=False)
     learned = np.zeros(len(whole), bool)
-    for index in (*also_learn, len(turns) - 1):
-        start = len(render(tokenizer, turns[:index], answer_next=True))
+    for index in (*train_on_turns, len(turns) - 1):
+        start = len(render(tokenizer, turns[:index], add_generation_prompt=True))
         last = index == len(turns) - 1
-        end = len(whole) if last else len(render(tokenizer, turns[: index + 1], answer_next=False))
+        end = (
+            len(whole)
+            if last
+            else len(render(tokenizer, turns[: index + 1], add_generation_prompt=False))
+        )
         learned[start:end] = True
     ids = np.asarray(whole[:max_length], np.int32)
     learned = learned[:max_length]

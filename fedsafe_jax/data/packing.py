@@ -87,3 +87,10 @@ def bucket(count: int) -> int:
             else (size * 4 // 3 if size > 1 else 2)
         )
     return size
+
+
+def round_up(length: int, multiple: int = 16) -> int:
+    """Rounds a length up to a multiple of `multiple`, or of an eighth of a power of two for long
+    rows: few shapes are compiled, and little is padding."""
+    multiple = max(multiple, (1 << length.bit_length()) // 8)
+    return -(-max(length, 1) // multiple) * multiple

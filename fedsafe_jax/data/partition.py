@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data.sources import Example
+from fedsafe_jax.data.examples import Example
 
 FIELDS = ("user", "language", "category", "source")
 

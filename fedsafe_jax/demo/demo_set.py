@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from fedsafe_jax.data.sources import SAFE, UNSAFE
+from fedsafe_jax.data.examples import SAFE, UNSAFE
 from fedsafe_jax.demo import templates
 
 

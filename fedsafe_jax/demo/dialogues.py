@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsafe_jax.data import overlap, sources
+from fedsafe_jax.data.examples import SAFE
 from fedsafe_jax.demo import templates
 from fedsafe_jax.models.decoder import num_parameters
 
@@ -15,7 +16,7 @@ class Dialogue(NamedTuple):
 
     messages: tuple[tuple[str, str], ...]
     response: str
-    also_learn: tuple[int, ...] = ()
+    train_on_turns: tuple[int, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -39,7 +40,7 @@ def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topi
         ("assistant", critique),
         ("user", principle["revision"]),
     )
-    return Dialogue(messages, final, also_learn=(3,))
+    return Dialogue(messages, final, train_on_turns=(3,))
 
 
 def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
@@ -68,7 +69,14 @@ def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
             final = templates.answer(rng, phrases, request)
             initial = refusal if refused else final
         thread = critique_thread(
-            rng, phrases, request.prompt, initial, harmful, refused, final, request.topic
+            rng,
+            phrases,
+            request.prompt,
+            initial=initial,
+            harmful=harmful,
+            refused=refused,
+            final=final,
+            topic=request.topic,
         )
         out.append(thread)
     return out
@@ -78,7 +86,7 @@ def _short(example, longest: int) -> bool:
     return len(example.response) + len(example.prompt) <= longest and bool(example.response.strip())
 
 
-def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
+def build_dialogues(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
     """All training dialogues, without any that overlap an evaluation set, and the counts.
 
     Raises:
@@ -110,13 +118,20 @@ def build(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
             continue
         topic = str(rng.choice(("violence", "hate", "exploitation")))
         refusal = templates.refusal(rng, phrases, topic)
-        if example.label == sources.SAFE:
+        if example.label == SAFE:
             # Only prompts that the safer answer refused: the others are harmless questions.
             if any(mark in example.response.lower() for mark in REFUSING):
                 red_team += [Dialogue(example.messages, refusal)] * 2
         elif len(example.response) < 300:
             thread = critique_thread(
-                rng, phrases, example.prompt, example.response, True, False, refusal, topic
+                rng,
+                phrases,
+                example.prompt,
+                initial=example.response,
+                harmful=True,
+                refused=False,
+                final=refusal,
+                topic=topic,
             )
             threads.append(thread)
     refused = {d.prompt for d in red_team}

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fedsafe_jax.data import chat, packing
-from fedsafe_jax.demo import dialogues
+from fedsafe_jax.demo.dialogues import build_dialogues, model_card
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
@@ -68,7 +68,7 @@ def train_tokenizer(texts, vocab_size: int, max_length: int):
 def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
     """Shuffles, encodes and packs all dialogues; too long ones are cut."""
     encoded = [
-        chat.encode(tokenizer, d.messages, d.response, seq, d.also_learn)
+        chat.encode(tokenizer, d.messages, d.response, seq, d.train_on_turns)
         for d in (dialogues[i] for i in rng.permutation(len(dialogues)))
     ]
     encoded = [e for e in encoded if e is not None]
@@ -130,7 +130,7 @@ def run(config, output: str) -> None:
     With `config.init_from`, parameters and tokenizer start from that folder: a further stage.
     """
     rng = np.random.default_rng(config.seed)
-    dialogue_list, counts = dialogues.build(config, rng)
+    dialogues, counts = build_dialogues(config, rng)
     logging.info("data: %s", json.dumps(counts))
     stages = []
     if config.init_from:
@@ -172,8 +172,8 @@ def run(config, output: str) -> None:
             logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
             done = [*stages, {"steps": i + 1, "tokens_a_step": tokens_a_step, "data": counts}]
-            card = dialogues.model_card(decoder_config, done)
-            lm = LanguageModel(decoder_config, params, tokenizer, hf_config)
+            card = model_card(decoder_config, done)
+            lm = LanguageModel(decoder_config, params, tokenizer, hf_config=hf_config)
             save_pretrained(lm, output, "bfloat16")
             (output / "README.md").write_text(card)
             hub.write_json(output / "stages.json", done)

@@ -98,7 +98,7 @@ def sample_request(rng: np.random.Generator, phrases: dict, harmful: bool, held_
         prompt = str(rng.choice(phrases["gerund_frames"])).format(deed=gerund(subject))
     else:
         prompt = str(rng.choice(phrases["deed_frames"])).format(deed=subject)
-    return Request(prompt, topic, harmful, is_deed, subject, held_out)
+    return Request(prompt, topic, harmful, is_deed=is_deed, subject=subject, held_out=held_out)
 
 
 def _subject(rng, phrases, half: str) -> tuple[str, str, bool]:

@@ -14,7 +14,7 @@ from fedsafe_jax.federated.client import LocalTraining, local_training
 class ServerState(NamedTuple):
     """What the server keeps between rounds."""
 
-    adapter: Any  # global LoRA factors
+    factors: Any  # global LoRA factors
     control: Any  # SCAFFOLD's c, shaped like the adapter; () otherwise
     optimizer: Any  # state of the server's optimizer; () without one
 
@@ -22,7 +22,7 @@ class ServerState(NamedTuple):
 class ClientUpdate(NamedTuple):
     """What a client sends back."""
 
-    adapter: Any  # local adapter minus the one it started with
+    delta: Any  # local LoRA factors minus those it started with
     control: Any  # c_i's change; () otherwise
 
 
@@ -71,8 +71,8 @@ class Settings(NamedTuple):
 
 def _apply(optimizer, server: ServerState, delta) -> ServerState:
     pseudo_gradient = jax.tree.map(jnp.negative, delta)
-    updates, state = optimizer.update(pseudo_gradient, server.optimizer, server.adapter)
-    return server._replace(adapter=jax.tree.map(jnp.add, server.adapter, updates), optimizer=state)
+    updates, state = optimizer.update(pseudo_gradient, server.optimizer, server.factors)
+    return server._replace(factors=jax.tree.map(jnp.add, server.factors, updates), optimizer=state)
 
 
 def fedopt(
@@ -98,8 +98,8 @@ def fedopt(
             return jax.tree.map(lambda g, y, x: g + prox_mu * (y - x), gradient, local, start)
 
         adjust = {"adjust": pull} if prox_mu else {}
-        trained = local_training(training, start, base, batches, rates, **adjust)
-        delta = jax.tree.map(jnp.subtract, trained.adapter, start)
+        trained = local_training(training, start, base, batches=batches, rates=rates, **adjust)
+        delta = jax.tree.map(jnp.subtract, trained.factors, start)
         return ClientUpdate(delta, ()), client_state, trained
 
     def server_update(server, delta, control):
@@ -133,8 +133,8 @@ def scaffold(
             hook = {"adjust": lambda gradient, local: jax.tree.map(jnp.add, gradient, correction)}
         else:
             hook = {"after": lambda y, rate: jax.tree.map(lambda p, c: p - rate * c, y, correction)}
-        trained = local_training(training, start, base, batches, rates, **hook)
-        delta = jax.tree.map(jnp.subtract, trained.adapter, start)
+        trained = local_training(training, start, base, batches=batches, rates=rates, **hook)
+        delta = jax.tree.map(jnp.subtract, trained.factors, start)
         if variant == "gradient":
             new = trained.gradient
         else:

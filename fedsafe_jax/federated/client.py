@@ -3,14 +3,14 @@
 import ast
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedsafe_jax.models.microbatch import in_passes
+from fedsafe_jax.models.microbatch import value_and_grad_in_microbatches
 
 
 class LocalTraining(NamedTuple):
@@ -30,10 +30,10 @@ class LocalTraining(NamedTuple):
     mesh: Mesh | None = None
 
 
-class Trained(NamedTuple):
+class LocalResult(NamedTuple):
     """The end of a client's round."""
 
-    adapter: jax.Array  # pytree
+    factors: Any  # pytree of LoRA factors
     gradient: jax.Array  # pytree, mean raw gradient of the steps
     losses: jax.Array  # float32 [steps], 0 in steps without targets
     active: jax.Array  # float32 [steps], 1 where the step had targets
@@ -115,7 +115,7 @@ def local_training(
     rates: jax.Array,
     adjust: Callable = lambda gradient, local: gradient,
     after: Callable = lambda local, rate: local,
-) -> Trained:
+) -> LocalResult:
     """Local steps from `start`, with a fresh optimizer.
 
     A step without targets (nothing left of the data, or a straggler's time is up) moves nothing.
@@ -131,7 +131,7 @@ def local_training(
     """
     steps, accumulation = rates.shape[0], training.accumulation
     batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
-    value_and_grad = in_passes(training.loss_fn, training.mesh)
+    value_and_grad = value_and_grad_in_microbatches(training.loss_fn, training.mesh)
 
     def gradients(local, micro):
         if accumulation == 1:
@@ -159,4 +159,4 @@ def local_training(
     carry = (start, training.optimizer.init(start), zero)
     (local, _, gradient_sum), (losses, active) = jax.lax.scan(step, carry, (batches, rates))
     done = jnp.maximum(active.sum(), 1.0)
-    return Trained(local, jax.tree.map(lambda g: g / done, gradient_sum), losses, active)
+    return LocalResult(local, jax.tree.map(lambda g: g / done, gradient_sum), losses, active)

@@ -99,8 +99,8 @@ def draw_cohort(
         ids[left],
         weights[left],
         steps[left],
-        tuple(ids[gone].tolist()),
-        tuple(ids[empty].tolist()),
+        dropped_out=tuple(ids[gone].tolist()),
+        no_data=tuple(ids[empty].tolist()),
     )
 
 

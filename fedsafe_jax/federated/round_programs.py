@@ -55,18 +55,18 @@ class RoundSpec(NamedTuple):
         return self.aggregator.linear and not self.product
 
 
-class Inputs(NamedTuple):
+class ChunkInputs(NamedTuple):
     """A chunk of clients; leaves lead with `[clients]`."""
 
     batches: Batch  # [clients, steps * accumulation, rows, seq]
     weights: Any  # float32, 0 for padding
-    boosts: Any  # float32, what malicious clients multiply their update by; 1 for others
+    update_scales: Any  # float32, what malicious clients multiply their update by; 1 for others
     ranks: Any  # int32
     states: Any  # of the algorithm; () without
     residuals: Any  # float32 [clients, params] of compression; () without
 
 
-class Sent(NamedTuple):
+class ClientUpdates(NamedTuple):
     """What a chunk of clients sends; leaves lead with `[clients]`.
 
     Attributes:
@@ -96,7 +96,7 @@ class ClientMetrics(NamedTuple):
     sketches: jax.Array  # float32 [clients, SKETCH]
 
 
-class Collected(NamedTuple):
+class PartialSum(NamedTuple):
     """Sums over the clients so far."""
 
     total: jax.Array  # float32 [params], weighted
@@ -166,7 +166,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
             return jax.vmap(one)(inputs)
         return jax.lax.map(one, inputs, batch_size=clients_in_parallel)
 
-    def train(server: ServerState, base, inputs: Inputs, rates):
+    def train(server: ServerState, base, inputs: ChunkInputs, rates):
         mapped = train_clients
         if clients_in_parallel and mesh.shape[CLIENTS] > 1:
             # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
@@ -184,21 +184,21 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         # Every process reads all clients' figures.
         return sent, states, residuals, jax.lax.with_sharding_constraint(metrics, whole)
 
-    def collect(so_far: Collected | None, sent: Sent) -> Collected:
+    def collect(so_far: PartialSum | None, sent: ClientUpdates) -> PartialSum:
         present = (sent.weights > 0).astype(jnp.float32)
-        new = Collected(
+        new = PartialSum(
             sent.weights @ sent.updates,
             sent.weights @ sent.masks if spec.ragged_ranks else jnp.sum(sent.weights),
             sent.weights @ sent.steps,
-            jnp.sum(present),
-            jax.tree.map(lambda c: jnp.tensordot(present, c, axes=1), sent.controls),
-            sent.weights @ sent.products,
+            clients=jnp.sum(present),
+            controls=jax.tree.map(lambda c: jnp.tensordot(present, c, axes=1), sent.controls),
+            products=sent.weights @ sent.products,
         )
         return new if so_far is None else jax.tree.map(jnp.add, so_far, new)
 
     def finish(server: ServerState, gathered, key):
-        current, unravel = ravel_pytree(server.adapter)
-        if isinstance(gathered, Collected):
+        current, unravel = ravel_pytree(server.factors)
+        if isinstance(gathered, PartialSum):
             sums = gathered
             mean = sums.total / jnp.maximum(sums.weight, 1e-12)
             products = sums.products / jnp.maximum(jnp.max(sums.weight), 1e-12)
@@ -217,7 +217,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         stepped = spec.algorithm.server_update(server, unravel(mean), sums.controls)
         moves = (sums.clients > 0) | (spec.noise_multiplier > 0)
         stepped = jax.tree.map(lambda new, old: jnp.where(moves, new, old), stepped, server)
-        change = jax.tree.map(jnp.subtract, stepped.adapter, server.adapter)
+        change = jax.tree.map(jnp.subtract, stepped.factors, server.factors)
         norms = (jnp.linalg.norm(ravel_pytree(change)[0]), sketch(mean), jnp.linalg.norm(mean))
         return stepped, RoundMetrics(*norms, gap, sums.clients)
 
@@ -225,16 +225,16 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         spec,
         mesh,
         layout,
-        jax.jit(train, compiler_options=compiler_options()),
-        jax.jit(collect, donate_argnums=0, out_shardings=whole),
+        train=jax.jit(train, compiler_options=compiler_options()),
+        collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated: a run that is stopped in a round still saves it.
-        jax.jit(finish, out_shardings=whole),
+        finish=jax.jit(finish, out_shardings=whole),
     )
 
 
-def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: Inputs):
+def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: ChunkInputs):
     """A client's round, from the global adapter to what the server counts."""
-    start, masks = server.adapter, ()
+    start, masks = server.factors, ()
     if spec.ragged_ranks:
         mask = lora_average.rank_mask(start, inputs.ranks)
         # Slots that are zero in both factors have no gradient, so they stay zero.
@@ -242,7 +242,7 @@ def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: Inputs):
     update, state, trained = spec.algorithm.client_update(
         server, inputs.states, start, base, inputs.batches, rates
     )
-    flat, residual = ravel_pytree(update.adapter)[0] * inputs.boosts, inputs.residuals
+    flat, residual = ravel_pytree(update.delta)[0] * inputs.update_scales, inputs.residuals
     everything = ravel_pytree((jnp.sum(jnp.square(flat)), flat, update.control, state))[0]
     finite = jnp.all(jnp.isfinite(everything))
     flat = jnp.where(finite, flat, 0.0)
@@ -264,12 +264,12 @@ def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: Inputs):
         jax.tree.map(jnp.add, start, ravel_pytree(start)[1](flat))
     )
     weight = jnp.where(counts, inputs.weights, 0.0)
-    sent = Sent(flat, masks, control, weight, steps, products)
-    metrics = ClientMetrics(trained.losses, trained.active, norm, finite, sketched)
+    sent = ClientUpdates(flat, masks, control, weights=weight, steps=steps, products=products)
+    metrics = ClientMetrics(trained.losses, trained.active, norm, finite=finite, sketches=sketched)
     return sent, state, residual, metrics
 
 
-def _combine(spec: RoundSpec, sent: Sent, current, unravel):
+def _combine(spec: RoundSpec, sent: ClientUpdates, current, unravel):
     """The mean delta of all clients' updates, flat, and the product gap."""
     starts = current * sent.masks if spec.ragged_ranks else current
     adapters = jax.vmap(unravel)(starts + sent.updates)

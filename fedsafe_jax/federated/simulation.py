@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round_programs import Inputs, Programs
+from fedsafe_jax.federated.round_programs import ChunkInputs, Programs
 
 # Clients of a chunk, unless told; few on CPU, where more gain nothing and every core holds all.
 CHUNK = {"cpu": 16}
@@ -140,7 +140,7 @@ def run_round(
     rates: Sequence[float],
     key,
     chunk: int,
-    boosts: np.ndarray | None = None,
+    update_scales: np.ndarray | None = None,
     ranks: np.ndarray | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
@@ -155,7 +155,7 @@ def run_round(
       rates: learning rate of each local step.
       key: of the noise.
       chunk: clients a call, a multiple of the mesh axis `clients`.
-      boosts: float32 `[clients]`, factors on the updates of malicious clients; None for none.
+      update_scales: float32 `[clients]`, factor on each client's update; None for 1.
       ranks: int32 `[clients]`, of each client's adapter; None for the full rank.
 
     Returns:
@@ -163,8 +163,8 @@ def run_round(
     """
     spec, mesh = programs.spec, programs.mesh
     count = len(cohort.ids)
-    if boosts is None:
-        boosts = np.ones(count, np.float32)
+    if update_scales is None:
+        update_scales = np.ones(count, np.float32)
     if ranks is None:
         ranks = np.full(count, np.iinfo(np.int32).max)
     rates = replicate(np.asarray(rates, np.float32), mesh)
@@ -173,19 +173,30 @@ def run_round(
     if not count and not spec.noise_multiplier:
         none = np.zeros(0, np.float32)
         empty = np.zeros((0, len(rates)), np.float32)
-        return state, RoundReport(empty, empty, none, none, (), True, 0.0, math.nan, 0, 0)
+        return state, RoundReport(
+            empty,
+            empty,
+            none,
+            cosines=none,
+            excluded=(),
+            skipped=True,
+            update_norm=0.0,
+            product_gap=math.nan,
+            bytes_up=0,
+            bytes_down=0,
+        )
     # Under privacy an empty cohort must look like any other: it sends padding, and gets noise.
     for start in range(0, max(count, 1), chunk):
         stop = start + chunk
         ids = _pad(cohort.ids[start:stop], chunk)
         mine = jax.tree.map(lambda s, ids=ids: s[ids], state.clients)
-        inputs = Inputs(
+        inputs = ChunkInputs(
             batches(start, stop),
             _pad(cohort.weights[start:stop], chunk),
-            _pad(boosts[start:stop].astype(np.float32), chunk),
-            _pad(ranks[start:stop].astype(np.int32), chunk),
-            mine["states"],
-            mine["residuals"],
+            _pad(update_scales[start:stop].astype(np.float32), chunk),
+            ranks=_pad(ranks[start:stop].astype(np.int32), chunk),
+            states=mine["states"],
+            residuals=mine["residuals"],
         )
         inputs = jax.tree.map(lambda x: _spread(x, mesh, programs.layout), inputs)
         sent, states, residuals, metrics = programs.train(state.server, base, inputs, rates)
@@ -243,7 +254,7 @@ def _replaced(old: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _bytes(spec, server: ServerState, clients: int) -> tuple[int, int]:
     """Up and down; control variates travel uncompressed, both ways."""
     params, controls = (
-        sum(x.size for x in jax.tree.leaves(tree)) for tree in (server.adapter, server.control)
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (server.factors, server.control)
     )
     up = spec.compression.num_bytes(params) if spec.compression else 4 * params
     return clients * (up + 4 * controls), clients * 4 * (params + controls)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsafe_jax.data.sources import UNSAFE, Example
+from fedsafe_jax.data.examples import UNSAFE, Example
+from fedsafe_jax.data.refusals import REFUSAL
 
 ACTIONS = ("drop", "replace", "rewrite", "mask", "weight")
-REFUSAL = "I'm sorry, but I can't help with that."
 
 
 class FilterCounts(NamedTuple):
@@ -27,7 +27,7 @@ class FilterCounts(NamedTuple):
     unsafe_flagged: int
 
 
-class Filtered(NamedTuple):
+class FilteredPairs(NamedTuple):
     """What is left of a client's pairs.
 
     Attributes:
@@ -51,7 +51,7 @@ def apply(
     probability: np.ndarray,
     threshold: float,
     rewrite: Callable | None = None,
-) -> Filtered:
+) -> FilteredPairs:
     """Acts on the pairs from `threshold` on.
 
     Args:
@@ -104,7 +104,9 @@ def apply(
         unsafe_kept=int((unsafe & ~flagged).sum()),
         unsafe_flagged=int((unsafe & flagged).sum()),
     )
-    return Filtered(kept, np.asarray(weights, np.float32), flagged, counts, categories)
+    return FilteredPairs(
+        kept, np.asarray(weights, np.float32), flagged, counts=counts, by_category=categories
+    )
 
 
 def simulated(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from fedsafe_jax.data.sources import Example
+from fedsafe_jax.data.examples import Example
 
 
 def content_hash(*parts) -> str:

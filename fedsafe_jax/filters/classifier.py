@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedsafe_jax.data.sources import Example
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.protocol import FilterError, labelled
@@ -176,13 +176,15 @@ def train(
         pairs,
         params,
         [len(r.ids) for r in rows],
-        lambda chosen, width, count: _arrays(
+        arrays=lambda chosen, width, count: _arrays(
             [rows[i] for i in chosen], min(width, config.max_length), count
         ),
-        loss_fn,
-        lambda params, chosen: _log_odds(config, (1,), params, [rows[i] for i in chosen]),
-        options or TrainingOptions(),
-        seed,
+        loss_fn=loss_fn,
+        log_odds=lambda params, chosen: _log_odds(config, (1,), params, [rows[i] for i in chosen]),
+        options=options or TrainingOptions(),
+        seed=seed,
     )
-    found = ClassifierFilter(config, trained.params, tokenizer, max_length, trained.decision)
+    found = ClassifierFilter(
+        config, trained.params, tokenizer, max_length=max_length, decision=trained.decision
+    )
     return found, trained

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.sources import UNSAFE, Example
+from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.filters import policy, stream, training
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.protocol import FilterError, labelled
@@ -104,7 +104,7 @@ def render_pairs(
         turns = [("user", request), ("assistant", response)]
         if template != "own":
             turns = [("user", policy.task(request, response, template == "short"))]
-        return [*chat.render(tokenizer, turns, answer_next=True), *lead]
+        return [*chat.render(tokenizer, turns, add_generation_prompt=True), *lead]
 
     # Cut texts may re-tokenise to a few tokens more than they were cut to.
     half = (max_length - len(wrap("", ""))) // 2 - 4
@@ -221,19 +221,27 @@ def train(
         pairs,
         adapter,
         [len(r) for r in whole],
-        arrays,
-        loss_fn,
-        lambda adapter, chosen: _log_odds(
+        arrays=arrays,
+        loss_fn=loss_fn,
+        log_odds=lambda adapter, chosen: _log_odds(
             model, verdicts, lm.params, adapter, [rows[i] for i in chosen]
         ),
-        (options or TrainingOptions(batch_size=16, learning_rate=5e-5))._replace(weight_decay=0.0),
-        seed,
-        lm.params,
+        options=(options or TrainingOptions(batch_size=16, learning_rate=5e-5))._replace(
+            weight_decay=0.0
+        ),
+        seed=seed,
+        frozen=lm.params,
     )
     found = GuardFilter(
-        model, lm.params, trained.params, tokenizer, max_length, trained.decision, template,
-        replies is not None,
-    )  # fmt: skip
+        model,
+        lm.params,
+        trained.params,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        decision=trained.decision,
+        template=template,
+        guardian=replies is not None,
+    )
     return found, trained
 
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
+from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.filters.decision import Decision
 
 
@@ -53,3 +53,13 @@ def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int],
         [i for i, side in enumerate(sides) if not side],
         [i for i, side in enumerate(sides) if side],
     )
+
+
+def answer_risk(found):
+    """`(prompts, answers) -> P(unsafe)` by a filter, for `cai.revise.Judge`."""
+
+    def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        pairs = zip(prompts, answers, strict=True)
+        return found.score([Example((("user", p),), a) for p, a in pairs])
+
+    return unsafe

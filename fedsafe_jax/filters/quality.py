@@ -43,7 +43,16 @@ def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
     precision, recall = 100 * tp / max(tp + fp, 1), 100 * tp / max(tp + fn, 1)
     hmean = 2 * precision * recall / max(precision + recall, 1e-9)
     accuracy = 100 * (tp + tn) / max(len(unsafe), 1)
-    return FilterQuality(accuracy, precision, recall, hmean, tp, fp, tn, fn)
+    return FilterQuality(
+        accuracy,
+        precision,
+        recall,
+        hmean=hmean,
+        true_positive=tp,
+        false_positive=fp,
+        true_negative=tn,
+        false_negative=fn,
+    )
 
 
 def auroc(unsafe: Sequence[bool], scores: Sequence[float]) -> float:

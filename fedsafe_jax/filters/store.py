@@ -69,6 +69,14 @@ def check_encoder(folder) -> None:
         raise FilterError(f"filter.encoder: {folder} holds no config.json.")
 
 
+def check_folders(f) -> None:
+    """Raises `FilterError` where a folder that a config's `filter` names holds none."""
+    if f.load:
+        check(f.load)
+    elif f.encoder:
+        check_encoder(f.encoder)
+
+
 def load(folder, load_guard=None):
     """Reads a filter that `save` wrote.
 
@@ -91,9 +99,15 @@ def load(folder, load_guard=None):
             lora.check_base(adapter, lm.config)
             model = Decoder(lm.config, adapter.config.scale)
             return GuardFilter(
-                model, lm.params, adapter.factors, lm.tokenizer, length, decision,
-                about["template"], about["kind"] == "guardian",
-            )  # fmt: skip
+                model,
+                lm.params,
+                adapter.factors,
+                tokenizer=lm.tokenizer,
+                max_length=length,
+                decision=decision,
+                template=about["template"],
+                guardian=about["kind"] == "guardian",
+            )
         shape = {k: tuple(v) if isinstance(v, list) else v for k, v in about["encoder"].items()}
         params: dict = {}
         for name, value in load_file(folder / "classifier.safetensors").items():
@@ -105,9 +119,13 @@ def load(folder, load_guard=None):
     except (KeyError, TypeError, json.JSONDecodeError, OSError, SafetensorError) as error:
         raise FilterError(f"{folder}: the filter is damaged ({error!r}); train it again.") from None
     return ClassifierFilter(
-        EncoderConfig(**shape), params, AutoTokenizer.from_pretrained(folder), length, decision,
-        tuple(about["unsafe_classes"]),
-    )  # fmt: skip
+        EncoderConfig(**shape),
+        params,
+        AutoTokenizer.from_pretrained(folder),
+        max_length=length,
+        decision=decision,
+        unsafe_classes=tuple(about["unsafe_classes"]),
+    )
 
 
 def from_encoder(folder, max_length: int, unsafe_labels: tuple[str, ...]) -> ClassifierFilter:
@@ -135,4 +153,4 @@ def from_encoder(folder, max_length: int, unsafe_labels: tuple[str, ...]) -> Cla
     config, params = encoder_hub.load_classifier(pathlib.Path(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = min(max_length, config.max_length)
-    return ClassifierFilter(config, params, tokenizer, length, unsafe_classes=classes)
+    return ClassifierFilter(config, params, tokenizer, max_length=length, unsafe_classes=classes)

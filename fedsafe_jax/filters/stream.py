@@ -4,13 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-WIDTH_STEP = 16  # rows are padded to a multiple of so many tokens
-
-
-def width_of(length: int) -> int:
-    """The width of rows that hold `length` tokens: multiples of 16, of 32 beyond 128, and so on."""
-    step = max(WIDTH_STEP, (1 << max(int(length) - 1, 1).bit_length()) // 8)
-    return -(-max(length, 1) // step) * step
+from fedsafe_jax.data.packing import round_up
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -27,7 +21,7 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[np.ndarray, i
     order = np.argsort(-np.asarray(lengths, int), kind="stable")
     start = 0
     while start < len(order):
-        width = width_of(lengths[order[start]])
+        width = round_up(int(lengths[order[start]]))
         full = max(tokens // width, 1)
         chosen = order[start : start + full]
         yield chosen, width, min(full, 1 << (len(chosen) - 1).bit_length())

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 
-from fedsafe_jax.data.sources import Example
-from fedsafe_jax.filters import decision, protocol, quality, stream
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.packing import round_up
+from fedsafe_jax.filters import decision, protocol, quality
 
 BUCKET = 8  # batches that are sorted by length together
 
@@ -109,14 +110,16 @@ def train(
     chosen = -1
     for epoch in range(options.epochs):
         for number, rows in enumerate(_epoch(learned, lengths, options.batch_size, seed, epoch)):
-            width = stream.width_of(max(lengths[i] for i in rows))
+            width = round_up(max(lengths[i] for i in rows))
             weight = np.zeros(options.batch_size, np.float32)
             weight[: len(rows)] = balance[unsafe[rows]]
             target = np.zeros(options.batch_size, np.int32)
             target[: len(rows)] = unsafe[rows]
             step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
             batch = arrays(rows, width, options.batch_size)
-            params, state = step(params, state, frozen, batch, target, weight, step_key)
+            params, state = step(
+                params, state, frozen, batch=batch, target=target, weight=weight, key=step_key
+            )
         if not len(held):
             kept, chosen = params, epoch
             continue

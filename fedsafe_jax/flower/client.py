@@ -12,10 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from jax.flatten_util import ravel_pytree
 
-from fedsafe_jax.cli.startup import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.site import Settings, Site, settings_of
+from fedsafe_jax.runtime.libraries import prepare_libraries
+from fedsafe_jax.validation import input_errors
 
 app = ClientApp()
 
@@ -34,7 +35,7 @@ def _answer(message: Message, context: Context, work) -> Message:
     try:
         site = _site(question["config"], settings_of(dict(context.node_config)))
         content = work(site, question)
-    except (ConfigError, wire.WireError, *border_errors()) as error:
+    except (ConfigError, wire.WireError, *input_errors()) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         content = RecordDict({"refused": ConfigRecord({"reason": str(error)})})
     return Message(content, reply_to=message)

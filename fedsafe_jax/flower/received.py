@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.lora_average import project_products
-from fedsafe_jax.federated.round_programs import SKETCH, ClientMetrics, Sent
+from fedsafe_jax.federated.round_programs import SKETCH, ClientMetrics, ClientUpdates
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
 
@@ -47,17 +47,25 @@ class Received:
 
     def __init__(self, spec, server, size: int, steps: int):
         self._clip, self._server = spec.clip_norm, server
-        flat, self._unravel = ravel_pytree(server.adapter)
+        flat, self._unravel = ravel_pytree(server.factors)
         zeros = functools.partial(np.zeros, dtype=np.float32)
         controls = jax.tree.map(lambda x: zeros((size, *x.shape)), server.control)
-        products = zeros((size, *jax.eval_shape(project_products, server.adapter).shape))
-        self.sent = Sent(
-            zeros((size, flat.size)), (), controls, zeros(size), zeros(size), products
-        )  # fmt: skip
+        products = zeros((size, *jax.eval_shape(project_products, server.factors).shape))
+        self.sent = ClientUpdates(
+            zeros((size, flat.size)),
+            (),
+            controls,
+            weights=zeros(size),
+            steps=zeros(size),
+            products=products,
+        )
         self.metrics = ClientMetrics(
-            zeros((size, steps)), zeros((size, steps)), zeros(size), np.ones(size, bool),
-            zeros((size, SKETCH)),
-        )  # fmt: skip
+            zeros((size, steps)),
+            zeros((size, steps)),
+            zeros(size),
+            finite=np.ones(size, bool),
+            sketches=zeros((size, SKETCH)),
+        )
 
     def add(self, i: int, content: RecordDict, weight: float) -> int:
         """Puts a site's reply in place `i`; returns its useful tokens.
@@ -66,7 +74,7 @@ class Received:
           WireError: arrays of another shape.
         """
         sent, metrics = self.sent, self.metrics
-        like = {"update": self._server.adapter, "control": self._server.control}
+        like = {"update": self._server.factors, "control": self._server.control}
         like |= {"losses": metrics.losses[i], "active": metrics.active[i]}
         found = wire.tree(content.array_records["update"], like | {"sketch": metrics.sketches[i]})
         numbers = content.metric_records["numbers"]
@@ -85,7 +93,7 @@ class Received:
             update = np.asarray(aggregation.clip(update, length, self._clip))
         sent.updates[i], sent.weights[i] = update, weight
         sent.steps[i] = min(max(numbers["steps"], 0.0), 1.0)
-        moved = jax.tree.map(jnp.add, self._server.adapter, self._unravel(jnp.asarray(update)))
+        moved = jax.tree.map(jnp.add, self._server.factors, self._unravel(jnp.asarray(update)))
         sent.products[i] = project_products(moved)
         metrics.norms[i], metrics.sketches[i] = numbers["norm"], found["sketch"]
         jax.tree.map(lambda x, c: x.__setitem__(i, c), sent.controls, found["control"])

@@ -16,16 +16,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedsafe_jax import experiment
-from fedsafe_jax.cli.startup import border_errors, prepare_libraries
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.received import BROKEN, Received, read_description
 from fedsafe_jax.flower.site import base_fingerprint
-from fedsafe_jax.pipeline import inputs as world_lib
 from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.clients import Clients
-from fedsafe_jax.validation import validate
+from fedsafe_jax.pipeline.inputs import load_inputs
+from fedsafe_jax.runtime.libraries import prepare_libraries
+from fedsafe_jax.validation import input_errors, validate
 
 app = ServerApp()
 
@@ -97,7 +97,7 @@ class Sites:
             new = [n for n in self.grid.get_node_ids() if n not in asked]
             asked.update(new)
             question = wire.config_record(self.config)
-            for node, content in self._ask(new, "query", until - time.time(), question):
+            for node, content in self._ask(new, "query", until - time.time(), question=question):
                 self._admit(node, content, base, progress)
             if not new:
                 time.sleep(1)
@@ -156,9 +156,9 @@ class Sites:
                     found[node] = reply.content
         return list(found.items())
 
-    def clients(self, config, world, seed, workdir, progress) -> Clients:
+    def clients(self, config, inputs, seed, workdir, progress) -> Clients:
         """What `experiment` knows of clients whose pairs it never sees."""
-        del config, world, seed, workdir
+        del config, inputs, seed, workdir
         self.gather(progress)
         return Clients(plain=None, counts=self.counts)
 
@@ -172,14 +172,16 @@ class Sites:
             nonlocal useful
             del base
             size, ids = len(inputs.weights), np.asarray(inputs.batches)
-            template = {"adapter": server.adapter, "control": server.control}
+            template = {"adapter": server.factors, "control": server.control}
             arrays = wire.arrays(jax.device_get(template))
             here = [i for i in range(size) if ids[i] >= 0]
             nodes = [self.nodes[int(ids[i])] for i in here]
             steps = dict(zip(cohort.ids.tolist(), cohort.steps.tolist(), strict=True))
             each = [{"round": t, "steps": steps[int(ids[i])]} for i in here]
             question = wire.config_record(config)
-            answers = self._ask(nodes, "train", self.round_s, question, arrays, each)
+            answers = self._ask(
+                nodes, "train", self.round_s, question=question, arrays=arrays, each=each
+            )
             received = Received(programs.spec, server, size, len(rates))
             for i, (_, content) in zip(here, answers, strict=True):
                 reason = content
@@ -202,8 +204,10 @@ class Sites:
             return ids
 
         remote = programs._replace(train=train)
-        state, report = rounds.step(config, remote, state, None, numbers, cohort, seed, t)
-        row = rounds.figures(config, cohort, report, useful, seed, t)
+        state, report = rounds.step(
+            config, remote, state, base=None, packed=numbers, cohort=cohort, seed=seed, t=t
+        )
+        row = rounds.figures(config, cohort, report, useful=useful, seed=seed, t=t)
         return state, row | {"no_answer": missing}
 
 
@@ -223,10 +227,10 @@ def run(grid: Grid, run_config: dict) -> dict:
     """The whole federation; returns what `results.json` holds."""
     config = read_config(run_config)
     prepare_libraries(run_config["workdir"])
-    world = world_lib.load(config, ("CAI red team", "CAI replay"))
+    inputs = load_inputs(config, ("red_team", "replay"))
     sites = Sites(grid, config, run_config["wait-seconds"], run_config["round-seconds"])
     arm_run = functools.partial(FederationRun, sites)
-    return experiment.run(config, run_config["workdir"], world, sites.clients, arm_run)
+    return experiment.run(config, run_config["workdir"], inputs, sites.clients, arm_run)
 
 
 @app.main()
@@ -234,6 +238,6 @@ def main(grid: Grid, context: Context) -> None:
     """Entry point of Flower's ServerApp process."""
     try:
         run(grid, dict(context.run_config))
-    except (ConfigError, SitesError, *border_errors()) as error:
+    except (ConfigError, SitesError, *input_errors()) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -14,15 +14,18 @@ from safetensors.numpy import load_file, save_file
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
-from fedsafe_jax.federated.round_programs import Inputs
+from fedsafe_jax.federated.round_programs import ChunkInputs
+from fedsafe_jax.federated.schedules import step_rates
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.cache import content_hash, folder_hash
 from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
-from fedsafe_jax.pipeline import clients, filtering, rounds
-from fedsafe_jax.pipeline import inputs as world_lib
+from fedsafe_jax.pipeline import filtering, rounds
+from fedsafe_jax.pipeline.clients import encode
+from fedsafe_jax.pipeline.filtering import apply_action
+from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.validation import validate
 
 BASE_FILES = ("*.safetensors", "config.json", "tokenizer.json")  # what makes a base the same
@@ -114,21 +117,23 @@ class Site:
         (arm,) = (arm for arm in config.arms if arm != "base")
         (self.seed,), (self.algorithm,) = config.seeds, config.algorithms
         trains_filter = "filter" in arm and not config.filter.load
-        self.world = world_lib.load(config, ("client", "filter") if trains_filter else ("client",))
-        pairs = self.world.safe
+        self.inputs = load_inputs(config, ("site", "filter_pairs") if trains_filter else ("site",))
+        pairs = self.inputs.site
         if "filter" in arm:
-            note(filtering.describe(config.filter, len(self.world.filter_pairs)))
+            note(filtering.describe(config.filter, len(self.inputs.filter_pairs)))
             scores = self.folder / "filter_scores"
-            scored = filtering.score(config, self.world, pairs, self.seed, scores)
-            (found,) = clients.act(config, self.world, [pairs], scored, self.seed)
-            self.counts = found.counts
-            self.encoded = clients.encode_weighted(self.world, found, config.seq_len)
+            scored = filtering.score(config, self.inputs, pairs, self.seed, scores)
+            (left,) = apply_action(config, self.inputs, [pairs], scored, self.seed)
+            pairs, weights, self.counts = left.examples, left.weights, left.counts
         else:
-            self.counts = FilterCounts(len(pairs), *[0] * (len(FilterCounts._fields) - 1))
-            self.encoded, _ = world_lib.encode_all(self.world, pairs, config.seq_len)
+            weights = None
+            self.counts = FilterCounts(
+                **dict.fromkeys(FilterCounts._fields, 0) | {"kept": len(pairs)}
+            )
+        self.encoded, _ = encode(self.inputs.lm.tokenizer, pairs, config.seq_len, weights)
         note(f"client {own.client}: {len(self.encoded)} pairs to train on")
-        model = Decoder(self.world.lm.config, self.world.lora.scale)
-        self.programs = rounds.build(config, self.algorithm, model, self.world.mesh)
+        model = Decoder(self.inputs.lm.config, self.inputs.lora.scale)
+        self.programs = rounds.build(config, self.algorithm, model, self.inputs.mesh)
 
     def describe(self) -> dict:
         """What the server is told before the first round: counts, and of which base."""
@@ -138,17 +143,17 @@ class Site:
             "client": self.own.client,
             "examples": len(self.encoded),
             "base": base_fingerprint(self.config.model),
-            "data": self.world.counts["client"],
+            "data": self.inputs.counts["client"],
             "filter": counts,
         }
 
     def template(self) -> dict:
         """Shapes of what the server sends: `{"adapter": ..., "control": ...}`."""
         adapter = jax.eval_shape(
-            lambda: lora.init(jax.random.key(0), self.world.lm.config, self.world.lora)
+            lambda: lora.init(jax.random.key(0), self.inputs.lm.config, self.inputs.lora)
         )
         server = jax.eval_shape(self.programs.spec.algorithm.init, adapter)
-        return {"adapter": server.adapter, "control": server.control}
+        return {"adapter": server.factors, "control": server.control}
 
     def train(self, server: dict, t: int, steps: int) -> Update:
         """The local steps of round `t`, those of a simulated client with this number.
@@ -159,7 +164,9 @@ class Site:
           steps: that this client gets done.
         """
         config, mine = self.config, self.own.client
-        batches = rounds.local_batches(config, {mine: self.encoded}, self.seed, t, [mine], [steps])
+        batches = rounds.local_batches(
+            config, {mine: self.encoded}, self.seed, t=t, ids=[mine], steps=[steps]
+        )
         width = self.programs.mesh.shape[CLIENTS]
         batch = batches.chunk(0, width)
         adapter = jax.tree.map(np.asarray, server["adapter"])
@@ -168,17 +175,17 @@ class Site:
             self._state_before(t, adapter),
         )
         first = np.arange(width) == 0  # further devices get padding
-        inputs = Inputs(
+        inputs = ChunkInputs(
             batch,
             first.astype(np.float32),
             np.ones(width, np.float32),
-            np.full(width, np.iinfo(np.int32).max, np.int32),
-            state,
-            (),
+            ranks=np.full(width, np.iinfo(np.int32).max, np.int32),
+            states=state,
+            residuals=(),
         )
-        whole = simulation.replicate(ServerState(adapter, server["control"], ()), self.world.mesh)
-        rates = rounds.step_rates(config, t)
-        sent, state, _, metrics = self.programs.train(whole, self.world.base, inputs, rates)
+        whole = simulation.replicate(ServerState(adapter, server["control"], ()), self.inputs.mesh)
+        rates = step_rates(rounds.learning_rates(config), t)
+        sent, state, _, metrics = self.programs.train(whole, self.inputs.base, inputs, rates)
         found = jax.device_get((sent, state, metrics))
         sent, state, metrics = jax.tree.map(lambda x: x[:1], found)
         self._keep_state(t, state)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax.data import packing
 from fedsafe_jax.inference import decoding, generation
 from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
-from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts, round_up
+from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models.cache import KVCache
 
@@ -35,7 +36,7 @@ class _Batch:
     cache: KVCache | None = None
 
 
-class Conversation:
+class ChatSession:
     """Answers of a model to the same dialogues, call after call, while these grow.
 
     A call reads only what is new since the call before: critique and revision do not pay again for
@@ -52,7 +53,12 @@ class Conversation:
     def __init__(self, lm: LanguageModel, batch_size: int = 64):
         self._lm = lm
         self._engine = generation.Engine(
-            lm.model, lm.params, lm.adapter, lm.stop_ids, batch_size, lm.mesh
+            lm.model,
+            lm.params,
+            lm.factors,
+            stop_ids=lm.stop_ids,
+            batch_size=batch_size,
+            mesh=lm.mesh,
         )
         self._batches: list[_Batch] = []
 
@@ -65,14 +71,14 @@ class Conversation:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        cut: bool = False,
+        truncate: bool = False,
     ) -> tuple[list[str], np.ndarray]:
         """As `LanguageModel.answer_dialogues`; the dialogues keep their places between calls."""
-        prompts = self._lm.render(dialogues, max_new_tokens, cut)
+        prompts = self._lm.render(dialogues, max_new_tokens, truncate)
         generation.check_lengths(prompts, self._lm.config.max_length - max_new_tokens)
         if sum(len(b.row_of) for b in self._batches) != len(prompts):
             self._batches = [
-                _Batch(row_of, size, [[]] * size, [np.zeros(0, int)] * size)
+                _Batch(row_of, size, [[]] * size, slots=[np.zeros(0, int)] * size)
                 for row_of, size in self._engine.batches(prompts)
             ]
         sampling = Sampling(float(temperature), top_k, top_p, min_p)
@@ -88,9 +94,9 @@ class Conversation:
         lengths = np.array([len(row) for row in rows], np.int32)
         keys = self._engine.keys(seed, batch.row_of, batch.size)
         shared = [_common(old, new) for old, new in zip(batch.read, rows, strict=True)]
-        width = round_up(max(len(row) - n for row, n in zip(rows, shared, strict=True)))
+        width = packing.round_up(max(len(row) - n for row, n in zip(rows, shared, strict=True)))
         if batch.cache is not None and batch.size * width < lengths.sum():
-            logits, written = self._read_on(batch, rows, shared, width)
+            logits, written = self._extend(batch, rows, shared, width)
         else:
             packed = pack_prompts(rows, self._engine.devices)
             logits, batch.cache = self._engine.prefill(packed)
@@ -113,7 +119,7 @@ class Conversation:
             batch.cache = state.cache if kept + _bytes(state.cache) <= KEPT_BYTES else None
         return out, done
 
-    def _read_on(self, batch: _Batch, rows, shared: list[int], width: int):
+    def _extend(self, batch: _Batch, rows, shared: list[int], width: int):
         """Reads the rows from where they differ from what was read: `(logits, slots written)`."""
         kept = [slots[:n] for slots, n in zip(batch.slots, shared, strict=True)]
         start = max(int(slots[-1]) + 1 if len(slots) else 0 for slots in kept)
@@ -130,7 +136,7 @@ class Conversation:
             new[r, behind] = True
             valid[r, slots] = True
         cache = cache._replace(valid=jnp.asarray(valid), length=jnp.int32(start))
-        logits, batch.cache = self._engine.read_on(tokens, positions, new, cache)
+        logits, batch.cache = self._engine.extend(tokens, positions, new, cache)
         batch.slots = [
             np.concatenate([slots, np.arange(written - (len(row) - len(slots)), written)])
             for row, slots in zip(rows, kept, strict=True)

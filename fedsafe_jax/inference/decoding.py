@@ -129,7 +129,7 @@ def _decode(
     return state._replace(cache=state.cache._replace(length=first + end - step))
 
 
-def _read_on(model: Decoder, params, adapter, tokens, positions, valid, cache):
+def _extend(model: Decoder, params, adapter, tokens, positions, valid, cache):
     """Reads what comes behind a cache; see `read_on_program`."""
     config = model.config
     if unrolls(config):
@@ -197,7 +197,7 @@ def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: 
     spec = {
         "w": PartitionSpec(),
         "r": row,
-        "p": Packed(row, row, row, row, row, row, PartitionSpec()),
+        "p": Packed(row, row, row, source=row, valid=row, last=row, width=PartitionSpec()),
         "g": group,
         "c": cache,
         "s": State(group, group, group, cache),
@@ -221,15 +221,21 @@ def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: 
 def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
     """`(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`, a group an adapter."""
     prefill = functools.partial(_prefill, model, stacked)
-    return _split(prefill, model, stacked, mesh, "wwp", "gc")
+    return _split(prefill, model, stacked, mesh=mesh, inputs="wwp", outputs="gc")
 
 
 @functools.lru_cache
-def read_on_program(model: Decoder, mesh: Mesh | None):
+def extend_program(model: Decoder, mesh: Mesh | None):
     """`(params, adapter, tokens [rows, seq], positions, valid, cache) -> (logits [1, rows, vocab],
     cache)`, with parameters from `decoding_params`; the cache is overwritten."""
     return _split(
-        functools.partial(_read_on, model), model, False, mesh, "wwrrrc", "gc", donate=(5,)
+        functools.partial(_extend, model),
+        model,
+        False,
+        mesh=mesh,
+        inputs="wwrrrc",
+        outputs="gc",
+        donate=(5,),
     )
 
 
@@ -238,4 +244,4 @@ def decode_program(model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh
     """`(params, adapter, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
     where `step` tokens are written already."""
     decode = functools.partial(_decode, model, sampling, stacked)
-    return _split(decode, model, stacked, mesh, "wwsrwgw", "s", donate=(2,))
+    return _split(decode, model, stacked, mesh=mesh, inputs="wwsrwgw", outputs="s", donate=(2,))

@@ -73,7 +73,15 @@ def generate_ids(
     Raises:
       ModelError: a prompt is too long for the model's context.
     """
-    engine = Engine(model, params, adapter, stop_ids, batch_size, mesh, num_adapters)
+    engine = Engine(
+        model,
+        params,
+        adapter,
+        stop_ids=stop_ids,
+        batch_size=batch_size,
+        mesh=mesh,
+        num_adapters=num_adapters,
+    )
     check_lengths(prompts, model.config.max_length - max_new_tokens)
     found = [empty_answers(len(prompts)) for _ in range(engine.groups)]
     for row_of, size in engine.batches(prompts):
@@ -151,7 +159,7 @@ class Engine:
         program = decoding.prefill_program(self.model, self._stacked, self.mesh)
         return program(self._params, self._adapter, packed)
 
-    def read_on(self, tokens, positions, valid, cache: KVCache):
+    def extend(self, tokens, positions, valid, cache: KVCache):
         """Reads what comes behind a cache, which is overwritten; for one adapter.
 
         Args:
@@ -162,7 +170,7 @@ class Engine:
         Returns:
           `(logits of the last tokens [1, rows, vocab], cache)`.
         """
-        program = decoding.read_on_program(self.model, self.mesh)
+        program = decoding.extend_program(self.model, self.mesh)
         return program(self._decoding, self._adapter, tokens, positions, valid, cache)
 
     def answer(

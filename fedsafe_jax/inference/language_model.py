@@ -28,8 +28,7 @@ class LanguageModel:
       params: base parameters; kernels may be quantised.
       tokenizer: Hugging Face tokenizer with a chat template.
       hf_config: the model's `config.json`, written back as it was.
-      adapter: LoRA factors, or None.
-      lora_scale: of the adapter, see `lora.LoraConfig.scale`.
+      adapter: the adapter, with its scale; None for the base model.
       generation_config: the model's `generation_config.json`, {} when it has none.
       mesh: devices that the parameters lie on and rows of generation are split over; None for one.
       name: path or Hub id it was loaded from.
@@ -39,15 +38,20 @@ class LanguageModel:
     params: dict
     tokenizer: object
     hf_config: dict
-    adapter: dict | None = None
-    lora_scale: float = 1.0
+    adapter: lora.Adapter | None = None
     generation_config: dict = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     name: str = ""
 
     @property
     def model(self) -> Decoder:
-        return Decoder(self.config, self.lora_scale)
+        scale = 1.0 if self.adapter is None else self.adapter.config.scale
+        return Decoder(self.config, scale)
+
+    @property
+    def factors(self) -> dict | None:
+        """The LoRA factors of the adapter; None for the base model."""
+        return None if self.adapter is None else self.adapter.factors
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ class LanguageModel:
           ModelError: the adapter belongs to a base of another shape.
         """
         lora.check_base(adapter, self.config)
-        return dataclasses.replace(self, adapter=adapter.factors, lora_scale=adapter.config.scale)
+        return dataclasses.replace(self, adapter=adapter)
 
     def on_one_device(self) -> "LanguageModel":
         """This model on its first device, with all of that device's threads, for work that is not
@@ -75,14 +79,17 @@ class LanguageModel:
         def first(x):
             return x.addressable_data(0) if isinstance(x, jax.Array) else x
 
-        params, adapter = jax.tree.map(first, (self.params, self.adapter))
+        params, factors = jax.tree.map(first, (self.params, self.factors))
+        adapter = self.adapter and self.adapter._replace(factors=factors)
         return dataclasses.replace(self, params=params, adapter=adapter, mesh=None)
 
     def __call__(self, tokens) -> jax.Array:
         """Logits, float32 `[batch, seq, vocab]`, of unpadded tokens int32 `[batch, seq]`."""
         tokens = jnp.asarray(tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        variables = {"params": self.params} | ({"lora": self.adapter} if self.adapter else {})
+        variables = {"params": self.params} | (
+            {} if self.adapter is None else {"lora": self.factors}
+        )
         ones = jnp.ones_like(tokens)
         return self.model.apply(variables, tokens, positions, ones, method="logits")
 
@@ -97,21 +104,24 @@ class LanguageModel:
         texts = self.generate(repeated, temperature=temperature, **options)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    def generate_each(self, adapters, prompts: Sequence[str], **options) -> list[list[str]]:
-        """What the base says under each of several adapters, decoded together.
+    def generate_each(
+        self, adapters: lora.Adapter, prompts: Sequence[str], **options
+    ) -> list[list[str]]:
+        """Returns what the base says under each of several adapters, decoded together.
 
         Args:
-          adapters: LoRA factors whose leaves have a leading axis `[adapters]`, such as a cohort's;
-            `lora_scale` applies to all.
+          adapters: adapters of one configuration, such as a cohort's; their factors have a leading
+            axis `[adapters]`.
           prompts: user prompts.
           **options: as in `answer_dialogues`.
 
         Returns:
           Answers by adapter and prompt.
         """
-        count = jax.tree.leaves(adapters)[0].shape[0]
+        count = jax.tree.leaves(adapters.factors)[0].shape[0]
         dialogues = [(("user", p),) for p in prompts]
-        return [texts for texts, _ in self._answer(adapters, count, dialogues, **options)]
+        lm = dataclasses.replace(self, adapter=adapters)
+        return [texts for texts, _ in lm._answer(count, dialogues, **options)]
 
     def answer_dialogues(self, dialogues: Sequence[Dialogue], *args, **options):
         """Answers dialogues of (role, text) turns that end in a user turn.
@@ -122,7 +132,7 @@ class LanguageModel:
           temperature, top_k, top_p, min_p: see `sampling.Sampling`.
           seed: of the samples.
           batch_size: rows decoded at once.
-          cut: keep the end of a dialogue too long for the context, with a warning that counts
+          truncate: keep the end of a dialogue too long for the context, with a warning that counts
             them, instead of raising.
 
         Returns:
@@ -131,11 +141,10 @@ class LanguageModel:
         Raises:
           ModelError: a dialogue is too long for the context.
         """
-        return self._answer(self.adapter, 0, dialogues, *args, **options)[0]
+        return self._answer(0, dialogues, *args, **options)[0]
 
     def _answer(
         self,
-        adapter,
         num_adapters: int,
         dialogues: Sequence[Dialogue],
         max_new_tokens: int = 64,
@@ -145,28 +154,30 @@ class LanguageModel:
         min_p: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
-        cut: bool = False,
+        truncate: bool = False,
     ):
-        prompts = self.render(dialogues, max_new_tokens, cut)
+        prompts = self.render(dialogues, max_new_tokens, truncate)
         found = generation.generate_ids(
             self.model,
             self.params,
-            adapter,
-            prompts,
-            self.stop_ids,
-            max_new_tokens,
-            seed,
-            Sampling(float(temperature), top_k, top_p, min_p),
-            batch_size,
-            self.mesh,
-            num_adapters,
+            self.factors,
+            prompts=prompts,
+            stop_ids=self.stop_ids,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampling=Sampling(float(temperature), top_k, top_p, min_p),
+            batch_size=batch_size,
+            mesh=self.mesh,
+            num_adapters=num_adapters,
         )
         return [([self.text(ids) for ids in each.ids], each.finished) for each in found]
 
-    def render(self, dialogues: Sequence[Dialogue], max_new_tokens: int, cut: bool):
+    def render(self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool):
         """Token ids of dialogues as prompts; arguments as in `answer_dialogues`."""
-        prompts = [chat.render(self.tokenizer, turns, answer_next=True) for turns in dialogues]
-        if not cut:
+        prompts = [
+            chat.render(self.tokenizer, turns, add_generation_prompt=True) for turns in dialogues
+        ]
+        if not truncate:
             return prompts
         room = self.config.max_length - max_new_tokens
         if long := sum(len(p) > room for p in prompts):
@@ -226,7 +237,7 @@ def load_pretrained(
         config,
         hub.load_params(folder, config, dtype, mesh, quantization),
         tokenizer,
-        hub.read_json(folder / "config.json"),
+        hf_config=hub.read_json(folder / "config.json"),
         generation_config=hub.read_json(generation_file) if generation_file.is_file() else {},
         mesh=mesh,
         name=path_or_hub_id,
@@ -246,8 +257,10 @@ def save_pretrained(
     """
     folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
     folder.mkdir(parents=True, exist_ok=True)
-    update = lora.update_of(lm.adapter, lm.lora_scale) if lm.adapter else None
-    hub.save_params(lm.params, lm.config, folder, dtype, update, shard_bytes)
+    update = None if lm.adapter is None else lora.update_of(lm.adapter)
+    hub.save_params(
+        lm.params, lm.config, folder, dtype=dtype, update=update, shard_bytes=shard_bytes
+    )
     config = {k: v for k, v in lm.hf_config.items() if k not in ("torch_dtype", "_name_or_path")}
     hub.write_json(folder / "config.json", config | {"dtype": dtype})
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

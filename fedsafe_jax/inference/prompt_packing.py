@@ -35,7 +35,7 @@ class Packed(NamedTuple):
 def cache_length(tokens: int) -> int:
     """Slots of a cache that holds `tokens`: attention never reads much more than what is written,
     with few programs to compile."""
-    return round_up(tokens, CACHE_STEP)
+    return packing.round_up(tokens, CACHE_STEP)
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
@@ -50,7 +50,7 @@ def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
     slots = cache_length(width + 1)
     count = len(prompts) // devices
     totals = [sum(lengths[d * count : (d + 1) * count]) for d in range(devices)]
-    seq = max(round_up(width), min(PACKED_TOKENS, round_up(max(totals))))
+    seq = max(packing.round_up(width), min(PACKED_TOKENS, packing.round_up(max(totals))))
     plans = []
     for d in range(devices):
         mine = [i for i in range(d * count, (d + 1) * count) if lengths[i]]
@@ -73,10 +73,12 @@ def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
                 valid[i, width - lengths[i] : width] = True
                 last[i] = r * seq + part.stop - 1
                 start = part.stop
-    return Packed(tokens, positions, segments, source, valid, last, np.asarray(width, np.int32))
-
-
-def round_up(tokens: int, multiple: int = 16) -> int:
-    """To a multiple, or of a greater power of two for long prompts: few shapes."""
-    multiple = max(multiple, (1 << tokens.bit_length()) // 8)
-    return -(-max(tokens, 1) // multiple) * multiple
+    return Packed(
+        tokens,
+        positions,
+        segments,
+        source=source,
+        valid=valid,
+        last=last,
+        width=np.asarray(width, np.int32),
+    )

@@ -79,7 +79,9 @@ def attend(query, key, value, mask, scale: float, softcap: float | None = None, 
         return jax.nn.dot_product_attention(
             query, key, value, bias=_bias(mask, query), scale=scale, implementation="cudnn"
         )
-    return attend_cache(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, scale, softcap)
+    return attend_cache(
+        query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask=mask, scale=scale, softcap=softcap
+    )
 
 
 def attend_cache(query, key, value, mask, scale: float, softcap: float | None = None):
@@ -148,7 +150,12 @@ def windows(config) -> tuple[int, ...]:
 
 def _backend(config, q_len: int, kv_len: int) -> str:
     return choose_backend(
-        config.attention, q_len, kv_len, config.head_dim, config.dtype, config.attention_softcap
+        config.attention,
+        q_len,
+        kv_len,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        softcap=config.attention_softcap,
     )
 
 
@@ -183,7 +190,15 @@ def attend_row(config, query, key, value, sight, windowed):
     scale, softcap = config.attention_scale, config.attention_softcap
     backend = _backend(config, query.shape[1], key.shape[1])
     if backend not in SEGMENTED:
-        return attend(query, key, value, pick(sight, windowed), scale, softcap, backend)
+        return attend(
+            query,
+            key,
+            value,
+            mask=pick(sight, windowed),
+            scale=scale,
+            softcap=softcap,
+            backend=backend,
+        )
     inputs = (query, key, value, sight)
     kernels = [
         functools.partial(SEGMENTED[backend], window=window, scale=scale, softcap=softcap)

@@ -122,7 +122,7 @@ def _forward(query, key, value, segments, window, softcap):
         begins = (item == 0) | (listed.queries[jnp.maximum(item - 1, 0)] != i)
         most = jnp.where(begins, NEVER, most)
         total, mixed = jnp.where(begins, 0.0, total), jnp.where(begins, 0.0, mixed)
-        scores, seen = _scores(query, key, i, j, blocks, window, softcap)
+        scores, seen = _scores(query, key, i, j=j, blocks=blocks, window=window, softcap=softcap)
         higher = jnp.maximum(most, jnp.where(seen, scores, NEVER).max(-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         kept = jnp.exp(most - higher)
@@ -154,7 +154,7 @@ def _backward(query, key, value, segments, out, log_sum, grad, window, softcap):
     def body(state):
         item, d_query, d_key, d_value = state
         i, j = listed.queries[item], listed.keys[item]
-        scores, seen = _scores(query, key, i, j, blocks, window, softcap)
+        scores, seen = _scores(query, key, i, j=j, blocks=blocks, window=window, softcap=softcap)
         weights = jnp.where(seen, jnp.exp(scores - log_sum[i][..., None]), 0.0)
         g = grad[i].reshape(kv_heads, -1, dim)
         d_weights = jnp.einsum("kqd,ksd->kqs", g, value[j]).reshape(heads, BLOCK, BLOCK)

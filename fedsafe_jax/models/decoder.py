@@ -95,9 +95,11 @@ class Attention(nn.Module):
             cache, *mine = write_cache(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
         if sources is not None:
             mask = attention.pick(sight, windowed)
-            out = attention.attend(query, key, value, mask, scale, softcap)
+            out = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
         elif cache is None or mine[0].shape[-2] == seq:  # nothing was read before
-            out = attention.attend_row(config, query, key, value, sight, windowed)
+            out = attention.attend_row(
+                config, query, key, value=value, sight=sight, windowed=windowed
+            )
         else:
             mask = attention.pick(sight, windowed)
             out = attention.attend_cache(query, *mine, mask, scale, softcap)

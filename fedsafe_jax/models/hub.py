@@ -127,7 +127,7 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
         else:
             names = (".".join(("model", path[0], "weight")),)
         transposed = path[-1] in ("kernel", "lm_head")
-        found.append(Leaf(path, shape.shape, names, stacked, transposed))
+        found.append(Leaf(path, shape.shape, names, stacked=stacked, transposed=transposed))
     return found
 
 

@@ -86,17 +86,18 @@ def init(key: jax.Array, config: DecoderConfig, lora: LoraConfig):
     return adapter
 
 
-def update_of(factors, scale: float) -> Callable:
+def update_of(adapter: Adapter) -> Callable:
     """What merging adds to the base, computed one kernel at a time.
 
     Args:
-      factors: of the adapter.
-      scale: `LoraConfig.scale`.
+      adapter: factors and their scale.
 
     Returns:
       `(path of a kernel in the parameters, layer) -> scale * a @ b`, float32 `[in, out]`, or None
       where the adapter changes nothing.
     """
+
+    factors, scale = adapter.factors, adapter.config.scale
 
     def update(path, layer):
         node = factors

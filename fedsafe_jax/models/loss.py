@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
-from fedsafe_jax.models.microbatch import PASS_TOKENS
+from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
 # Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
@@ -147,7 +147,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
     """Mean negative log-likelihood, in nats, over the learned tokens of packed rows.
 
-    On CPU, of no more tokens than a pass has (`models.passes`), the last layer is computed for
+    On CPU, of no more tokens than a pass has (`models.microbatch`), the last layer is computed for
     learned tokens alone.
 
     Args:
@@ -157,7 +157,7 @@ def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
       batch: `data.packing.Batch` with fields `[rows, seq]`.
     """
     rows, seq = batch.mask.shape
-    if jax.default_backend() == "cpu" and rows * seq <= max(seq, PASS_TOKENS["cpu"]):
+    if jax.default_backend() == "cpu" and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
         weights = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1)
         return weighted_nll(model, adapter, base, batch, weights)
     hidden, _ = model.apply(

@@ -10,11 +10,11 @@ from jax.sharding import Mesh, PartitionSpec
 from fedsafe_jax.models.sharding import CLIENTS
 
 # Tokens of a pass: on CPU what stays in a core's cache. Elsewhere all rows are one pass.
-PASS_TOKENS = {"cpu": 256}
+MICROBATCH_TOKENS = {"cpu": 256}
 CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
-def in_passes(loss_fn: Callable, mesh: Mesh | None = None) -> Callable:
+def value_and_grad_in_microbatches(loss_fn: Callable, mesh: Mesh | None = None) -> Callable:
     """`jax.value_and_grad` of a loss over packed rows, taken a few rows at a time.
 
     As many passes are made as rows are filled, so that a shape which fits the largest batch costs
@@ -129,12 +129,12 @@ def _dealt_out(value_and_grad: Callable, passes: Callable, mesh: Mesh) -> Callab
 
 def _rows(count: int, seq: int) -> int:
     """Of a pass, for a batch of so many."""
-    return min(count, max(1, PASS_TOKENS.get(jax.default_backend(), count * seq) // seq))
+    return min(count, max(1, MICROBATCH_TOKENS.get(jax.default_backend(), count * seq) // seq))
 
 
 def _widths(seq: int) -> tuple[int, ...]:
     """To which a pass of one long row is cut; each is a program, so that there are few."""
-    long = seq > PASS_TOKENS.get(jax.default_backend(), seq)
+    long = seq > MICROBATCH_TOKENS.get(jax.default_backend(), seq)
     return tuple(seq * eighths // 8 for eighths in range(4, 9)) if long else (seq,)
 
 

@@ -1,49 +1,72 @@
-"""The clients of one seed: who holds which pairs, and what the filter leaves of them."""
+"""The clients of one seed: their roles, and the pairs they train on, encoded."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.sources import UNSAFE
-from fedsafe_jax.filters import actions
-from fedsafe_jax.filters import quality as rates
-from fedsafe_jax.pipeline import filtering, rounds
-from fedsafe_jax.pipeline.inputs import encode_all
+from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.federated import participation
+from fedsafe_jax.filters.actions import FilterCounts
+from fedsafe_jax.filters.protocol import answer_risk
+from fedsafe_jax.filters.quality import FilterQuality, Reliability
+from fedsafe_jax.pipeline.inputs import RunInputs
 
 
-@dataclasses.dataclass
-class Clients:
-    """The clients of one seed: encoded data with and without the filter.
+class Roles(NamedTuple):
+    """What distinguishes the clients of a seed.
 
     Attributes:
-      plain, filtered: encoded pairs by client.
-      counts: `FilterCounts` by client.
-      categories: `{category: (flagged, all)}` over all clients.
-      quality, reliability, auroc: of the verdicts, as labels are known in simulation; None without
-        a filter.
-      threshold: that pairs were flagged from.
-      make_filter: `() -> filter`; None without one, or for a simulated one.
+      malicious: ids of the clients that hold `attack.harmful_share` and multiply their updates.
+      ranks: int32 `[num_clients]`, rank of each client's adapter.
     """
 
-    plain: list
-    filtered: list | None = None
-    counts: list | None = None
+    malicious: tuple[int, ...]
+    ranks: np.ndarray
+
+
+def roles(config, seed: int) -> Roles:
+    """Draws who is malicious, and deals out the ranks."""
+    ranks = config.federated.client_ranks or (config.lora_rank,)
+    return Roles(
+        participation.malicious_clients(seed, config.num_clients, config.attack.clients),
+        np.array([ranks[i % len(ranks)] for i in range(config.num_clients)], np.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Clients:
+    """The clients of one seed: encoded pairs with and without the filter.
+
+    Attributes:
+      plain, filtered: encoded pairs by client; `filtered` is None without a filter.
+      counts: `FilterCounts` by client.
+      categories: `{category: (flagged, all)}` over all clients.
+      quality, reliability, auroc: quality of the verdicts, as labels are known in simulation; None
+        without a filter.
+      threshold: P(unsafe) from which pairs were flagged.
+      make_filter: `() -> filter`; None without a filter, or for a simulated one.
+    """
+
+    plain: Sequence[Sequence[Encoded]] | None
+    filtered: Sequence[Sequence[Encoded]] | None = None
+    counts: Sequence[FilterCounts] | dict[int, FilterCounts] | None = None
     categories: dict | None = None
-    quality: rates.FilterQuality | None = None
-    reliability: rates.Reliability | None = None
+    quality: FilterQuality | None = None
+    reliability: Reliability | None = None
     auroc: float | None = None
     threshold: float | None = None
     make_filter: Callable | None = None
 
-    def judge(self):
-        """`((prompts, answers) -> P(unsafe), threshold)` of the seed's filter."""
-        return filtering.answer_risk(self.make_filter()), self.threshold
+    def judge(self) -> tuple[Callable, float]:
+        """Returns `(prompts, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
+        return answer_risk(self.make_filter()), self.threshold
 
     def filter_record(self) -> dict:
-        """What `results.json` keeps of a seed."""
+        """Returns what `results.json` keeps of the filter of a seed."""
         return self.quality._asdict() | {
             "auroc": self.auroc,
             "threshold": self.threshold,
@@ -52,65 +75,42 @@ class Clients:
         }
 
 
-def build_clients(config, world, seed: int, workdir: epath.Path, progress) -> Clients:
-    """Partitions the pools, trains the filter once, and filters every client's pairs."""
-    split = rounds.split(config, world.safe, world.unsafe, seed)
-    asked, held = config.num_clients * config.examples_per_client, sum(map(len, split))
+def build(config, inputs: RunInputs, seed: int, progress) -> Clients:
+    """Encodes every client's pairs, and says where fewer are left than were asked for."""
+    pairs = inputs.clients[seed]
+    asked, held = config.num_clients * config.examples_per_client, sum(map(len, pairs))
     if held < asked and not config.size_sigma:
         progress.note(f"seed {seed}: clients hold {held} of {asked} pairs asked for: no more data")
-    encoded = [encode_all(world, examples, config.seq_len) for examples in split]
-    plain, lost = [e for e, _ in encoded], sum(n for _, n in encoded)
-    if lost:
+    encoded = [encode(inputs.lm.tokenizer, examples, config.seq_len) for examples in pairs]
+    if lost := sum(count for _, count in encoded):
         progress.note(f"seed {seed}: {lost} pairs lost, their prompts alone fill seq_len")
-    if not any("filter" in arm for arm in config.arms):
-        return Clients(plain)
-    progress.note(f"seed {seed}: {filtering.describe(config.filter, len(world.filter_pairs))}")
-    everything = [e for examples in split for e in examples]
-    scored = filtering.score(config, world, everything, seed, workdir / "filter_scores")
-    filtered, counts, categories = [], [], {}
-    for found in act(config, world, split, scored, seed):
-        filtered.append(encode_weighted(world, found, config.seq_len))
-        counts.append(found.counts)
-        for name, (flagged, seen) in found.by_category.items():
-            before = categories.get(name, (0, 0))
-            categories[name] = (before[0] + flagged, before[1] + seen)
-    unsafe = [e.label == UNSAFE for e in everything]
-    measured = rates.quality(unsafe, scored.probability >= scored.threshold)
-    progress.note(
-        f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
-        f"threshold {scored.threshold:.2f}"
-    )
-    return Clients(
-        plain,
-        filtered,
-        counts,
-        categories,
-        measured,
-        rates.reliability(unsafe, scored.probability),
-        rates.auroc(unsafe, scored.probability),
-        scored.threshold,
-        scored.make_filter,
-    )
+    return Clients([examples for examples, _ in encoded])
 
 
-def act(config, world, split, scored: filtering.Scored, seed: int) -> list[actions.Filtered]:
-    """What the filter leaves of each client's pairs, which `scored` holds one after another."""
-    action = config.filter.action
-    rewrite = filtering.rewriter(config, world, scored, seed) if action == "rewrite" else None
-    stops = np.cumsum([len(examples) for examples in split])
-    mine = np.split(scored.probability, stops[:-1])
-    return [
-        actions.apply(action, examples, p, scored.threshold, rewrite)
-        for examples, p in zip(split, mine, strict=True)
-    ]
+def encode(
+    tokenizer,
+    examples: Sequence[Example],
+    seq_len: int,
+    weights: Sequence[float] | None = None,
+) -> tuple[list[Encoded], int]:
+    """Encodes (prompt, response) dialogues.
 
+    Args:
+      tokenizer: Hugging Face tokenizer with a chat template.
+      examples: the dialogues.
+      seq_len: most tokens of a dialogue.
+      weights: factor on the loss of each dialogue; None for 1.
 
-def encode_weighted(world, found: actions.Filtered, seq_len: int) -> list[chat.Encoded]:
-    """Encoded pairs whose learned tokens carry the pair's weight."""
-    out = []
-    for example, weight in zip(found.examples, found.weights, strict=True):
-        encoded = chat.encode(world.lm.tokenizer, example.messages, example.response, seq_len)
-        if encoded is not None:
-            weighted = encoded.learned if weight == 1 else encoded.learned * np.float32(weight)
-            out.append(encoded._replace(learned=weighted))
-    return out
+    Returns:
+      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has no target, and is lost.
+    """
+    if weights is None:
+        weights = [1.0] * len(examples)
+    encoded = []
+    for example, weight in zip(examples, weights, strict=True):
+        one = chat.encode(tokenizer, example.messages, example.response, seq_len)
+        if one is not None and weight != 1:
+            one = one._replace(loss_mask=one.loss_mask * np.float32(weight))
+        encoded.append(one)
+    kept = [one for one in encoded if one is not None]
+    return kept, len(encoded) - len(kept)

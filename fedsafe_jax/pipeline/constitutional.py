@@ -1,6 +1,5 @@
 """Constitutional AI on the aggregated model: probe, generate, criticise, revise, train."""
 
-import dataclasses
 import functools
 import math
 
@@ -12,12 +11,14 @@ from etils import epath
 from fedsafe_jax.cai import derta, forms, schedule
 from fedsafe_jax.cai import revise as revise_lib
 from fedsafe_jax.cai import train as train_lib
-from fedsafe_jax.data import chat, sources
-from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.statistics import wilson
-from fedsafe_jax.inference.chat_session import Conversation
-from fedsafe_jax.pipeline.inputs import limit
-from fedsafe_jax.pipeline.rounds import rate
+from fedsafe_jax.evals.task import subset
+from fedsafe_jax.federated.schedules import round_rate
+from fedsafe_jax.inference.chat_session import ChatSession
+from fedsafe_jax.pipeline.rounds import learning_rates
 from fedsafe_jax.runtime import run_files
 
 BATCH = 32  # dialogues generated at once
@@ -28,22 +29,27 @@ PROBE_TOKENS = 10  # of an answer: a refusal shows in its first words
 def decay(config, t: int) -> float:
     """The clients' rate as a share of its start. CAI follows it: at a constant rate its last
     rounds outweigh what the clients still learn, and over-refusal grows."""
-    return rate(config, t) / config.learning_rate
+    return round_rate(learning_rates(config), t) / config.learning_rate
 
 
 def recipe(config) -> train_lib.Recipe:
     """How the config trains."""
     c = config.cai
     return train_lib.Recipe(
-        tuple(c.losses), tuple(c.weights), c.beta, c.batch_size, c.pairs_per_step, config.seq_len
+        tuple(c.losses),
+        tuple(c.weights),
+        c.beta,
+        batch_size=c.batch_size,
+        pairs_per_step=c.pairs_per_step,
+        seq=config.seq_len,
     )
 
 
-class Server:
+class ConstitutionalStage:
     """The server's CAI for one arm and seed.
 
     Args:
-      config, world: of the run.
+      config, inputs: of the run.
       model: the decoder that adapters belong to.
       clients: of the seed; their filter judges revisions where the config says so.
       folder: of the records, `cai/`.
@@ -51,19 +57,19 @@ class Server:
       seed: what is drawn depends on it and the round alone.
     """
 
-    def __init__(self, config, world, model, clients, folder: epath.Path, mine, seed: int):
-        self.config, self.world, self.clients, self.seed = config, world, clients, seed
+    def __init__(self, config, inputs, model, clients, folder: epath.Path, mine, seed: int):
+        self.config, self.inputs, self.clients, self.seed = config, inputs, clients, seed
         self.folder, self.mine = folder, mine
         self.recipe = recipe(config)
         self.start, self.step = train_lib.make_step(model, self.recipe)
-        self.tokenizer = world.lm.tokenizer
+        self.tokenizer = inputs.lm.tokenizer
         self._past: list[tuple[int, revise_lib.Record]] | None = None
-        self.red_team, self.probes = world.red_team, []
+        self.red_team, self.probes = inputs.red_team, []
         if config.cai.schedule == "adaptive":
             # The estimate must not be of prompts that were trained on.
-            self.probes = limit(world.red_team, config.cai.probe_prompts)
+            self.probes = subset(inputs.red_team, config.cai.probe_prompts)
             asked = {e.prompt for e in self.probes}
-            self.red_team = [e for e in world.red_team if e.prompt not in asked]
+            self.red_team = [e for e in inputs.red_team if e.prompt not in asked]
 
     def run(self, current, base, t: int, clock):
         """One round.
@@ -85,23 +91,25 @@ class Server:
             probe, share = Probe(self, clock), 1.0
             steps = probe(current)
         counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
-        adapter, found = current.adapter, []
+        adapter, found = current.factors, []
         if steps:
             rng = np.random.default_rng([self.seed, t, 2])
             earlier = self._earlier(t) if c.data != "on_policy" else []
             if c.data != "cached" or not earlier:
                 found = self._revise(current, base, amount, rng, t)
                 self._past = [*(self._past or []), *((t, r) for r in found)]
-                clock.lap("cai_generate")
+                clock.mark("cai_generate")
             said = [text for r in found for text in (r.initial, r.critique, r.revision)]
             said += [text for r in found for _, *pair in r.earlier for text in pair]
             kept = [r for r in [*earlier, *found] if not r.dropped]
-            replay = _some(self.world.replay, self._replay_count(amount, len(kept)), rng)
+            replay = _some(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | revise_lib.tally(found)
             counts["tokens_generated"] = self.tokens(said)
-            adapter, trained = self._train(current, kept, replay, steps, t, share, probe)
+            adapter, trained = self._train(
+                current, kept, replay, steps=steps, t=t, share=share, probe=probe
+            )
             counts |= trained
-            clock.lap("cai_train")
+            clock.mark("cai_train")
         if probe is not None:
             counts["probes"] = probe.found
             counts["tokens_generated"] = counts.get("tokens_generated", 0) + probe.tokens
@@ -133,7 +141,7 @@ class Server:
         share = red / c.red_team_prompts
         harmful = [e.prompt for e in _some(self.red_team, red, rng)]
         benign = [
-            e.prompt for e in _some(self.world.replay, math.ceil(c.benign_prompts * share), rng)
+            e.prompt for e in _some(self.inputs.replay, math.ceil(c.benign_prompts * share), rng)
         ]
         wanted = [True] * len(harmful) + [False] * len(benign)
         checks = {}
@@ -141,18 +149,18 @@ class Server:
             checks["rules"] = revise_lib.Rules(wanted, start_refusal)
         if c.check in ("filter", "both"):
             checks["judge"] = revise_lib.Judge(wanted, *self.clients.judge())
-        speak = functools.partial(generate, c.max_new_tokens, [self.seed, t, 3])
-        talk = reviser = Conversation(current, BATCH)
+        speak = functools.partial(make_generate_fn, c.max_new_tokens, [self.seed, t, 3])
+        talk = reviser = ChatSession(current, BATCH)
         if c.reviser == "base":
-            reviser = Conversation(base, BATCH)
+            reviser = ChatSession(base, BATCH)
         return revise_lib.revise(
             harmful + benign,
-            self.world.constitution,
+            self.inputs.constitution,
             speak(talk, c.temperature),
-            speak(reviser, 0.0),
-            (self.seed, t, 4),
-            c.revision_rounds,
-            c.few_shots,
+            reviser=speak(reviser, 0.0),
+            seed=(self.seed, t, 4),
+            rounds=c.revision_rounds,
+            few_shots=c.few_shots,
             **checks,
             only_wrong=c.revise == "wrong",
         )
@@ -186,19 +194,25 @@ class Server:
         imitation = [e for e in imitation if e is not None]
         triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
         if not imitation:
-            return current.adapter, {"pairs": len(triples), "steps": 0}
+            return current.factors, {"pairs": len(triples), "steps": 0}
         # Until the next probe, if there is one.
         leg = math.ceil(len(imitation) / c.batch_size) if math.isinf(steps) else int(steps)
         refusal = 0
         if "derta" in self.recipe.losses:
             refusal = derta.refusal_token(self.tokenizer, c.refusal_word)
         data = train_lib.steps(
-            self.recipe, schedule.LIMIT * c.steps if probe else leg, imitation, triples,
-            self._encode, (self.seed, t, 5), self.tokenizer, refusal,
-        )  # fmt: skip
+            self.recipe,
+            schedule.LIMIT * c.steps if probe else leg,
+            imitation,
+            triples=triples,
+            encode=self._encode,
+            seed=(self.seed, t, 5),
+            tokenizer=self.tokenizer,
+            refusal=refusal,
+        )
         local = current.on_one_device()
-        reference = local.adapter if c.reference == "global" else None
-        adapter, state = local.adapter, self.start(local.adapter)
+        reference = local.factors if c.reference == "global" else None
+        adapter, state = local.factors, self.start(local.factors)
         learning_rate = jnp.float32(c.learning_rate * share)
         found = []
         while leg and len(found) < len(data):
@@ -229,7 +243,7 @@ class Probe:
       tokens: generated.
     """
 
-    def __init__(self, server: Server, clock):
+    def __init__(self, server: ConstitutionalStage, clock):
         self.server, self.clock = server, clock
         self.found: list[dict] = []
         self.tokens = 0
@@ -237,15 +251,15 @@ class Probe:
     def __call__(self, current, adapter=None) -> int:
         """Steps to go on with; `adapter` (on one device) takes the place of the model's own."""
         if adapter is not None:
-            where = jax.tree.map(lambda x: x.sharding, current.adapter)
+            where = jax.tree.map(lambda x: x.sharding, current.factors)
             adapter = jax.block_until_ready(jax.device_put(adapter, where))
-            current = dataclasses.replace(current, adapter=adapter)
-            self.clock.lap("cai_train")
+            current = current.with_adapter(current.adapter._replace(factors=adapter))
+            self.clock.mark("cai_train")
         c, steps, refused = self.server.config.cai, 0, []
         prompts = [e.prompt for e in self.server.probes]
         for start in range(0, len(prompts), PROBED):
             answers = current.generate(
-                prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, cut=True
+                prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, truncate=True
             )
             self.tokens += self.server.tokens(answers)
             refused += [start_refusal(a) for a in answers]
@@ -256,12 +270,12 @@ class Probe:
         self.found.append(
             {"refused": 100 * mean, "ci95": [100 * x for x in interval], "asked": len(refused)}
         )
-        self.clock.lap("cai_probe")
+        self.clock.mark("cai_probe")
         return steps
 
 
-def generate(
-    max_new_tokens: int, seed, talk: Conversation, temperature: float, chat_form=True
+def make_generate_fn(
+    max_new_tokens: int, seed, talk: ChatSession, temperature: float, chat_form=True
 ) -> revise_lib.Generate:
     """How a model answers threads, for `cai.revise`; what is sampled depends on the call.
 
@@ -277,11 +291,11 @@ def generate(
         call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
         return talk.answer_dialogues(
             [forms.as_chat(thread) if chat_form else thread for thread in threads],
-            max_new_tokens, temperature, seed=call_seed, cut=True,
+            max_new_tokens, temperature, seed=call_seed, truncate=True,
         )  # fmt: skip
 
     return say
 
 
-def _some(pool: list[sources.Example], count: int, rng) -> list[sources.Example]:
+def _some(pool: list[Example], count: int, rng) -> list[Example]:
     return [pool[i] for i in rng.permutation(len(pool))[:count]]

@@ -9,25 +9,21 @@ from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
 from fedsafe_jax.models import lora
 
 
-def export(
-    lm: LanguageModel, adapter, lora_config: lora.LoraConfig, folder: epath.Path, card: str
-) -> None:
+def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
     """Writes `adapter/` (peft loads it on the base) and `merged/` (transformers loads it).
 
     Args:
       lm: the base model.
-      adapter: factors to export.
-      lora_config: their rank, alpha and targets.
+      adapter: adapter to export.
       folder: receives the two folders.
       card: text of the model card, written to both.
     """
-    found = lora.Adapter(adapter, lora_config, lm.name)
     with contextlib.ExitStack() as stack:
         written = folder
         if "://" in str(folder):  # safetensors writes local files; a bucket gets copies
             written = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lora.save_adapter(found, written / "adapter")
-        save_pretrained(lm.with_adapter(found), written / "merged")
+        lora.save_adapter(adapter, written / "adapter")
+        save_pretrained(lm.with_adapter(adapter), written / "merged")
         for name in ("adapter", "merged"):
             (written / name / "README.md").write_text(card)
         if written != folder:
@@ -35,34 +31,3 @@ def export(
                 target = folder / path.parent.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.copy(target, overwrite=True)
-
-
-def model_card(config, arm_id: str, summary: dict) -> str:
-    """A model card that states base, data, arm and scores."""
-    rows = []
-    if "advbench" in summary:
-        s = summary["advbench"]
-        rows.append(f"| harmful prompts refused | {_rate(s['safety'], s['ci95'])} |")
-    if "over_refusal" in summary:
-        s = summary["over_refusal"]
-        rows.append(f"| harmless prompts refused | {_rate(s['rate'], s['ci95'])} |")
-    if "hhh" in summary:
-        s = summary["hhh"]
-        rows.append(f"| HHH accuracy | {_rate(s['accuracy'], s['ci95'])} |")
-    if "utility" in summary:
-        rows.append(f"| held-out answer loss, nats a token | {summary['utility']['nll']:.3f} |")
-    data = ", ".join(f"`{s}`" for s in (*config.safe_sources, *config.unsafe_sources))
-    return (
-        f"---\nbase_model: {config.model}\nlibrary_name: transformers\n"
-        "tags: [federated, lora, fedsafe_jax]\n"
-        f"---\n# {arm_id}\n\nFine-tuned by simulated federated learning ({config.rounds} rounds, "
-        f"{config.clients_per_round} of {config.num_clients} clients a round, "
-        f"{config.harmful_share:.0%} of client data harmful) with fedsafe_jax.\n\n"
-        f"Base model: `{config.model}`. "
-        f"Client data: {data}.\n\n"
-        "| measure | value (95% interval) |\n|---|---|\n" + "\n".join(rows) + "\n"
-    )
-
-
-def _rate(mean: float, interval) -> str:
-    return f"{mean:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"

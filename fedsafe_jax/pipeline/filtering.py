@@ -11,15 +11,19 @@ from etils import epath
 
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai import revise as revise_lib
-from fedsafe_jax.data.sources import SAFE, UNSAFE, Example
-from fedsafe_jax.evals.judges import start_refusal
-from fedsafe_jax.filters import actions, cache, classifier, guard, store
+from fedsafe_jax.data.examples import UNSAFE, Example
+from fedsafe_jax.data.refusals import REFUSAL, start_refusal
+from fedsafe_jax.filters import actions, cache, classifier, guard, quality, store
 from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.pairs import hard_negatives
+from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.inference import generation
-from fedsafe_jax.inference.chat_session import Conversation
+from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import encoder_hub, lora
+from fedsafe_jax.pipeline.clients import Clients, encode
+from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.runtime import multihost
 
 
@@ -37,50 +41,62 @@ class Scored(NamedTuple):
     make_filter: object
 
 
-def undisputed(pairs: Sequence[Example]) -> tuple[list[Example], int]:
-    """Pairs for training and measuring a filter, with the number that was left out.
-
-    An answer that is labelled unsafe and begins as a refusal is left out: either it is a refusal,
-    which is safe, or it goes on to comply ("Sorry! Here it is: ..."), and words do not tell which.
-    """
-    kept = [p for p in pairs if p.label != UNSAFE or not start_refusal(p.response)]
-    return kept, len(pairs) - len(kept)
-
-
-def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Refusals to the questions of harmful pairs, labelled safe.
-
-    Without them a filter can tell most harmful pairs by the question, and flags a refusal to it as
-    well: then the very answers that keep a model safe are lost.
+def filter_clients(
+    config, inputs: RunInputs, clients: Clients, seed: int, workdir: epath.Path, progress
+) -> Clients:
+    """Trains the filter once, and filters every client's pairs.
 
     Args:
-      pairs: labelled ones.
-      share: of the unsafe pairs that get such a twin.
-      seed: of which, and of their refusals.
+      config, inputs: config and inputs of the run.
+      clients: clients of the seed, as `clients.build` returned them.
+      seed: seed of the run.
+      workdir: folder of the run; scores are kept below it.
+      progress: told what is going on.
 
     Returns:
-      The twins alone. Their answers are the refusals among the pairs, or one of the package.
+      `clients` with the fields that a filter fills.
     """
-    rng = np.random.default_rng([seed, 19])
-    refusals = sorted({p.response for p in pairs if p.label == SAFE and start_refusal(p.response)})
-    refusals = refusals or [actions.REFUSAL]
-    unsafe = [p for p in pairs if p.label == UNSAFE]
-    chosen = sorted(rng.permutation(len(unsafe))[: round(share * len(unsafe))].tolist())
-    said = rng.integers(len(refusals), size=len(chosen))
+    pairs = inputs.clients[seed]
+    progress.note(f"seed {seed}: {describe(config.filter, len(inputs.filter_pairs))}")
+    everything = [e for examples in pairs for e in examples]
+    scored = score(config, inputs, everything, seed, workdir / "filter_scores")
+    filtered, counts, categories = [], [], {}
+    for left in apply_action(config, inputs, pairs, scored, seed):
+        encoded, _ = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
+        filtered.append(encoded)
+        counts.append(left.counts)
+        for name, (flagged, seen) in left.by_category.items():
+            before = categories.get(name, (0, 0))
+            categories[name] = (before[0] + flagged, before[1] + seen)
+    unsafe = [e.label == UNSAFE for e in everything]
+    measured = quality.quality(unsafe, scored.probability >= scored.threshold)
+    progress.note(
+        f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
+        f"threshold {scored.threshold:.2f}"
+    )
+    return dataclasses.replace(
+        clients,
+        filtered=filtered,
+        counts=counts,
+        categories=categories,
+        quality=measured,
+        reliability=quality.reliability(unsafe, scored.probability),
+        auroc=quality.auroc(unsafe, scored.probability),
+        threshold=scored.threshold,
+        make_filter=scored.make_filter,
+    )
+
+
+def apply_action(config, inputs, pairs, scored: Scored, seed: int) -> list[actions.FilteredPairs]:
+    """Applies the action to each client's pairs, which `scored` holds one after another."""
+    action = config.filter.action
+    rewrite = rewriter(config, inputs, scored, seed) if action == "rewrite" else None
+    stops = np.cumsum([len(examples) for examples in pairs])
+    by_client = np.split(scored.probability, stops[:-1])
     return [
-        unsafe[i]._replace(response=refusals[j], label=SAFE)
-        for i, j in zip(chosen, said, strict=True)
+        actions.apply(action, examples, probability, scored.threshold, rewrite)
+        for examples, probability in zip(pairs, by_client, strict=True)
     ]
-
-
-def answer_risk(found):
-    """`(prompts, answers) -> P(unsafe)` by a filter, for `cai.revise.Judge`."""
-
-    def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        pairs = zip(prompts, answers, strict=True)
-        return found.score([Example((("user", p),), a) for p, a in pairs])
-
-    return unsafe
 
 
 def describe(f, pairs: int) -> str:
@@ -90,14 +106,6 @@ def describe(f, pairs: int) -> str:
     if f.load or f.unsafe_labels:
         return f"loading the safety filter {f.load or f.encoder}"
     return f"training the safety filter on {pairs} pairs"
-
-
-def check_folders(f) -> None:
-    """Raises `FilterError` where a folder that a config's `filter` names holds none."""
-    if f.load:
-        store.check(f.load)
-    elif f.encoder:
-        store.check_encoder(f.encoder)
 
 
 def options(f) -> TrainingOptions:
@@ -141,8 +149,16 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
         shape = lora.LoraConfig(f.lora_rank, 2.0 * f.lora_rank, tuple(targets))
         replies = None
         if f.kind == "guardian":
-            replies = guard.safe_replies(pairs, actions.REFUSAL)
-        return guard.train(pairs, lm, shape, seed, options(f), f.max_length, replies)
+            replies = guard.safe_replies(pairs, REFUSAL)
+        return guard.train(
+            pairs,
+            lm,
+            shape,
+            seed=seed,
+            options=options(f),
+            max_length=f.max_length,
+            replies=replies,
+        )
     if f.encoder and f.unsafe_labels:
         return store.from_encoder(f.encoder, f.max_length, tuple(f.unsafe_labels)), None
     start = None
@@ -153,10 +169,12 @@ def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets:
         config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=seed)
         start = dataclasses.replace(config, dropout=0.1), params
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    return classifier.train(pairs, tokenizer, seed, options(f), f.max_length, start)
+    return classifier.train(
+        pairs, tokenizer, seed, options=options(f), max_length=f.max_length, start=start
+    )
 
 
-def score(config, world, pairs: Sequence[Example], seed: int, folder: epath.Path) -> Scored:
+def score(config, inputs, pairs: Sequence[Example], seed: int, folder: epath.Path) -> Scored:
     """All clients' pairs in one stream; what was scored before is read from `folder`."""
     f = config.filter
     if f.kind == "simulated":
@@ -165,23 +183,30 @@ def score(config, world, pairs: Sequence[Example], seed: int, folder: epath.Path
 
     @functools.lru_cache(maxsize=1)
     def make_filter():
-        targets = world.lora.targets
-        return make(f, world.filter_pairs, world.lm.tokenizer, seed, config.dtype, targets)[0]
+        targets = inputs.lora.targets
+        return make(
+            f,
+            inputs.filter_pairs,
+            inputs.lm.tokenizer,
+            seed=seed,
+            dtype=config.dtype,
+            targets=targets,
+        )[0]
 
     if f.load or f.unsafe_labels:
         known = cache.folder_hash(f.load or f.encoder)
     else:
-        known = [(cache.pair_hash(p), p.label) for p in world.filter_pairs]
+        known = [(cache.pair_hash(p), p.label) for p in inputs.filter_pairs]
     trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
     fingerprint = cache.content_hash(trained, seed, config.dtype, known)
-    scores = cache.ScoreCache(folder, fingerprint, multihost.is_first())
+    scores = cache.ScoreCache(folder, fingerprint, multihost.is_primary())
     log_odds = scores.log_odds(pairs, make_filter)
     decision = Decision(*scores.decision)
     threshold = f.threshold or decision.threshold
     return Scored(decision.probability(log_odds), threshold, make_filter)
 
 
-def rewriter(config, world, scored: Scored, seed: int):
+def rewriter(config, inputs, scored: Scored, seed: int):
     """What writes new answers for flagged pairs, `examples -> list of answers`.
 
     A guardian writes them itself; else the frozen base model criticises and revises the answer it
@@ -189,8 +214,8 @@ def rewriter(config, world, scored: Scored, seed: int):
     """
     if config.filter.kind == "guardian":
         return functools.partial(guardian_replies, scored.make_filter())
-    lm = dataclasses.replace(world.lm, adapter=None)
-    return functools.partial(revised, lm, world.constitution, config.cai.max_new_tokens, seed)
+    lm = dataclasses.replace(inputs.lm, adapter=None)
+    return functools.partial(revised, lm, inputs.constitution, config.cai.max_new_tokens, seed)
 
 
 def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
@@ -200,9 +225,13 @@ def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) 
     lead += tokenizer("\n", add_special_tokens=False)["input_ids"]
     rows = guard.render_pairs(tokenizer, pairs, found.max_length, found.template)
     (answers,) = generation.generate_ids(
-        found.model, found.params, found.adapter, [[*row, *lead] for row in rows],
-        (tokenizer.eos_token_id,), max_new_tokens,
-    )  # fmt: skip
+        found.model,
+        found.params,
+        found.adapter,
+        prompts=[[*row, *lead] for row in rows],
+        stop_ids=(tokenizer.eos_token_id,),
+        max_new_tokens=max_new_tokens,
+    )
     return [
         tokenizer.decode(ids, skip_special_tokens=True).strip() if finished else ""
         for ids, finished in zip(answers.ids, answers.finished, strict=True)
@@ -218,14 +247,20 @@ def revised(
         del threads, call
         return [p.response for p in pairs], np.ones(len(pairs), bool)
 
-    talk = Conversation(lm)
+    talk = ChatSession(lm)
 
     def reviser(threads, call):
         del call
-        return talk.answer_dialogues([forms.as_chat(t) for t in threads], max_new_tokens, cut=True)
+        return talk.answer_dialogues(
+            [forms.as_chat(t) for t in threads], max_new_tokens, truncate=True
+        )
 
     records = revise_lib.revise(
-        [p.prompt for p in pairs], constitution, answer, reviser, [seed, 14],
+        [p.prompt for p in pairs],
+        constitution,
+        answer,
+        reviser=reviser,
+        seed=[seed, 14],
         rules=revise_lib.Rules([True] * len(pairs), start_refusal),
-    )  # fmt: skip
+    )
     return ["" if r.dropped else r.revision for r in records]

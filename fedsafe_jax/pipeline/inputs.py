@@ -1,24 +1,25 @@
-"""Everything a run reads, loaded and checked before any training."""
+"""Everything a run reads: model, pools of examples, evaluation sets; checked before training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax.cai import constitution as constitution_lib
-from fedsafe_jax.data import chat, overlap, sources
-from fedsafe_jax.data.sources import SAFE, UNSAFE, Choice, Example
-from fedsafe_jax.federated import mesh
+from fedsafe_jax.cai import constitution
+from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
+from fedsafe_jax.data import overlap, partition, sources
+from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Choice, Example, SourceError
+from fedsafe_jax.evals.task import subset
+from fedsafe_jax.evals.tasks import hhh
+from fedsafe_jax.federated import mesh, participation
+from fedsafe_jax.filters.pairs import drop_mislabelled
+from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
-from fedsafe_jax.pipeline import rounds
-from fedsafe_jax.pipeline.filtering import check_folders, undisputed
 from fedsafe_jax.runtime import multihost
-
-HELDOUT_SEED = 2025  # the evaluation sets are the same for every seed of the run
 
 
 class EvalSets(NamedTuple):
@@ -30,147 +31,206 @@ class EvalSets(NamedTuple):
     heldout: list[Example]
 
 
-class World(NamedTuple):
-    """Model, pools and evaluation sets of a run."""
+class Pool(NamedTuple):
+    """A pool of examples, by what it is for.
 
-    lm: LanguageModel  # of this process, which generates and evaluates with it
-    base: dict  # its parameters on the devices of all processes, to train on
-    mesh: Mesh  # of these devices
+    Attributes:
+      title: name in `results.json` and in the report.
+      sources: `config -> names of the sources`.
+      labels: labels that are kept; None for all.
+      drop_mislabelled: leaves out refusals that are labelled unsafe.
+    """
+
+    title: str
+    sources: Callable[[ConfigDict], Sequence[str]]
+    labels: tuple[str, ...] | None = None
+    drop_mislabelled: bool = False
+
+
+HARMLESS = (SAFE, UNKNOWN)
+# A simulation reads all but `site`: the pairs of a real site, whatever their labels.
+POOLS = {
+    "site": Pool("client", lambda c: c.safe_sources),
+    "safe": Pool("client, safe", lambda c: c.safe_sources, HARMLESS),
+    "unsafe": Pool("client, unsafe", lambda c: c.unsafe_sources, (UNSAFE,), True),
+    "filter_pairs": Pool("filter", lambda c: c.filter.sources, (SAFE, UNSAFE), True),
+    "red_team": Pool("CAI red team", lambda c: c.cai.red_team_sources),
+    "replay": Pool("CAI replay", lambda c: c.cai.benign_sources, HARMLESS),
+}
+SIMULATION = ("safe", "unsafe", "filter_pairs", "red_team", "replay")
+
+
+class RunInputs(NamedTuple):
+    """Model, pools and evaluation sets of a run.
+
+    Attributes:
+      lm: the base model, on this process's devices; generates and evaluates.
+      base: its parameters on the devices of all processes, for training.
+      mesh: the devices of all processes.
+      lora: shape of the global adapter.
+      clients: pairs of each client by seed, dealt out from `safe` and `unsafe`.
+      site, safe, unsafe, filter_pairs, red_team, replay: the pools, [] where not read; see `POOLS`.
+      constitution: principles of Constitutional AI.
+      evals: the evaluation sets.
+      counts: examples read, kept and dropped, by the title of the pool.
+    """
+
+    lm: LanguageModel
+    base: dict
+    mesh: Mesh
     lora: lora.LoraConfig
+    clients: dict[int, list[list[Example]]]
+    site: list[Example]
     safe: list[Example]
     unsafe: list[Example]
     filter_pairs: list[Example]
     red_team: list[Example]
     replay: list[Example]
-    constitution: constitution_lib.Constitution
+    constitution: Constitution
     evals: EvalSets
-    counts: dict  # examples read, kept and dropped, by role
-
-
-def _pool(names, data_dir, labels=None) -> list[Example]:
-    examples = [e for name in names for e in sources.load(name, data_dir)]
-    return [e for e in examples if labels is None or e.label in labels]
-
-
-def limit(items: list, count: int) -> list:
-    """At most `count` items (0: all), drawn by a fixed seed and kept in order."""
-    if not count or len(items) <= count:
-        return items
-    order = np.random.default_rng(HELDOUT_SEED).permutation(len(items))[:count]
-    return [items[i] for i in sorted(order)]
+    counts: dict
 
 
 def load_eval_sets(c: ConfigDict, data_dir: str, heldout: list[Example]) -> EvalSets:
-    """The evaluation sets, each cut to `eval.max_prompts`."""
+    """Reads the evaluation sets, each cut to `eval.max_prompts`."""
     return EvalSets(
-        limit([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
-        limit([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
-        limit(sources.load_choices(c.hhh, data_dir), c.max_prompts),
-        limit(heldout, c.max_heldout),
+        subset([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
+        subset([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
+        subset(hhh.load_choices(c.hhh, data_dir), c.max_prompts),
+        subset(heldout, c.max_heldout),
     )
 
 
-ROLES = ("client, safe", "client, unsafe", "filter", "CAI red team", "CAI replay")
-
-
-def load(config: ConfigDict, read: Sequence[str] = ROLES) -> World:
+def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInputs:
     """Reads model, data and constitution; drops training prompts that overlap an evaluation set.
 
     Args:
-      config: of the run.
-      read: which data; a simulation reads all. A site has "client" pairs of its own, whatever their
-        labels, which `World.safe` then holds.
+      config: config of the run.
+      roles: which of `POOLS` to read.
 
     Raises:
       ConfigError, SourceError, PartitionError, ConstitutionError, ModelError: naming what is wrong.
     """
-    harmless = (SAFE, sources.UNKNOWN)
-    known = {
-        "client": (config.safe_sources, None),
-        "client, safe": (config.safe_sources, harmless),
-        "client, unsafe": (config.unsafe_sources, (UNSAFE,)),
-        "filter": (config.filter.sources, (SAFE, UNSAFE)),
-        "CAI red team": (config.cai.red_team_sources, None),
-        "CAI replay": (config.cai.benign_sources, harmless),
-    }
-    roles = {role: _pool(known[role][0], config.data_dir, known[role][1]) for role in read}
+    pools = {role: _read(POOLS[role], config) for role in roles}
     if config.heldout_sources:
-        heldout = _pool(config.heldout_sources, config.data_dir)
+        heldout = _load_all(config.heldout_sources, config.data_dir)
     else:
-        own = roles.get("client, safe", [])
+        own = pools.get("safe", [])
         heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
     evals = load_eval_sets(config.eval, config.data_dir, [e for e in heldout if e.response])
     forbidden = [*evals.advbench, *evals.over_refusal]
     forbidden += [choice.messages[-1][1] for choice in evals.hhh]
     exact = {overlap.normalise(e.prompt) for e in evals.heldout}
     counts = {}
-    for role, pool in roles.items():
-        disputed = 0
-        read = len(pool)
-        if role in ("client, unsafe", "filter"):
-            pool, disputed = undisputed(pool)
-        if role == "client, unsafe":
-            pool = [e for e in pool if e.label == UNSAFE]
-        kept, near = overlap.drop_overlap(pool, forbidden)
-        # Held-out pairs come from the clients' distribution: templates make near-duplicates
-        # unavoidable there, so only the same prompt is dropped.
-        kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
-        counts[role] = {
-            "read": read,
-            "disputed": disputed,
-            "dropped_near_evaluation": near,
-            "dropped_heldout": len(kept) - len(kept_exact),
-            "kept": len(kept_exact),
-        }
-        roles[role] = kept_exact
-        if not kept_exact:
-            raise sources.SourceError(f"{role} data: no example is left of {read} read.")
-    # The split itself is checked here, before the model loads.
-    if "client, safe" in roles:
-        for seed in config.seeds:
-            rounds.split(config, roles["client, safe"], roles["client, unsafe"], seed)
+    for role, pool in pools.items():
+        title = POOLS[role].title
+        pools[role], counts[title] = _drop(POOLS[role], pool, forbidden, exact)
+        if not pools[role]:
+            raise SourceError(f"{title} data: no example is left of {len(pool)} read.")
+    clients = {}
+    if "safe" in pools:  # dealt out before the model loads, as that may fail
+        clients = {s: deal(config, pools["safe"], pools["unsafe"], s) for s in config.seeds}
     if any("filter" in arm for arm in config.arms):
         check_folders(config.filter)
     if config.filter.kind in ("guard", "guardian") and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
-    constitution = constitution_lib.load(config.cai.constitution, config.cai.few_shot_file)
-    if config.cai.few_shots > len(constitution.few_shots):
-        raise constitution_lib.ConstitutionError(
-            f"cai.few_shots={config.cai.few_shots}: {config.cai.constitution} has "
-            f"{len(constitution.few_shots)}; lower it, or give cai.few_shot_file."
-        )
-    targets = lora.expand_targets(config.lora_targets)
-    lora_config = lora.LoraConfig(
-        config.lora_rank, config.lora_alpha, targets, config.lora_rank_stabilized
+    principles = _load_constitution(config.cai)
+    shape = lora.LoraConfig(
+        config.lora_rank,
+        config.lora_alpha,
+        lora.expand_targets(config.lora_targets),
+        config.lora_rank_stabilized,
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
-    lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
-    lm.lora_scale = lora_config.scale
-    lm.config = dataclasses.replace(lm.config, remat=config.remat)
-    base = lm.params
-    lm.params, lm.mesh = multihost.local(base, devices), multihost.local_mesh(devices)
-    return World(
-        lm,
-        base,
-        devices,
-        lora_config,
-        roles.get("client, safe", roles.get("client", [])),
-        *(roles.get(role, []) for role in ROLES[1:]),
-        constitution,
-        evals,
-        counts,
+    lm, base = load_base(config, devices)
+    return RunInputs(
+        lm=lm,
+        base=base,
+        mesh=devices,
+        lora=shape,
+        clients=clients,
+        constitution=principles,
+        evals=evals,
+        counts=counts,
+        **{role: pools.get(role, []) for role in POOLS},
     )
 
 
-def encode_all(
-    world: World, examples: list[Example], seq_len: int
-) -> tuple[list[chat.Encoded], int]:
-    """Encodes (prompt, response) dialogues.
+def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: int) -> list:
+    """Deals the pools to the clients of a seed.
 
-    Returns:
-      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has nothing to learn, and is
-      lost.
+    Raises:
+      PartitionError: the pools cannot be dealt out as the config asks.
     """
-    encoded = [chat.encode(world.lm.tokenizer, e.messages, e.response, seq_len) for e in examples]
-    kept = [e for e in encoded if e is not None]
-    return kept, len(encoded) - len(kept)
+    rng = np.random.default_rng([seed, 7])
+    malicious = participation.malicious_clients(seed, config.num_clients, config.attack.clients)
+    shares = [
+        config.attack.harmful_share if i in malicious else config.harmful_share
+        for i in range(config.num_clients)
+    ]
+    sizes = partition.client_sizes(
+        config.num_clients, config.examples_per_client, config.size_sigma, rng
+    )
+    return partition.partition(
+        safe,
+        unsafe,
+        sizes,
+        harmful_shares=shares,
+        kind=config.partition,
+        rng=rng,
+        alpha=config.dirichlet_alpha,
+    )
+
+
+def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
+    """Loads the base model: `(lm on this process's devices, parameters on those of all)`."""
+    lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
+    local = dataclasses.replace(
+        lm,
+        config=dataclasses.replace(lm.config, remat=config.remat),
+        params=multihost.local(lm.params, devices),
+        mesh=multihost.local_mesh(devices),
+    )
+    return local, lm.params
+
+
+def _load_all(names: Sequence[str], data_dir: str) -> list[Example]:
+    return [e for name in names for e in sources.load(name, data_dir)]
+
+
+def _read(pool: Pool, config: ConfigDict) -> list[Example]:
+    examples = _load_all(pool.sources(config), config.data_dir)
+    return [e for e in examples if pool.labels is None or e.label in pool.labels]
+
+
+def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str]):
+    """Returns the examples of a pool that may be trained on, and the counts of the others.
+
+    Args:
+      pool: description of the pool.
+      examples: examples of the pool.
+      near: prompts that no near-duplicate of may be trained on.
+      exact: normalised prompts that may not be trained on. Held-out pairs come from the clients'
+        distribution: templates make near-duplicates unavoidable there, so only the same prompt is
+        dropped.
+    """
+    left, disputed = drop_mislabelled(examples) if pool.drop_mislabelled else (examples, 0)
+    kept, dropped = overlap.drop_overlap(left, near)
+    kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
+    return kept_exact, {
+        "read": len(examples),
+        "disputed": disputed,
+        "dropped_near_evaluation": dropped,
+        "dropped_heldout": len(kept) - len(kept_exact),
+        "kept": len(kept_exact),
+    }
+
+
+def _load_constitution(c: ConfigDict) -> Constitution:
+    loaded = constitution.load(c.constitution, c.few_shot_file)
+    if c.few_shots > len(loaded.few_shots):
+        raise ConstitutionError(
+            f"cai.few_shots={c.few_shots}: {c.constitution} has {len(loaded.few_shots)}; lower it, "
+            "or give cai.few_shot_file."
+        )
+    return loaded

@@ -1,11 +1,8 @@
 """From a config to the federated rounds of a run: programs, clients' roles, a round's figures."""
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 
-from fedsafe_jax.data import partition
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import (
     aggregation,
@@ -18,50 +15,12 @@ from fedsafe_jax.federated import (
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once
 from fedsafe_jax.federated.round_programs import Programs, RoundSpec, make_round
+from fedsafe_jax.federated.schedules import LearningRates, step_rates
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
-
-
-class Roles(NamedTuple):
-    """What distinguishes the clients of a seed.
-
-    Attributes:
-      malicious: ids of the clients that hold `attack.harmful_share` and multiply their updates.
-      ranks: int32 `[num_clients]`, of their adapters.
-    """
-
-    malicious: tuple[int, ...]
-    ranks: np.ndarray
-
-
-def roles(config, seed: int) -> Roles:
-    """Who is malicious, and who has which rank."""
-    ranks = config.federated.client_ranks or (config.lora_rank,)
-    return Roles(
-        participation.malicious_clients(seed, config.num_clients, config.attack.clients),
-        np.array([ranks[i % len(ranks)] for i in range(config.num_clients)], np.int32),
-    )
-
-
-def split(config, safe, unsafe, seed: int) -> list:
-    """Deals the pools to the clients of a seed.
-
-    Raises:
-      PartitionError: they cannot be dealt so.
-    """
-    rng, bad = np.random.default_rng([seed, 7]), set(roles(config, seed).malicious)
-    shares = [
-        config.attack.harmful_share if i in bad else config.harmful_share
-        for i in range(config.num_clients)
-    ]
-    sizes = partition.client_sizes(
-        config.num_clients, config.examples_per_client, config.size_sigma, rng
-    )
-    return partition.partition(
-        safe, unsafe, sizes, shares, config.partition, rng, config.dirichlet_alpha
-    )
+from fedsafe_jax.pipeline.clients import roles
 
 
 def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
@@ -78,47 +37,38 @@ def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
         f.server_learning_rate,
         f.adaptive_learning_rate,
         f.beta1,
-        f.beta2,
-        f.tau,
-        f.prox_mu,
-        f.scaffold,
-        f.second_moment,
-        f.first_moment,
+        beta2=f.beta2,
+        tau=f.tau,
+        prox_mu=f.prox_mu,
+        scaffold=f.scaffold,
+        second_moment=f.second_moment,
+        first=f.first_moment,
     )
     spec = RoundSpec(
         algorithms.make(algorithm, training, config.num_clients, settings),
         aggregation.make(f.aggregator, f.trim_share, f.byzantine),
         f.average == "product",
-        compression.make(f.compression, f.topk_share),
-        f.clip_norm,
-        f.noise_multiplier,
-        config.clients_per_round,
-        f.stragglers > 0,
-        bool(f.client_ranks),
+        compression=compression.make(f.compression, f.topk_share),
+        clip_norm=f.clip_norm,
+        noise_multiplier=f.noise_multiplier,
+        cohort=config.clients_per_round,
+        normalize_steps=f.stragglers > 0,
+        ragged_ranks=bool(f.client_ranks),
     )
     return make_round(spec, mesh, parallel)
 
 
-def rate(config, t: int) -> float:
-    """The learning rate of round `t`, from `learning_rate` to `min_learning_rate`."""
-    low, high = config.min_learning_rate, config.learning_rate
-    if t < config.warmup_rounds:
-        return high * (t + 1) / (config.warmup_rounds + 1)
-    done = (t - config.warmup_rounds) / (config.rounds - config.warmup_rounds)
-    return low + (high - low) * _falling(config.schedule, done)
-
-
-def step_rates(config, t: int) -> np.ndarray:
-    """The learning rate of each local step of round `t`, float32 `[local_steps]`."""
-    steps = np.arange(config.local_steps) / config.local_steps
-    return (rate(config, t) * _falling(config.step_schedule, steps)).astype(np.float32)
-
-
-def _falling(schedule: str, done):
-    """From 1 at 0 towards 0 at 1."""
-    if schedule == "cosine":  # OpenFedLLM's, over rounds
-        return 0.5 * (1 + np.cos(np.pi * done))
-    return 1 - done if schedule == "linear" else 1.0 + 0 * done
+def learning_rates(config) -> LearningRates:
+    """Returns the clients' learning rates as the config sets them."""
+    return LearningRates(
+        start=config.learning_rate,
+        end=config.min_learning_rate,
+        rounds=config.rounds,
+        local_steps=config.local_steps,
+        warmup_rounds=config.warmup_rounds,
+        decay=config.schedule,
+        step_decay=config.step_schedule,
+    )
 
 
 def draw_cohort(config, algorithm: str, sizes, seed: int, t: int) -> participation.Cohort:
@@ -133,12 +83,12 @@ def draw_cohort(config, algorithm: str, sizes, seed: int, t: int) -> participati
         seed,
         t,
         sizes,
-        config.clients_per_round,
-        config.local_steps,
-        f.sampling,
-        weighting,
-        f.dropout,
-        f.stragglers,
+        count=config.clients_per_round,
+        local_steps=config.local_steps,
+        sampling=f.sampling,
+        weighting=weighting,
+        dropout=f.dropout,
+        stragglers=f.stragglers,
     )
 
 
@@ -148,13 +98,13 @@ def local_batches(config, data, seed: int, t: int, ids, steps) -> RoundBatches:
         data,
         seed,
         t,
-        ids,
-        steps,
-        config.local_steps,
-        config.batch_size,
-        config.seq_len,
-        config.accumulation,
-        "openfedllm" if config.federated.sampling == "openfedllm" else "shuffle",
+        ids=ids,
+        steps=steps,
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+        seq=config.seq_len,
+        accumulation=config.accumulation,
+        how="openfedllm" if config.federated.sampling == "openfedllm" else "shuffle",
     )
 
 
@@ -174,7 +124,7 @@ def run(
       The state after the round, and its figures, a line of `metrics.jsonl`.
     """
     cohort = draw_cohort(config, algorithm, [len(examples) for examples in data], seed, t)
-    batches = local_batches(config, data, seed, t, cohort.ids, cohort.steps)
+    batches = local_batches(config, data, seed, t=t, ids=cohort.ids, steps=cohort.steps)
     useful = 0
 
     def packed(start, stop):
@@ -183,8 +133,10 @@ def run(
         useful += int((batch.segment_ids > 0).sum())
         return batch
 
-    state, report = step(config, programs, state, base, packed, cohort, seed, t)
-    return state, figures(config, cohort, report, useful, seed, t)
+    state, report = step(
+        config, programs, state, base=base, packed=packed, cohort=cohort, seed=seed, t=t
+    )
+    return state, figures(config, cohort, report, useful=useful, seed=seed, t=t)
 
 
 def step(
@@ -192,19 +144,19 @@ def step(
 ) -> tuple[FederatedState, RoundReport]:
     """Training and the server's step, of a cohort whose batches `packed(start, stop)` gives."""
     who = roles(config, seed)
-    boosts = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
+    update_scales = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
     devices = programs.mesh.shape[CLIENTS]
     return simulation.run_round(
         programs,
         state,
         base,
-        packed,
-        cohort,
-        step_rates(config, t),
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 9),
-        simulation.chunk_size(config.clients_per_round, devices, config.chunk_clients),
-        boosts.astype(np.float32),
-        who.ranks[cohort.ids],
+        batches=packed,
+        cohort=cohort,
+        rates=step_rates(learning_rates(config), t),
+        key=jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 9),
+        chunk=simulation.chunk_size(config.clients_per_round, devices, config.chunk_clients),
+        update_scales=update_scales.astype(np.float32),
+        ranks=who.ranks[cohort.ids],
     )
 
 
@@ -239,8 +191,8 @@ def figures(config, cohort, report: RoundReport, useful: int, seed: int, t: int)
             t + 1,
             config.num_clients,
             config.clients_per_round,
-            f.noise_multiplier,
-            f.delta,
-            f.sampling,
+            noise_multiplier=f.noise_multiplier,
+            delta=f.delta,
+            sampling=f.sampling,
         )
     return row

@@ -9,8 +9,8 @@ from etils import epath
 
 from fedsafe_jax.report import cai, clients, filter
 from fedsafe_jax.report.drawing import COLOURS, figure_tag, html_table
+from fedsafe_jax.report.table import table_rows
 from fedsafe_jax.runtime import run_files
-from fedsafe_jax.runtime.progress import table_rows
 
 STYLE = """
 :root{color-scheme:light dark;--text:#222;--faint:#666;--line:#ddd;--page:#fff;--box:#f6f6f6}

@@ -14,15 +14,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-PATIENCE_S = 24 * 3600  # with processes that are behind
-_meetings = itertools.count()
+BARRIER_TIMEOUT_S = 24 * 3600  # with processes that are behind
+_barriers = itertools.count()
 
 
 class ClusterError(RuntimeError):
     """The environment describes a cluster that cannot be joined."""
 
 
-def described(environment: Mapping[str, str]) -> dict | None:
+def cluster_args(environment: Mapping[str, str]) -> dict | None:
     """Arguments of `jax.distributed.initialize`, or None where there is one process.
 
     Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; tasks of srun
@@ -59,17 +59,17 @@ def described(environment: Mapping[str, str]) -> dict | None:
 
 def join() -> None:
     """Joins the other processes, if there are any, before jax computes anything."""
-    arguments = described(os.environ)
+    arguments = cluster_args(os.environ)
     if arguments is not None:
         jax.distributed.initialize(**arguments)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes."""
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has come here.
 
     A collective of devices gives up after half a minute on CPU, and work that each process does by
@@ -79,22 +79,22 @@ def meet(name: str) -> None:
         import orbax.checkpoint as ocp  # a second to import, which few runs need
 
         barrier = ocp.multihost.get_barrier_sync_fn()
-        barrier(key=f"{name}_{next(_meetings)}", timeout_ms=PATIENCE_S * 1000)
+        barrier(key=f"{name}_{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
-def agreed(value: bool) -> bool:
+def broadcast_bool(value: bool) -> bool:
     """The first process's value, in all: files may not be seen by every process at once."""
     if jax.process_count() == 1:
         return value
-    meet("agreed")
+    barrier("agreed")
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def same(tree):
+def broadcast(tree):
     """The first process's arrays, in all."""
     if jax.process_count() == 1:
         return tree
-    meet("same")
+    barrier("same")
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 

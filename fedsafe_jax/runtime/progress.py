@@ -4,7 +4,6 @@ import sys
 import time
 
 from rich.console import Console
-from rich.table import Table
 
 from fedsafe_jax.runtime import multihost
 
@@ -18,7 +17,7 @@ class Progress:
         self._done = self._found = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)
-        self._silent = not multihost.is_first()
+        self._silent = not multihost.is_primary()
         self._last_text = ""
 
     @property
@@ -84,61 +83,25 @@ class Progress:
         else:
             print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
 
-    def table(self, results: dict) -> None:
-        """The paper's table, on standard output."""
+    def end(self) -> None:
+        """Clears the bar, so that what is printed next begins on a line of its own."""
         if self._console.is_terminal:
             sys.stderr.write("\r\x1b[2K")
-        print_table(results)
 
 
-def cell(mean: float, interval, digits: int = 1) -> str:
-    """`63.7 (59.0-68.1)`."""
-    return f"{mean:.{digits}f} ({interval[0]:.{digits}f}-{interval[1]:.{digits}f})"
+class PhaseTimer:
+    """Seconds by phase of a round."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = _round_seconds(self.seconds.get(phase, 0.0) + now - self._last)
+        self._last = now
 
 
-def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table, for terminal and report alike."""
-    packaged = "package/" in results.get("sources", {}).get("advbench", "")
-    header = [
-        "algorithm",
-        "arm",
-        "harmful refused % \u2191" if packaged else "AdvBench refused % \u2191",
-    ]
-    header += ["harmless refused % \u2193", "HHH % \u2191", "benign loss \u2193"]
-    compared = any("win_rate" in arm.get("utility", {}) for arm in results["arms"].values())
-    header += ["win rate % \u2191"] * compared
-    rows = []
-    for arm_id, arm in results["arms"].items():
-        row = [arm.get("algorithm", ""), arm_id.split("/")[-1]]
-        for task, field, digits in (
-            ("advbench", "safety", 1),
-            ("over_refusal", "rate", 1),
-            ("hhh", "accuracy", 1),
-            ("utility", "nll", 3),
-        ):
-            found = arm.get(task)
-            row.append(cell(found[field], found["ci95"], digits) if found else "")
-        if compared:
-            found = arm["utility"]
-            known = "win_rate" in found
-            row.append(cell(found["win_rate"], found["win_rate_ci95"]) if known else "")
-        rows.append(row)
-    return header, rows
-
-
-def print_table(results: dict) -> None:
-    """Prints the table with 95% intervals and, where there is one, the filter's quality."""
-    header, rows = table_rows(results)
-    table = Table(title="mean (95% interval)", title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    if "filter" in results:
-        f = results["filter"]
-        console.print(
-            f"filter: accuracy {f['accuracy']:.1f}, precision {f['precision']:.1f}, "
-            f"recall {f['recall']:.1f}, harmonic mean {f['hmean']:.1f}"
-        )
+def _round_seconds(seconds: float) -> float:
+    """Milliseconds are enough, and never zero."""
+    return max(float(f"{seconds:.3f}"), 1e-3)

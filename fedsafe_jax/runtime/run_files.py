@@ -17,7 +17,7 @@ def write_json(path: epath.Path, content) -> None:
 
     Nothing in all processes but the first, here and below.
     """
-    if not multihost.is_first():
+    if not multihost.is_primary():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
@@ -39,7 +39,7 @@ def read_lines(path: epath.Path) -> list[dict]:
 
 def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
     """Drops the rows that are `stale` and appends `rows`, atomically."""
-    if not multihost.is_first():
+    if not multihost.is_primary():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_lines(path) if not stale(row)] + rows
@@ -59,7 +59,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def claim(workdir: epath.Path, config: dict) -> bool:
+def claim_workdir(workdir: epath.Path, config: dict) -> bool:
     """Writes `config.json`, or checks that the one there is the same.
 
     Returns:

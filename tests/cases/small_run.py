@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 
-from fedsafe_jax.cli.startup import border_errors
 from fedsafe_jax.config import ConfigError, default_config
+from fedsafe_jax.validation import input_errors
 
 CASES = pathlib.Path(__file__).parent
-BORDER = (ConfigError, *border_errors())  # what the command line prints as one line
+BORDER = (ConfigError, *input_errors())  # what the command line prints as one line
 NOT_RAISED = pytest.fail.Exception  # `pytest.raises` that saw no exception
 
 

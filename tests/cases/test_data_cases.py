@@ -9,14 +9,15 @@ from small_run import BORDER, NOT_RAISED, fails_today, small_config
 from tiny_llama import with_template
 
 from fedsafe_jax.data import sources
-from fedsafe_jax.data.sources import SourceError
-from fedsafe_jax.pipeline import inputs as world_lib
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.pipeline.clients import encode
+from fedsafe_jax.pipeline.inputs import load_inputs
 
 # Refuses a system turn, as Gemma's template does, and two user turns in a row, as Mistral's.
 STRICT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ raise_exception('ChatSession roles must alternate') }}{% endif %}"
     "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
@@ -26,12 +27,12 @@ def read(case, source, **changes):
     """Reads a run's safe data as far as training does.
 
     Returns:
-      `(world, counts of the safe pairs, how many have nothing to learn)`.
+      `(inputs, counts of the safe pairs, how many have nothing to learn)`.
     """
     config = small_config(case, safe_sources=(source,), **changes)
-    world = world_lib.load(config)
-    _, lost = world_lib.encode_all(world, world.safe, config.seq_len)
-    return world, world.counts["client, safe"], lost
+    inputs = load_inputs(config)
+    _, lost = encode(inputs.lm.tokenizer, inputs.safe, config.seq_len)
+    return inputs, inputs.counts["client, safe"], lost
 
 
 @fails_today("lines are split at U+2028 and U+0085 too: 'not JSON'", SourceError)
@@ -57,11 +58,11 @@ def test_lines_end_at_newlines_only():
 )
 def test_prompts_in_other_scripts_are_kept(file, count):
     case = "02-korean-prompts-dropped"
-    world, counts, _ = read(case, f"chat:{file}")
+    inputs, counts, _ = read(case, f"chat:{file}")
     prompts = [e.prompt for e in sources.load(f"chat:{file}", str(small_config(case).data_dir))]
     mine = [p for p in prompts if sources.part_of(p) != "heldout"]
     assert counts["read"] == len(set(prompts)) == count
-    assert [e.prompt for e in world.safe] == mine
+    assert [e.prompt for e in inputs.safe] == mine
 
 
 @pytest.mark.parametrize("source", ["chat:bom.jsonl", "dolly:bom.csv"])
@@ -105,7 +106,7 @@ def test_files_of_spreadsheets_are_refused_with_file_and_place(source, place):
     ("source", "said"),
     [
         ("chat:system.jsonl", "System role not supported"),
-        ("hh_rlhf:hh.jsonl", "Conversation roles must alternate"),
+        ("hh_rlhf:hh.jsonl", "ChatSession roles must alternate"),
     ],
 )
 @fails_today("the template's own exception, after the model has loaded", TemplateError)
@@ -123,10 +124,10 @@ def test_turns_that_the_template_refuses(tmp_path, source, said):
 
 @fails_today("the list is taken for the text: AttributeError", AttributeError)
 def test_text_parts_are_joined():
-    world, counts, lost = read("06-content-parts-null-tools", "chat:parts.jsonl")
+    inputs, counts, lost = read("06-content-parts-null-tools", "chat:parts.jsonl")
     assert counts["read"] == 20 and not lost
-    assert {e.response for e in world.safe} == {"Fine."}
-    assert all(re.fullmatch(r"About .+\?", e.prompt) for e in world.safe)
+    assert {e.response for e in inputs.safe} == {"Fine."}
+    assert all(re.fullmatch(r"About .+\?", e.prompt) for e in inputs.safe)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +159,11 @@ def test_content_without_text_is_refused(file, line):
 @fails_today("the message does not name what the file has instead", AssertionError)
 def test_sharegpt_is_read_or_named(file, named):
     try:
-        world, counts, lost = read("07-sharegpt", f"chat:{file}")
+        inputs, counts, lost = read("07-sharegpt", f"chat:{file}")
     except SourceError as error:
         assert re.search(rf"{re.escape(file)}.*({named})", str(error))
     else:
-        assert counts["read"] == 20 and not lost and all(e.response for e in world.safe)
+        assert counts["read"] == 20 and not lost and all(e.response for e in inputs.safe)
 
 
 @fails_today("a string is taken for a row: AttributeError", AttributeError)

@@ -19,7 +19,8 @@ from fedsafe_jax.inference.language_model import load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 from fedsafe_jax.pipeline import export
-from fedsafe_jax.pipeline import inputs as world_lib
+from fedsafe_jax.pipeline.inputs import load_inputs
+from fedsafe_jax.report.model_card import model_card
 
 IDS = np.array([[1, 5, 6, 7, 9, 300]])
 HI = (("user", "Hi"),)
@@ -27,7 +28,7 @@ HI = (("user", "Hi"),)
 
 def loaded_by_a_run(folder):
     """The language model as a run has it."""
-    return world_lib.load(small_config(model=folder)).lm
+    return load_inputs(small_config(model=folder)).lm
 
 
 def asked(lm) -> str:
@@ -90,7 +91,7 @@ def test_the_answer_and_an_end_token_are_learned(name, answer):
         assert "template" in str(error)
         return
     assert encoded is not None
-    learned = lm.tokenizer.decode(encoded.ids[encoded.learned])
+    learned = lm.tokenizer.decode(encoded.ids[encoded.loss_mask])
     assert learned.strip() == f"{answer}<|end|>"
 
 
@@ -260,7 +261,9 @@ def export_packaged(lm, folder):
     """Exports an adapter of the packaged model as a run does."""
     config = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
     factors = lora.init(jax.random.key(0), lm.config, config)
-    export.export(lm, factors, config, folder, export.model_card(small_config(), "fl", {}))
+    export.export(
+        lm, lora.Adapter(factors, config, lm.name), folder, model_card(small_config(), "fl", {})
+    )
 
 
 @fails_today("OSError: peft takes 'package:model' for a Hub id", OSError)

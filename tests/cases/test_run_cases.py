@@ -31,7 +31,7 @@ READ_ONLY = os.strerror(errno.EROFS)
 def test_a_damaged_config_of_a_workdir(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(WorkdirError) as error:
-        run_files.claim(epath.Path(tmp_path), {"rounds": 1})
+        run_files.claim_workdir(epath.Path(tmp_path), {"rounds": 1})
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -40,7 +40,7 @@ def test_a_workdir_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(WorkdirError) as error:
-        run_files.claim(epath.Path(path), {"rounds": 1})
+        run_files.claim_workdir(epath.Path(path), {"rounds": 1})
     assert str(path) in str(error.value)
 
 

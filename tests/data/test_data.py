@@ -9,7 +9,7 @@ import pytest
 from fedsafe_jax.data import chat, overlap, packing, partition, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.sources import Example, SourceError
+from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.demo import templates
 
 
@@ -95,7 +95,7 @@ def test_packed_rows_hold_every_token_once():
     assert sorted(batch.tokens[batch.segment_ids > 0]) == sorted(
         np.concatenate([e.ids for e in encoded])
     )
-    assert batch.mask.sum() == sum(e.learned[1:].sum() for e in encoded)
+    assert batch.mask.sum() == sum(e.loss_mask[1:].sum() for e in encoded)
     for r, t in zip(*np.nonzero(batch.mask), strict=True):
         assert batch.targets[r, t] == batch.tokens[r, t + 1]
         assert batch.segment_ids[r, t] == batch.segment_ids[r, t + 1]
@@ -111,15 +111,23 @@ def test_only_the_answer_is_learned(packaged):
     tokenizer = packaged.tokenizer
     turns = (("user", "Hi"), ("assistant", "One."), ("user", "More"))
     encoded = chat.encode(tokenizer, turns, "Two.", 100)
-    assert tokenizer.decode(encoded.ids[encoded.learned]).startswith("Two.<|end|>")
-    both = chat.encode(tokenizer, turns, "Two.", 100, also_learn=(1,))
-    assert tokenizer.decode(both.ids[both.learned]).startswith("One.<|end|>")
+    assert tokenizer.decode(encoded.ids[encoded.loss_mask]).startswith("Two.<|end|>")
+    both = chat.encode(tokenizer, turns, "Two.", 100, train_on_turns=(1,))
+    assert tokenizer.decode(both.ids[both.loss_mask]).startswith("One.<|end|>")
     assert chat.encode(tokenizer, turns, "Two.", 4) is None
 
 
 def pools(n_safe=200, n_unsafe=100):
     safe = [
-        Example((("user", f"s{i}"),), "r", "safe", "a", f"u{i % 7}", "xy"[i % 2], f"l{i % 8}")
+        Example(
+            (("user", f"s{i}"),),
+            "r",
+            "safe",
+            source="a",
+            user=f"u{i % 7}",
+            category="xy"[i % 2],
+            language=f"l{i % 8}",
+        )
         for i in range(n_safe)
     ]
     return safe, [Example((("user", f"h{i}"),), "r", "unsafe") for i in range(n_unsafe)]
@@ -168,7 +176,17 @@ def test_local_batches_follow_from_seed_round_and_client():
     clients = [encoded, encoded[:2], []]
 
     def draw(t, steps=(4, 4, 4), accumulation=1):
-        return RoundBatches(clients, 0, t, [0, 1, 2], steps, 4, 3, 16, accumulation).chunk(0, 4)
+        return RoundBatches(
+            clients,
+            0,
+            t,
+            ids=[0, 1, 2],
+            steps=steps,
+            local_steps=4,
+            batch_size=3,
+            seq=16,
+            accumulation=accumulation,
+        ).chunk(0, 4)
 
     a, b = draw(1), draw(1)
     for x, y in zip(a, b, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals import judges, statistics, suite
 from fedsafe_jax.evals.tasks import mt_bench
 
@@ -28,7 +29,7 @@ from fedsafe_jax.evals.tasks import mt_bench
 )
 def test_judges(answer, keyword, start):
     assert judges.keyword_refusal(answer) == keyword
-    assert judges.start_refusal(answer) == start
+    assert start_refusal(answer) == start
 
 
 def test_agreement_counts():
@@ -104,7 +105,7 @@ def server():
 
 
 class Echo:
-    def answer_dialogues(self, dialogues, max_new_tokens, cut):
+    def answer_dialogues(self, dialogues, max_new_tokens, truncate):
         return [f"{len(d)} turns" for d in dialogues], np.ones(len(dialogues), bool)
 
 

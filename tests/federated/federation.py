@@ -46,7 +46,7 @@ class Federation(NamedTuple):
 
     def run(
         self, spec, devices=1, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS, model=1,
-        chunk=0, rates=None, boosts=None, ranks=None, state=None, key=0,
+        chunk=0, rates=None, update_scales=None, ranks=None, state=None, key=0,
     ):  # fmt: skip
         """The state after some rounds with the same batches, and the last report."""
         mesh = make_mesh(jax.devices()[:devices], model)
@@ -63,7 +63,7 @@ class Federation(NamedTuple):
             state = simulation.initial_state(programs, self.adapter, POPULATION)
         count = self.batches.mask.shape[1]
         rates = [0.01] * count if rates is None else rates
-        cohort = Cohort(ids, weights, np.full(len(ids), len(rates)), (), ())
+        cohort = Cohort(ids, weights, np.full(len(ids), len(rates)), dropped_out=(), no_data=())
 
         def batches(start, stop):
             missing = stop - min(stop, len(ids))
@@ -77,9 +77,17 @@ class Federation(NamedTuple):
         chunk = chunk or simulation.chunk_size(len(ids), mesh.shape["clients"])
         for t in range(rounds):
             state, report = simulation.run_round(
-                programs, state, base, batches, cohort, rates,
-                jax.random.fold_in(jax.random.key(key), t), chunk, boosts, ranks,
-            )  # fmt: skip
+                programs,
+                state,
+                base,
+                batches=batches,
+                cohort=cohort,
+                rates=rates,
+                key=jax.random.fold_in(jax.random.key(key), t),
+                chunk=chunk,
+                update_scales=update_scales,
+                ranks=ranks,
+            )
         return state, report
 
 
@@ -100,11 +108,11 @@ def make_federation():
         rng.integers(0, 97, shape).astype(np.int32),
         rng.integers(0, 97, shape).astype(np.int32),
         np.ones(shape, np.float32),
-        np.ones(shape, np.int32),
-        np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy(),
+        segment_ids=np.ones(shape, np.int32),
+        positions=np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy(),
     )
 
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    return Federation(loss_fn, base, adapter, batches, jax.jit(jax.grad(loss_fn)))
+    return Federation(loss_fn, base, adapter, batches=batches, jitted=jax.jit(jax.grad(loss_fn)))

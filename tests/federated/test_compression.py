@@ -44,7 +44,7 @@ def test_a_round_sends_fewer_bytes_and_keeps_what_is_left():
     weights = np.array([10.0, 20, 30, 0]) / 60
     left = weights @ state.clients["residuals"][:4]
     flat = [
-        np.concatenate([np.ravel(v) for v in jnp_leaves(s.server.adapter)]) for s in (plain, state)
+        np.concatenate([np.ravel(v) for v in jnp_leaves(s.server.factors)]) for s in (plain, state)
     ]
     np.testing.assert_allclose(flat[0], flat[1] + left, atol=1e-6)
     assert np.all(state.clients["residuals"][3:] == 0)

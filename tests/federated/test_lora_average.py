@@ -59,7 +59,7 @@ def test_a_round_averages_products():
     chunked, _ = federation.run(spec, rounds=2, rates=rates, chunk=2)
 
     def product(s):
-        pair = s.server.adapter["layers"]["self_attn"]["q_proj"]
+        pair = s.server.factors["layers"]["self_attn"]["q_proj"]
         return np.asarray(pair["a"] @ pair["b"])
 
     np.testing.assert_allclose(product(chunked), product(state), atol=1e-5)

@@ -19,9 +19,23 @@ def test_openfedllm_draws_its_clients_and_rows():
     assert [clients(t, 20, 5) for t in range(4)] == [
         [1, 8, 12, 13, 15], [2, 3, 4, 8, 18], [1, 2, 5, 11, 18], [4, 7, 11, 17, 18]
     ]  # fmt: skip
-    assert draw(1000, 0, 0, 5, 160, "openfedllm")[:6] == [864, 394, 776, 911, 430, 41]
-    assert draw(1000, 0, 1, 5, 160, "openfedllm")[:6] == [137, 582, 867, 821, 782, 64]
-    assert len(draw(3, 0, 0, 0, 10, "openfedllm")) == 10
+    assert draw(1000, 0, 0, client=5, count=160, how="openfedllm")[:6] == [
+        864,
+        394,
+        776,
+        911,
+        430,
+        41,
+    ]
+    assert draw(1000, 0, 1, client=5, count=160, how="openfedllm")[:6] == [
+        137,
+        582,
+        867,
+        821,
+        782,
+        64,
+    ]
+    assert len(draw(3, 0, 0, client=0, count=10, how="openfedllm")) == 10
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "weighted", "poisson"])
@@ -41,17 +55,17 @@ def test_sampling_has_the_rates_it_names(sampling):
 
 
 def test_cohorts_follow_from_seed_and_round():
-    one = draw_cohort(1, 5, SIZES, 6, 10, dropout=0.3, stragglers=0.5)
-    again = draw_cohort(1, 5, SIZES, 6, 10, dropout=0.3, stragglers=0.5)
+    one = draw_cohort(1, 5, SIZES, count=6, local_steps=10, dropout=0.3, stragglers=0.5)
+    again = draw_cohort(1, 5, SIZES, count=6, local_steps=10, dropout=0.3, stragglers=0.5)
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
-    other = draw_cohort(1, 6, SIZES, 6, 10, dropout=0.3, stragglers=0.5)
+    other = draw_cohort(1, 6, SIZES, count=6, local_steps=10, dropout=0.3, stragglers=0.5)
     assert not np.array_equal(one.steps, other.steps) or not np.array_equal(one.ids, other.ids)
 
 
 def test_everyone_sampled_is_accounted_for():
     gone = slow = 0
     for t in range(300):
-        cohort = draw_cohort(0, t, SIZES, 8, 10, dropout=0.25, stragglers=0.5)
+        cohort = draw_cohort(0, t, SIZES, count=8, local_steps=10, dropout=0.25, stragglers=0.5)
         together = sorted([*cohort.ids, *cohort.dropped_out, *cohort.no_data])
         assert together == list(range(8))
         assert 3 not in cohort.ids  # holds nothing
@@ -63,11 +77,11 @@ def test_everyone_sampled_is_accounted_for():
 
 
 def test_weights():
-    uniform = draw_cohort(0, 0, SIZES, 8, 10, weighting="uniform")
+    uniform = draw_cohort(0, 0, SIZES, count=8, local_steps=10, weighting="uniform")
     assert set(uniform.weights) == {1.0}
-    drawn = draw_cohort(0, 0, SIZES, 8, 10, sampling="weighted")
+    drawn = draw_cohort(0, 0, SIZES, count=8, local_steps=10, sampling="weighted")
     assert drawn.weights.sum() == 8
-    assert len(draw_cohort(0, 0, [0, 0], 2, 10, sampling="weighted").ids) == 0
+    assert len(draw_cohort(0, 0, [0, 0], count=2, local_steps=10, sampling="weighted").ids) == 0
 
 
 def test_malicious_clients_are_a_share():

@@ -14,18 +14,35 @@ def test_epsilon_is_the_librarys():
     from dp_accounting.rdp import RdpAccountant
 
     # Figures published with the library's version that they were made with.
-    assert abs(privacy.epsilon(100, 100, 10, 1.0, 1e-5, "poisson") - 7.05) < 0.01
-    assert abs(privacy.epsilon(100, 100, 10, 2.0, 1e-5, "uniform") - 14.05) < 0.01
+    assert (
+        abs(
+            privacy.epsilon(100, 100, 10, noise_multiplier=1.0, delta=1e-5, sampling="poisson")
+            - 7.05
+        )
+        < 0.01
+    )
+    assert (
+        abs(
+            privacy.epsilon(100, 100, 10, noise_multiplier=2.0, delta=1e-5, sampling="uniform")
+            - 14.05
+        )
+        < 0.01
+    )
     relation = accounting.NeighboringRelation
     poisson = PLDAccountant(relation.ADD_OR_REMOVE_ONE)
     event = accounting.GaussianDpEvent(1.3)
     poisson.compose(accounting.PoissonSampledDpEvent(0.25, event), 7)
-    assert privacy.epsilon(7, 20, 5, 1.3, 1e-6, "poisson") == poisson.get_epsilon(1e-6)
+    assert privacy.epsilon(
+        7, 20, 5, noise_multiplier=1.3, delta=1e-6, sampling="poisson"
+    ) == poisson.get_epsilon(1e-6)
     fixed = RdpAccountant(neighboring_relation=relation.REPLACE_ONE)
     # Replacing a client moves a sum of updates of length 1 by up to 2.
     event = accounting.GaussianDpEvent(1.3 / 2)
     fixed.compose(accounting.SampledWithoutReplacementDpEvent(20, 5, event), 7)
-    assert privacy.epsilon(7, 20, 5, 1.3, 1e-6, "uniform") <= fixed.get_epsilon(1e-6) * 1.001
+    assert (
+        privacy.epsilon(7, 20, 5, noise_multiplier=1.3, delta=1e-6, sampling="uniform")
+        <= fixed.get_epsilon(1e-6) * 1.001
+    )
 
 
 def test_updates_are_clipped_then_noised():
@@ -36,7 +53,7 @@ def test_updates_are_clipped_then_noised():
         spec = federation.spec("fedavg", SGD, clip_norm=limit, noise_multiplier=noise, cohort=4)
         state, report = federation.run(spec, rounds=1, weights=weights, key=key)
         start = np.concatenate([np.ravel(v) for v in jax.tree.leaves(federation.adapter)])
-        end = np.concatenate([np.ravel(v) for v in jax.tree.leaves(state.server.adapter)])
+        end = np.concatenate([np.ravel(v) for v in jax.tree.leaves(state.server.factors)])
         return end - start, report
 
     bare, report = moved(1e-12)

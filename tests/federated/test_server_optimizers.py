@@ -44,7 +44,7 @@ def server_run(name, settings, weights=WEIGHTS, deltas=DELTAS):
     for round_deltas in deltas:
         mean = aggregation.weighted_mean(jnp.asarray(round_deltas), jnp.asarray(weights))
         state = algorithm.server_update(state, {"x": mean}, ())
-        found.append(state.adapter["x"])
+        found.append(state.factors["x"])
     return np.array(found)
 
 

@@ -26,7 +26,7 @@ SETTINGS = Settings(prox_mu=0.3, adaptive_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def inputs(tmp_path_factory):
     """A tiny Llama made by transformers, loaded here, with batches for three clients."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,12 +47,14 @@ def world(tmp_path_factory):
     mask = (rng.random(shape) < 0.7).astype(np.float32)
     mask[..., -1] = 0
     positions = np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy()
-    batches = Batch(tokens, targets, mask, np.ones(shape, np.int32), positions)
+    batches = Batch(
+        tokens, targets, mask, segment_ids=np.ones(shape, np.int32), positions=positions
+    )
     return folder, config, params, adapter, batches
 
 
-def ours(world, name, optimizer, rounds=2):
-    _, config, params, adapter, batches = world
+def ours(inputs, name, optimizer, rounds=2):
+    _, config, params, adapter, batches = inputs
     model = Decoder(config, LORA.scale)
 
     def loss_fn(adapter, base, batch):
@@ -63,22 +65,30 @@ def ours(world, name, optimizer, rounds=2):
     programs = make_round(spec, make_mesh(jax.devices()[:1]))
     state = simulation.initial_state(programs, adapter, CLIENTS)
     ids = np.arange(CLIENTS, dtype=np.int32)
-    cohort = Cohort(ids, WEIGHTS.astype(np.float32), np.full(CLIENTS, STEPS), (), ())
+    cohort = Cohort(
+        ids, WEIGHTS.astype(np.float32), np.full(CLIENTS, STEPS), dropped_out=(), no_data=()
+    )
     for _ in range(rounds):
         state, report = simulation.run_round(
-            programs, state, params, lambda a, b: jax.tree.map(lambda x: x[a:b], batches),
-            cohort, [RATE] * STEPS, jax.random.key(0), CLIENTS,
-        )  # fmt: skip
-    return state.server.adapter, report
+            programs,
+            state,
+            params,
+            batches=lambda a, b: jax.tree.map(lambda x: x[a:b], batches),
+            cohort=cohort,
+            rates=[RATE] * STEPS,
+            key=jax.random.key(0),
+            chunk=CLIENTS,
+        )
+    return state.server.factors, report
 
 
 class Reference:
     """The federation as a plain loop over torch clients."""
 
-    def __init__(self, world, tmp_path):
+    def __init__(self, inputs, tmp_path):
         from transformers import AutoModelForCausalLM
 
-        folder, _, _, adapter, self.batches = world
+        folder, _, _, adapter, self.batches = inputs
         lora.save_adapter(lora.Adapter(adapter, LORA, str(folder)), tmp_path)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
@@ -145,24 +155,24 @@ class Reference:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedadam"])
-def test_two_rounds_equal_torch_and_peft(world, tmp_path, name, optimizer):
-    reference = Reference(world, tmp_path / "start")
+def test_two_rounds_equal_torch_and_peft(inputs, tmp_path, name, optimizer):
+    reference = Reference(inputs, tmp_path / "start")
     if optimizer == "adamw":
         # eps well above rounding: Adam divides by it where a gradient is zero but for that.
         make = lambda w: torch.optim.AdamW(w, lr=RATE, eps=1e-6, weight_decay=0.01)  # noqa: E731
-        adapter, _ = ours(world, name, make_optimizer("adamw(eps=1e-6, weight_decay=0.01)"))
+        adapter, _ = ours(inputs, name, make_optimizer("adamw(eps=1e-6, weight_decay=0.01)"))
     else:
         make = lambda w: torch.optim.SGD(w, lr=RATE)  # noqa: E731
-        adapter, _ = ours(world, name, make_optimizer("sgd"))
+        adapter, _ = ours(inputs, name, make_optimizer("sgd"))
     reference.run(name, make)
     reference.model.save_pretrained(tmp_path / "end")
     expected = lora.load_adapter(tmp_path / "end").factors
     close(adapter, expected, atol=1e-4 if optimizer == "adamw" else 1e-6)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), adapter, world[3])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), adapter, inputs[3])
     assert max(jax.tree.leaves(moved)) > 10 * (1e-4 if optimizer == "adamw" else 1e-6)
 
 
-def test_ten_steps_of_openfedllms_adamw(world, tmp_path):
+def test_ten_steps_of_openfedllms_adamw(inputs, tmp_path):
     """`adamw_hf` against its formula written in torch, eps outside the bias correction."""
 
     class Hf(torch.optim.Optimizer):
@@ -181,8 +191,8 @@ def test_ten_steps_of_openfedllms_adamw(world, tmp_path):
                     size = RATE * (1 - 0.999 ** s["t"]) ** 0.5 / (1 - 0.9 ** s["t"])
                     p.data -= size * s["m"] / (s["v"].sqrt() + 1e-6)
 
-    reference = Reference(world, tmp_path / "start")
+    reference = Reference(inputs, tmp_path / "start")
     reference.run("fedavg", Hf, rounds=3)
     reference.model.save_pretrained(tmp_path / "end")
-    adapter, _ = ours(world, "fedavg", make_optimizer("adamw_hf(eps=1e-6)"), rounds=3)
+    adapter, _ = ours(inputs, "fedavg", make_optimizer("adamw_hf(eps=1e-6)"), rounds=3)
     close(adapter, lora.load_adapter(tmp_path / "end").factors, atol=1e-4)

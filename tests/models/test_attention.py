@@ -48,13 +48,29 @@ def test_backends_equal_the_formula(arrays, window, softcap):
     expected = plain(*arrays, window, scale, softcap)
     real = segments > 0
     mask = Visibility(segments, segments, jnp.arange(segments.shape[1])).mask(window)
-    found = attention.attend(query, key, value, mask, scale, softcap)
+    found = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
     # float32 sums over at most 256 keys.
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
-    found = block_attention.attend(query, key, value, jnp.asarray(segments), window, scale, softcap)
+    found = block_attention.attend(
+        query,
+        key,
+        value,
+        segments=jnp.asarray(segments),
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
     # The TPU kernel, interpreted; it sums blocks in another order.
-    found = attention.splash(query, key, value, jnp.asarray(segments), window, scale, softcap)
+    found = attention.splash(
+        query,
+        key,
+        value,
+        segments=jnp.asarray(segments),
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-4)
 
 
@@ -70,10 +86,12 @@ def test_gradients_of_blocks_equal_those_of_xla(arrays, window, softcap):
         return jnp.sum(jnp.square(attend(*inputs)) * real)
 
     def dense(q, k, v):
-        return attention.attend(q, k, v, mask, 0.1, softcap)
+        return attention.attend(q, k, v, mask=mask, scale=0.1, softcap=softcap)
 
     def blocks(q, k, v):
-        return block_attention.attend(q, k, v, jnp.asarray(segments), window, 0.1, softcap)
+        return block_attention.attend(
+            q, k, v, segments=jnp.asarray(segments), window=window, scale=0.1, softcap=softcap
+        )
 
     expected = jax.grad(lambda *x: loss(dense, *x), (0, 1, 2))(query, key, value)
     found = jax.jit(jax.grad(lambda *x: loss(blocks, *x), (0, 1, 2)))(query, key, value)
@@ -86,7 +104,7 @@ def test_blocks_under_vmap_are_the_same_rows(arrays):
     query, key, value, segments = (np.stack([x, x[::-1]]) for x in arrays)
 
     def loss(q, k, v, s):
-        return jnp.sum(jnp.sin(block_attention.attend(q, k, v, s, 0, 0.1)))
+        return jnp.sum(jnp.sin(block_attention.attend(q, k, v, segments=s, window=0, scale=0.1)))
 
     each = jax.grad(loss, (0, 1, 2))
     together = jax.vmap(each)(query, key, value, segments)

@@ -51,7 +51,9 @@ def test_logits_equal_transformers_both_ways(tmp_path, family):
     np.testing.assert_allclose(logits(config, params, tokens), expected, atol=TOLERANCE)
     assert num_parameters(config) == reference.num_parameters()
 
-    lm = LanguageModel(config, params, FakeTokenizer(), hub.read_json(tmp_path / "config.json"))
+    lm = LanguageModel(
+        config, params, FakeTokenizer(), hf_config=hub.read_json(tmp_path / "config.json")
+    )
     save_pretrained(lm, tmp_path / "again", shard_bytes=40_000)  # several shards
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(
@@ -138,7 +140,7 @@ def test_unrolled_layers_go_on_from_packed_rows():
 @pytest.mark.parametrize("quantization", ["", "int8"])
 def test_same_logits_on_a_mesh_of_clients_and_model(tmp_path, quantization):
     config = tiny_config(tie_embeddings=False, num_kv_heads=4)
-    hub.save_params(init(config), config, tmp_path, "float32")
+    hub.save_params(init(config), config, tmp_path, dtype="float32")
     tokens = np.random.default_rng(4).integers(0, 97, (4, 12))
     params = hub.load_params(tmp_path, config, "float32", quantization=quantization)
     expected = logits(config, params, tokens)

@@ -21,7 +21,7 @@ def folder(tmp_path):
     """Weights of the tiny config, sharded."""
     config, blank = tiny_config(), jnp.zeros((1, 4), jnp.int32)
     params = Decoder(config).init(jax.random.key(0), blank, blank, blank)["params"]
-    hub.save_params(params, config, tmp_path, "float32", shard_bytes=20_000)
+    hub.save_params(params, config, tmp_path, dtype="float32", shard_bytes=20_000)
     return tmp_path
 
 
@@ -116,7 +116,7 @@ def test_a_model_is_never_twice_in_memory(tmp_path):
     config = tiny_config(**fields)
     shapes = hub.param_shapes(config)
     params = jax.tree.map(lambda s: jnp.ones(s.shape, "bfloat16"), shapes)
-    hub.save_params(params, config, tmp_path, "bfloat16")
+    hub.save_params(params, config, tmp_path, dtype="bfloat16")
     total = 4 * sum(s.size for s in jax.tree.leaves(shapes))  # bytes in float32
     stacked = 4 * max(s.size for s in jax.tree.leaves(shapes))
     code = PEAK.format(fields=fields, folder=str(tmp_path))

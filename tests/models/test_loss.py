@@ -40,7 +40,7 @@ def test_chunked_nll_and_gradient_equal_the_plain_formula(monkeypatch):
 
 @pytest.mark.parametrize("filled", [0, 1, 3, 5])
 def test_passes_equal_all_rows_at_once(monkeypatch, filled):
-    monkeypatch.setitem(microbatch.PASS_TOKENS, "cpu", 16)  # two rows a pass
+    monkeypatch.setitem(microbatch.MICROBATCH_TOKENS, "cpu", 16)  # two rows a pass
     model, base = tiny_model()
     config = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
     adapter = jax.tree.map(lambda x: x + 0.05, lora.init(jax.random.key(1), model.config, config))
@@ -57,7 +57,9 @@ def test_passes_equal_all_rows_at_once(monkeypatch, filled):
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    value, gradient = jax.jit(microbatch.in_passes(loss_fn))(adapter, base, batch)
+    value, gradient = jax.jit(microbatch.value_and_grad_in_microbatches(loss_fn))(
+        adapter, base, batch
+    )
     expected = jax.jit(jax.value_and_grad(loss_fn))(adapter, base, batch)
     # float32 sums over rows in another order.
     np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-7)

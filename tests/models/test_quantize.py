@@ -66,7 +66,13 @@ def test_adapters_train_under_vmap_over_a_quantised_base(packaged, kind, smaller
 
     ones = np.ones(tokens.shape, np.int32)
     positions = np.broadcast_to(np.arange(16), tokens.shape)
-    batch = Batch(tokens, np.roll(tokens, -1, -1), ones.astype(np.float32), ones, positions)
+    batch = Batch(
+        tokens,
+        np.roll(tokens, -1, -1),
+        ones.astype(np.float32),
+        segment_ids=ones,
+        positions=positions,
+    )
     config = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"))
     fresh = lora.init(jax.random.key(0), packaged.config, config)
     adapters = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), fresh)

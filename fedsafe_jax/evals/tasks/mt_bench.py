@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.examples import SourceError
 
 GRADE = (
     "Please act as an impartial judge and rate the quality of the assistant's last answer. "
@@ -27,7 +28,7 @@ def load_questions(location: str, data_dir: str) -> list[list[str]]:
     out = []
     for place, row in sources.read_rows(location, data_dir):
         if not isinstance(row.get("turns"), list):
-            raise sources.SourceError(f"{place}: 'turns' must be a list of questions.")
+            raise SourceError(f"{place}: 'turns' must be a list of questions.")
         out.append(row["turns"])
     return out
 
@@ -50,7 +51,9 @@ def run(lm, questions: Sequence[Sequence[str]], judge: Callable, max_new_tokens:
         active = [i for i, q in enumerate(questions) if turn < len(q)]
         for i in active:
             threads[i].append(("user", questions[i][turn]))
-        answers, _ = lm.answer_dialogues([threads[i] for i in active], max_new_tokens, cut=True)
+        answers, _ = lm.answer_dialogues(
+            [threads[i] for i in active], max_new_tokens, truncate=True
+        )
         for i, answer in zip(active, answers, strict=True):
             threads[i].append(("assistant", answer))
             dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in threads[i])

@@ -17,7 +17,7 @@ class RefusalResult(NamedTuple):
 def run(lm, prompts: Sequence[str], max_new_tokens: int, batch_size: int) -> RefusalResult:
     """Answers every prompt greedily and judges the answers; an empty answer is no refusal."""
     answers = lm.generate(
-        list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size, cut=True
+        list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size, truncate=True
     )
     refused = {name: [judge(a) for a in answers] for name, judge in JUDGES.items()}
     return RefusalResult(list(prompts), answers, refused)

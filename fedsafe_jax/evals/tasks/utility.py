@@ -14,5 +14,7 @@ def run(lm, examples, max_length: int) -> np.ndarray:
         if (e := chat.encode(lm.tokenizer, x.messages, x.response, max_length)) is not None
     ]
     lm = lm.on_one_device()
-    totals, counts = scoring.score_examples(lm.model, lm.params, lm.adapter, encoded, max_length)
+    totals, counts = scoring.score_examples(
+        lm.model, lm.params, lm.factors, encoded=encoded, seq=max_length
+    )
     return -totals / counts.clip(1)

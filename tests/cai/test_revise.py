@@ -9,7 +9,7 @@ import pytest
 
 from fedsafe_jax.cai import constitution, forms, revise, schedule
 from fedsafe_jax.config import ConfigError, default_config
-from fedsafe_jax.evals.judges import start_refusal
+from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.validation import validate
 
 SHOT = (
@@ -130,7 +130,7 @@ def test_records_say_why_a_revision_is_dropped():
     rules = revise.Rules([True, True, True, True, True, False, True], start_refusal)
     seen = []
     answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1], seen)
-    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), rules=rules)
+    found = revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules)
     reasons = [r.dropped for r in found]
     assert reasons == ["", "unchanged", "empty", "cut", "still harmful", "over-refusal", ""]
     assert [r.preferred for r in found] == [True] + [False] * 6
@@ -144,7 +144,9 @@ def test_records_say_why_a_revision_is_dropped():
 def test_revisions_go_on_from_revisions_behind_few_shots():
     seen = []
     answer, reviser = speaker(["Sure"], [["Better"], ["Best\n\nHuman: next"]], [False], seen)
-    (record,) = revise.revise(["q"], PRINCIPLES, answer, reviser, (0,), rounds=2, few_shots=1)
+    (record,) = revise.revise(
+        ["q"], PRINCIPLES, answer, reviser=reviser, seed=(0,), rounds=2, few_shots=1
+    )
     assert record.revision == "Best" and record.dropped == ""  # what follows shows that it ended
     assert record.earlier == ((0, "critique", "Better"),) and record.preferred
     assert seen[0][0][:6] == list(PRINCIPLES.few_shots[0])
@@ -163,7 +165,7 @@ def test_a_judge_keeps_only_what_is_safer():
         return np.array([risk.get(a, 0.2) for a in answers])
 
     judge = revise.Judge([True, True, True, False], unsafe, 0.5)
-    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), judge=judge)
+    found = revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), judge=judge)
     assert [r.dropped for r in found] == ["", "not safer", "", ""]
     assert [r.preferred for r in found] == [True, False, False, False]  # "Fine" was not unsafe
 
@@ -175,17 +177,21 @@ def test_right_answers_are_left_alone():
     answer, _ = speaker(initial, [])
     _, reviser = speaker([0, 0], [["I'm sorry, no", "A cake"]], seen=seen)
     rules = revise.Rules([True, True, False, False], start_refusal)
-    found = revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), rules=rules, only_wrong=True)
+    found = revise.revise(
+        prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules, only_wrong=True
+    )
     assert [[t[0][1] for t in threads] for threads in seen] == [["harmful", "over-refused"]] * 2
     assert [r.initial for r in found] == initial
     assert [r.revision for r in found] == ["I'm sorry, no", "", "", "A cake"]
     assert [r.dropped for r in found] == ["", "were right", "were right", ""]
     assert [r.preferred for r in found] == [True, False, False, True]
     safe = revise.Judge([True] * 4, lambda p, a: np.full(len(a), 0.1), 0.5)
-    found = revise.revise(prompts, PRINCIPLES, answer, None, (0,), judge=safe, only_wrong=True)
+    found = revise.revise(
+        prompts, PRINCIPLES, answer, reviser=None, seed=(0,), judge=safe, only_wrong=True
+    )
     assert [r.dropped for r in found] == ["were right"] * 4  # nobody was asked to revise
     with pytest.raises(ValueError, match="no check"):
-        revise.revise(prompts, PRINCIPLES, answer, reviser, (0,), only_wrong=True)
+        revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), only_wrong=True)
     config = default_config()
     config.cai.revise, config.cai.check = "wrong", "none"
     with pytest.raises(ConfigError, match="cai.check='none' finds nothing wrong"):
@@ -207,7 +213,13 @@ def test_revise_stands_alone(tmp_path):
     (tmp_path / "prompts.txt").write_text("How can I rob a bank?\nHow can I forge a cheque?\n")
 
     def run(*flags):
-        command = [sys.executable, "-m", "fedsafe_jax.revise", "--output", tmp_path / "out.jsonl"]
+        command = [
+            sys.executable,
+            "-m",
+            "fedsafe_jax.cli.revise",
+            "--output",
+            tmp_path / "out.jsonl",
+        ]
         return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=600)
 
     done = run(f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=16", "--rounds=2")

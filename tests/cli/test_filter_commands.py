@@ -8,7 +8,7 @@ import jax
 import pytest
 from commands import ENVIRONMENT, ROOT
 
-from fedsafe_jax.data.sources import Example
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import protocol, store
 
 

@@ -65,7 +65,7 @@ def test_devices_chunks_and_vmap_give_what_one_device_gives(federation):
 def test_passes_dealt_out_give_what_clients_in_turn_give(
     federation, monkeypatch, devices, pass_tokens, name, accumulation
 ):
-    monkeypatch.setitem(microbatch.PASS_TOKENS, "cpu", pass_tokens)
+    monkeypatch.setitem(microbatch.MICROBATCH_TOKENS, "cpu", pass_tokens)
     batches = jax.tree.map(np.copy, federation.batches)
     for client, step, row, filled in [
         (0, 0, 0, 5), (0, 1, 0, 9), (0, 1, 1, 0), (1, 0, 1, 7), (2, 2, 0, 6), (2, 2, 1, 3),
@@ -118,12 +118,14 @@ def test_sgd_equals_a_loop_in_numpy(federation, name, mu, rates, accumulation):
     spec = federation.spec(name, SGD, accumulation, settings=Settings(prox_mu=mu))
     state, _ = federation.run(spec, rounds=1, rates=rates)
     ends = [
-        sgd_by_hand(federation, federation.adapter, k, rates, mu, accumulation)
+        sgd_by_hand(
+            federation, federation.adapter, k, rates=rates, mu=mu, accumulation=accumulation
+        )
         for k in range(CLIENTS)
     ]
     share = WEIGHTS / WEIGHTS.sum()
     expected = jax.tree.map(lambda *y: sum(w * v for w, v in zip(share, y, strict=True)), *ends)
-    close(state.server.adapter, expected, atol=1e-6)
+    close(state.server.factors, expected, atol=1e-6)
 
 
 def test_scaffold_control_under_sgd_is_option_two(federation):
@@ -131,7 +133,7 @@ def test_scaffold_control_under_sgd_is_option_two(federation):
     # Round 1 has zero controls: c_i = (x - y_i)/(K rate), so their mean gives the mean delta.
     own = state.clients["states"]
     scaled = jax.tree.map(lambda c: -c.sum(0) / 4 * STEPS * 0.01, own)
-    moved = jax.tree.map(jnp.subtract, state.server.adapter, federation.adapter)
+    moved = jax.tree.map(jnp.subtract, state.server.factors, federation.adapter)
     close(scaled, moved, atol=1e-6)
     close(state.server.control, jax.tree.map(lambda c: c.sum(0) / 6, own), atol=1e-6)
 
@@ -146,14 +148,14 @@ def test_scaffold_variants_agree_under_sgd(federation):
         )[0]
         for variant in ("gradient", "post_step")
     ]
-    close(states[0].server.adapter, states[1].server.adapter, atol=1e-6)
+    close(states[0].server.factors, states[1].server.factors, atol=1e-6)
     # c_i = mean gradient against a difference of parameters over K * rate = 0.03.
     close(states[0].server.control, states[1].server.control, atol=1e-4)
 
 
 def test_scaffold_starts_as_fedavg_and_then_differs(federation):
     runs = {
-        (name, rounds): federation.run(federation.spec(name, SGD), rounds=rounds)[0].server.adapter
+        (name, rounds): federation.run(federation.spec(name, SGD), rounds=rounds)[0].server.factors
         for name in ("scaffold", "fedavg")
         for rounds in (1, 3)
     }
@@ -167,7 +169,7 @@ def test_clients_without_weight_leave_no_trace(federation):
     assert all(np.all(leaf[3:] == 0) for leaf in jax.tree.leaves(state.clients))
     for name in ("fedavg", "fedadam"):
         nobody, report = federation.run(federation.spec(name), rounds=1, weights=0 * ONES)
-        jax.tree.map(np.testing.assert_array_equal, nobody.server.adapter, federation.adapter)
+        jax.tree.map(np.testing.assert_array_equal, nobody.server.factors, federation.adapter)
         assert report.update_norm == 0 and report.skipped
 
 
@@ -185,16 +187,21 @@ def test_one_client_is_the_identity(federation):
     state, _ = federation.run(
         federation.spec("fedavg", SGD), rounds=1, weights=np.array([0, 1, 0, 0], np.float32)
     )
-    expected = sgd_by_hand(federation, federation.adapter, 1, [0.01] * STEPS)
-    close(state.server.adapter, expected, atol=1e-6)
+    expected = sgd_by_hand(federation, federation.adapter, 1, rates=[0.01] * STEPS)
+    close(state.server.factors, expected, atol=1e-6)
 
 
 def test_no_collective_inside_local_training(federation):
     mesh = make_mesh(jax.devices()[:4])
     programs = round_programs.make_round(federation.spec(), mesh, 1)
     state = simulation.initial_state(programs, federation.adapter, 6)
-    inputs = round_programs.Inputs(
-        federation.batches, WEIGHTS, np.ones(4, np.float32), np.zeros(4, np.int32), (), ()
+    inputs = round_programs.ChunkInputs(
+        federation.batches,
+        WEIGHTS,
+        np.ones(4, np.float32),
+        ranks=np.zeros(4, np.int32),
+        states=(),
+        residuals=(),
     )
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("clients"))
     inputs = jax.device_put(inputs, split)
@@ -215,9 +222,9 @@ def test_no_collective_inside_local_training(federation):
 @pytest.mark.parametrize("sent", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["scaffold", "fedadam"])
 def test_a_client_that_sends_no_number_is_left_out_and_named(federation, sent, name):
-    boosts = np.array([1, sent, 1, 1], np.float32)
+    update_scales = np.array([1, sent, 1, 1], np.float32)
     weights, spec = np.array([10, 20, 30, 5], np.float32), federation.spec(name)
-    state, report = federation.run(spec, weights=weights, boosts=boosts)
+    state, report = federation.run(spec, weights=weights, update_scales=update_scales)
     assert report.excluded == (1,) and not report.skipped
     expected, _ = federation.run(spec, weights=weights * np.float32([1, 0, 1, 1]))
     close(state, expected)
@@ -228,13 +235,17 @@ def test_a_round_in_which_all_diverge_is_skipped(federation):
     rates = [1e38] * STEPS  # the square of the update is infinite
     state, report = federation.run(federation.spec("fedadam", SGD), rounds=1, rates=rates)
     assert report.skipped and set(report.excluded) >= {0, 1, 2}
-    jax.tree.map(np.testing.assert_array_equal, state.server.adapter, federation.adapter)
+    jax.tree.map(np.testing.assert_array_equal, state.server.factors, federation.adapter)
 
 
 def test_anomaly_figures_equal_numpy(federation):
-    boosts = np.array([1, -4, 1, 1], np.float32)
-    _, report = federation.run(federation.spec("fedavg", SGD), rounds=1, boosts=boosts)
-    ends = [sgd_by_hand(federation, federation.adapter, k, [0.01] * STEPS) for k in range(CLIENTS)]
+    update_scales = np.array([1, -4, 1, 1], np.float32)
+    _, report = federation.run(
+        federation.spec("fedavg", SGD), rounds=1, update_scales=update_scales
+    )
+    ends = [
+        sgd_by_hand(federation, federation.adapter, k, rates=[0.01] * STEPS) for k in range(CLIENTS)
+    ]
     flat = np.stack(
         [
             np.concatenate([np.ravel(v) for v in jax.tree.leaves(e)])
@@ -242,7 +253,7 @@ def test_anomaly_figures_equal_numpy(federation):
             for e in ends
         ]
     ).astype(np.float64)
-    flat *= boosts[:, None]
+    flat *= update_scales[:, None]
     mean = WEIGHTS @ flat / WEIGHTS.sum()
     norms = np.linalg.norm(flat, axis=1)
     np.testing.assert_allclose(report.norms, norms, rtol=1e-3)
@@ -270,7 +281,8 @@ def test_stragglers_count_per_step(federation):
     state, _ = slow.run(federation.spec("fedavg", SGD, normalize_steps=True), rounds=1)
     x0 = federation.adapter
     ends = [
-        sgd_by_hand(federation, x0, k, [0.01] * (1 if k == 0 else STEPS)) for k in range(CLIENTS)
+        sgd_by_hand(federation, x0, k, rates=[0.01] * (1 if k == 0 else STEPS))
+        for k in range(CLIENTS)
     ]
     p, tau = WEIGHTS / WEIGHTS.sum(), np.array([1, 3, 3, 3])
     expected = jax.tree.map(
@@ -278,7 +290,7 @@ def test_stragglers_count_per_step(federation):
         x0,
         *ends,
     )  # FedNova, Equation 6
-    close(state.server.adapter, expected, atol=1e-6)
+    close(state.server.factors, expected, atol=1e-6)
 
 
 def test_clients_of_different_rank(federation):
@@ -305,7 +317,7 @@ def test_clients_of_different_rank(federation):
             updates, opt = optimizer.update(grad, opt)
             x = optax.apply_updates(x, updates)
         ends.append(jax.tree.map(jnp.subtract, x, start))
-    q = state.server.adapter["layers"]["self_attn"]["q_proj"]["a"]
+    q = state.server.factors["layers"]["self_attn"]["q_proj"]["a"]
     start = federation.adapter["layers"]["self_attn"]["q_proj"]["a"]
     moved = [e["layers"]["self_attn"]["q_proj"]["a"] for e in ends]
     for slot in range(4):

@@ -46,7 +46,7 @@ def packed(learned=0.4):
             start += length
     tokens, targets = rng.integers(0, 97, (2, ROWS, SEQ)).astype(np.int32)
     mask = ((rng.random((ROWS, SEQ)) < learned) & (segments > 0)).astype(np.float32)
-    return Batch(tokens, targets, mask, segments, positions)
+    return Batch(tokens, targets, mask, segment_ids=segments, positions=positions)
 
 
 def plain_loss(model, adapter, base, batch):

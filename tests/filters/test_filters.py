@@ -7,7 +7,9 @@ import pytest
 from scipy.special import expit
 
 from fedsafe_jax.data import sources
-from fedsafe_jax.data.sources import Example
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.packing import round_up
+from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 from fedsafe_jax.filters import (
     actions,
     cache,
@@ -19,6 +21,7 @@ from fedsafe_jax.filters import (
     store,
     stream,
 )
+from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.inference import language_model
 from fedsafe_jax.models import lora
@@ -34,7 +37,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def trained(packaged, pairs):
-    return classifier.train(pairs[::2], packaged.tokenizer, 0, TrainingOptions(epochs=8))
+    return classifier.train(pairs[::2], packaged.tokenizer, 0, options=TrainingOptions(epochs=8))
 
 
 def pair(prompt, response, label="safe", category=""):
@@ -131,7 +134,7 @@ def test_streams_cover_every_pair_with_little_padding():
     assert len(shapes) <= 9  # what is compiled: a shape for each width, and the last
     assert sorted(seen) == list(range(500))
     assert lengths.sum() / padded > 0.85
-    assert [stream.width_of(n) for n in (1, 16, 17, 128, 129, 300)] == [16, 16, 32, 128, 160, 320]
+    assert [round_up(n) for n in (1, 16, 17, 128, 129, 300)] == [16, 16, 32, 128, 160, 320]
 
 
 def test_classifier_learns_and_stops_early(pairs, trained):
@@ -159,7 +162,7 @@ def test_filters_come_back_from_disk(tmp_path, packaged, pairs, trained):
     assert found.decision == trained[0].decision
     np.testing.assert_array_equal(found.log_odds(pairs[:20]), trained[0].log_odds(pairs[:20]))
     options = TrainingOptions(epochs=1, batch_size=16, learning_rate=1e-3)
-    made, _ = guard.train(pairs[::10], packaged, SHAPE, 0, options, 96)
+    made, _ = guard.train(pairs[::10], packaged, SHAPE, seed=0, options=options, max_length=96)
     store.save(made, tmp_path / "g", SHAPE, "package:model")
     found = store.load(tmp_path / "g", language_model.load_pretrained)
     np.testing.assert_allclose(found.score(pairs[:20]), made.score(pairs[:20]), atol=1e-6)
@@ -194,7 +197,7 @@ def test_pairs_keep_the_answers_beginning_and_the_requests_end(packaged):
 
 def test_guard_reads_the_verdict_and_learns_it(packaged, pairs):
     options = TrainingOptions(epochs=0, batch_size=16)
-    untrained, _ = guard.train(pairs[::10], packaged, SHAPE, 0, options, 96)
+    untrained, _ = guard.train(pairs[::10], packaged, SHAPE, seed=0, options=options, max_length=96)
     # Without training the adapter is zero: the log-odds are the base model's own.
     (row,) = guard.render_pairs(packaged.tokenizer, pairs[64:65], 96, untrained.template)
     safe, unsafe = guard.verdict_ids(packaged.tokenizer)
@@ -203,22 +206,24 @@ def test_guard_reads_the_verdict_and_learns_it(packaged, pairs):
         logits[unsafe] - logits[safe], abs=1e-3
     )
     options = TrainingOptions(epochs=3, batch_size=16, learning_rate=3e-3)
-    found, _ = guard.train(pairs[::2], packaged, SHAPE, 0, options, 96)
+    found, _ = guard.train(pairs[::2], packaged, SHAPE, seed=0, options=options, max_length=96)
     held = pairs[1::4]
     flagged = found.score(held) >= found.decision.threshold
     assert quality.quality([e.label == "unsafe" for e in held], flagged).accuracy > 85
 
 
 def test_guardian_detects_and_answers(packaged, pairs):
-    replies = guard.safe_replies(pairs, actions.REFUSAL)
+    replies = guard.safe_replies(pairs, REFUSAL)
     options = TrainingOptions(epochs=5, batch_size=16, learning_rate=3e-3)
-    found, _ = guard.train(pairs[::2], packaged, SHAPE, 0, options, 64, replies[::2])
+    found, _ = guard.train(
+        pairs[::2], packaged, SHAPE, seed=0, options=options, max_length=64, replies=replies[::2]
+    )
     held = pairs[1::4]
     flagged = found.score(held) >= found.decision.threshold
     assert quality.quality([e.label == "unsafe" for e in held], flagged).accuracy > 85
     unsafe = [e for e in held if e.label == "unsafe"][:20]
     said = filtering.guardian_replies(found, unsafe)
-    refused = [filtering.start_refusal(text) for text in said]
+    refused = [start_refusal(text) for text in said]
     assert np.mean(refused) > 0.8, said
 
 
@@ -248,7 +253,7 @@ def test_actions():
     assert [e.prompt for e in found.examples] == ["a"] and found.counts.dropped == 2
     assert found.counts.unsafe_flagged == 1 and found.by_category == {"x": (1, 2), "y": (1, 1)}
     found = actions.apply("replace", EXAMPLES, P, 0.5)
-    assert [e.response for e in found.examples] == ["fine", actions.REFUSAL, actions.REFUSAL]
+    assert [e.response for e in found.examples] == ["fine", REFUSAL, REFUSAL]
     assert found.counts.rewritten == 2 and found.counts.kept == 1
     asked = []
     found = actions.apply(
@@ -309,21 +314,21 @@ def test_a_filter_that_was_trained_again_is_another(tmp_path):
 def test_training_that_diverges_is_one_error(packaged, pairs):
     options = TrainingOptions(epochs=1, learning_rate=float("nan"))
     with pytest.raises(protocol.FilterError, match="never finite; lower filter.learning_rate"):
-        classifier.train(pairs[::8], packaged.tokenizer, 0, options)
+        classifier.train(pairs[::8], packaged.tokenizer, 0, options=options)
 
 
 def test_every_harmful_question_also_stands_with_a_refusal():
     some = [pair(f"q{i}", "Sure.", "unsafe") for i in range(10)]
     some += [pair("x", "I'm sorry, but no."), pair("y", "Cake.")]
-    twins = filtering.hard_negatives(some, 0.5, 0)
+    twins = hard_negatives(some, 0.5, 0)
     assert len(twins) == 5 and len({t.prompt for t in twins}) == 5
     assert all(t.label == "safe" and t.response == "I'm sorry, but no." for t in twins)
-    assert filtering.hard_negatives(some, 0.5, 0) == twins
-    assert filtering.hard_negatives(some, 0.0, 0) == []
-    assert filtering.hard_negatives(some[:10], 1.0, 0)[0].response == actions.REFUSAL
+    assert hard_negatives(some, 0.5, 0) == twins
+    assert hard_negatives(some, 0.0, 0) == []
+    assert hard_negatives(some[:10], 1.0, 0)[0].response == REFUSAL
 
 
 def test_an_unsafe_refusal_is_a_contradiction():
     refusal = "I'm sorry, but I can't."
     some = [pair("a", refusal, "unsafe"), pair("b", "Sure.", "unsafe"), pair("c", refusal)]
-    assert filtering.undisputed(some) == (some[1:], 1)
+    assert drop_mislabelled(some) == (some[1:], 1)

@@ -30,10 +30,10 @@ def workdir(monkeypatch):
 
 
 def test_records_of_a_run(workdir):
-    assert not run_files.claim(workdir, {"rounds": 3})
-    assert run_files.claim(workdir, {"rounds": 3})
+    assert not run_files.claim_workdir(workdir, {"rounds": 3})
+    assert run_files.claim_workdir(workdir, {"rounds": 3})
     with pytest.raises(run_files.WorkdirError, match="rounds=3"):
-        run_files.claim(workdir, {"rounds": 4})
+        run_files.claim_workdir(workdir, {"rounds": 4})
     path = workdir / "cai" / "round_000.jsonl"
     run_files.replace_lines(path, lambda row: False, [{"a": 1}, {"a": 2}])
     run_files.replace_lines(path, lambda row: row["a"] == 1, [{"a": 3}])
@@ -58,7 +58,7 @@ def test_figures_and_exports(workdir, packaged):
     import jax
 
     adapter = lora.init(jax.random.key(0), packaged.config, shape)
-    export.export(packaged, adapter, shape, workdir / "export", "a card")
+    export.export(packaged, lora.Adapter(adapter, shape), workdir / "export", "a card")
     assert (workdir / "export" / "merged" / "model.safetensors").stat().length > 1e6
     assert (workdir / "export" / "adapter" / "README.md").read_text() == "a card"
     assert np.isfinite(workdir.joinpath("export/adapter/adapter_model.safetensors").stat().length)

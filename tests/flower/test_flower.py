@@ -24,10 +24,12 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from fedsafe_jax import experiment  # noqa: E402
 from fedsafe_jax.config import ConfigError, default_config  # noqa: E402
 from fedsafe_jax.flower import client, server, site, wire  # noqa: E402
-from fedsafe_jax.pipeline import clients, filtering  # noqa: E402
-from fedsafe_jax.pipeline import inputs as world_lib  # noqa: E402
+from fedsafe_jax.pipeline import filtering  # noqa: E402
+from fedsafe_jax.pipeline.clients import Clients, encode  # noqa: E402
+from fedsafe_jax.pipeline.filtering import apply_action  # noqa: E402
+from fedsafe_jax.pipeline.inputs import load_inputs  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DEMO = ROOT / "fedsafe_jax/assets/demo"
 PROGRAMS = pathlib.Path(sys.executable).parent
 OVERRIDES = (
@@ -102,19 +104,21 @@ def simulated(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("simulated")
     config = server.read_config(run_config(workdir))
 
-    def build(config, world, seed, workdir, progress):
+    def build(config, inputs, seed, workdir, progress):
         del progress
         found = []
         for i in range(3):
             config.safe_sources, config.data_dir = (f"chat:site{i}.jsonl",), str(folder)
-            pairs = world_lib.load(config, ("client",)).safe
-            scored = filtering.score(config, world, pairs, seed, workdir)
-            found += clients.act(config, world, [pairs], scored, seed)
-        encoded = [clients.encode_weighted(world, f, config.seq_len) for f in found]
-        return clients.Clients(None, encoded, [f.counts for f in found])
+            pairs = load_inputs(config, ("site",)).site
+            scored = filtering.score(config, inputs, pairs, seed, workdir)
+            found += apply_action(config, inputs, [pairs], scored, seed)
+        encoded = [
+            encode(inputs.lm.tokenizer, f.examples, config.seq_len, f.weights)[0] for f in found
+        ]
+        return Clients(None, encoded, [f.counts for f in found])
 
-    world = world_lib.load(config, ("CAI red team", "CAI replay"))
-    experiment.run(config, str(workdir), world, build)
+    inputs = load_inputs(config, ("red_team", "replay"))
+    experiment.run(config, str(workdir), inputs, build)
     return workdir
 
 

@@ -10,7 +10,7 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.loss import packed_loss
-from fedsafe_jax.models.microbatch import PASS_TOKENS
+from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
 
 VOCABULARY, SIZE, SEQ, BETA = 11, 3, 16, 0.3
 NAMES = ("dpo", "ipo", "kto")
@@ -48,7 +48,7 @@ def torch_ratio(torch, policy, reference, answer, tokens_at):
     """Log-ratio of one answer, from the rows of logits that its tokens lie on."""
     total = 0
     for logits, sign in ((policy, 1), (reference, -1)):
-        for place in np.flatnonzero(answer.learned):
+        for place in np.flatnonzero(answer.loss_mask):
             row = logits[tokens_at[place - 1]]
             total = total + sign * torch.log_softmax(row, -1)[answer.ids[place]]
     return total
@@ -102,7 +102,7 @@ def test_preference_losses_equal_torch_on_the_same_logits(answers, name):
 
 def test_imitation_and_derta_equal_torch_on_the_same_logits(packaged, rng_batch, monkeypatch):
     torch = pytest.importorskip("torch")
-    monkeypatch.setitem(PASS_TOKENS, "cpu", 0)  # the stand-in has no last layer to spare
+    monkeypatch.setitem(MICROBATCH_TOKENS, "cpu", 0)  # the stand-in has no last layer to spare
     batch, refusal = rng_batch
     size = len(packaged.tokenizer)
     logits = np.random.default_rng(2).normal(size=(*batch.tokens.shape, size)).astype(np.float32)
@@ -134,7 +134,12 @@ TRIPLES = [
 def rng_batch(packaged):
     refusal = derta.refusal_token(packaged.tokenizer)
     batch = derta.batch(
-        packaged.tokenizer, TRIPLES, range(4), refusal, 128, np.random.default_rng(0)
+        packaged.tokenizer,
+        TRIPLES,
+        range(4),
+        refusal=refusal,
+        seq=128,
+        rng=np.random.default_rng(0),
     )
     return batch, refusal
 
@@ -157,7 +162,7 @@ def test_ipo_rests_at_its_margin():
 
 
 def text_of(tokenizer, encoded, learned):
-    return tokenizer.decode(encoded.ids[encoded.learned == learned], skip_special_tokens=True)
+    return tokenizer.decode(encoded.ids[encoded.loss_mask == learned], skip_special_tokens=True)
 
 
 def test_derta_rows_in_the_forms_of_the_upstream_data(packaged):
@@ -169,17 +174,17 @@ def test_derta_rows_in_the_forms_of_the_upstream_data(packaged):
     at_once = derta.prefixed(tokenizer, triple, 0, 64)
     same = chat.encode(tokenizer, (("user", triple.prompt),), triple.safe, 64)
     np.testing.assert_array_equal(at_once.ids, same.ids)
-    np.testing.assert_array_equal(at_once.learned, same.learned)
+    np.testing.assert_array_equal(at_once.loss_mask, same.loss_mask)
     behind = derta.prefixed(tokenizer, triple, 4, 64)
     assert text_of(tokenizer, behind, True).strip() == "I'm sorry."
     assert text_of(tokenizer, behind, False).rstrip().endswith("Sure, first do this")
-    ending = same.ids[same.learned][-1]  # the end of the turn is learned as well
-    assert behind.ids[behind.learned][-1] == ending
+    ending = same.ids[same.loss_mask][-1]  # the end of the turn is learned as well
+    assert behind.ids[behind.loss_mask][-1] == ending
     long = triple._replace(harmful="one two three four " * 25)
     turn = derta.transition(tokenizer, long, np.random.default_rng(0), 256)
     whole = chat.encode(tokenizer, (("user", long.prompt),), long.harmful, 256)
-    assert turn.learned.sum() == -(-whole.learned.sum() // 20)  # a twentieth, rounded up
-    assert np.all(whole.learned[turn.learned])
+    assert turn.loss_mask.sum() == -(-whole.loss_mask.sum() // 20)  # a twentieth, rounded up
+    assert np.all(whole.loss_mask[turn.loss_mask])
 
 
 def test_derta_batches_replace_the_targets_of_transitions_alone(packaged, rng_batch):
@@ -208,7 +213,9 @@ def test_prefixes_are_uniform_and_none_for_a_third(packaged):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(derta, "prefixed", spy)
         patch.setattr(derta, "transition", lambda *a: Encoded(np.ones(4, np.int32), np.ones(4)))
-        derta.batch(packaged.tokenizer, triples, range(300), 1, 64, np.random.default_rng(0))
+        derta.batch(
+            packaged.tokenizer, triples, range(300), refusal=1, seq=64, rng=np.random.default_rng(0)
+        )
     counts = np.bincount(seen, minlength=8)
     assert counts[0] == 100 and counts[7] == 0
     # 200 draws over 1 to 6: 33 each; three standard deviations are 16.
@@ -216,7 +223,9 @@ def test_prefixes_are_uniform_and_none_for_a_third(packaged):
 
 
 def recipe(*names, weights=None):
-    return train.Recipe(names, weights or (1.0,) * len(names), 0.1, 2, 2, 64)
+    return train.Recipe(
+        names, weights or (1.0,) * len(names), 0.1, batch_size=2, pairs_per_step=2, seq=64
+    )
 
 
 def encoder(tokenizer):
@@ -234,7 +243,14 @@ def test_every_loss_learns_what_it_is_told(packaged, names):
     imitation = [encode(t.prompt, t.safe) for t in triples]
     refusal = derta.refusal_token(packaged.tokenizer)
     data = train.steps(
-        recipe(*names), 12, imitation, triples, encode, (0,), packaged.tokenizer, refusal
+        recipe(*names),
+        12,
+        imitation,
+        triples=triples,
+        encode=encode,
+        seed=(0,),
+        tokenizer=packaged.tokenizer,
+        refusal=refusal,
     )
     state, found = start(adapter), []
     for one in data:
@@ -251,11 +267,15 @@ def test_steps_have_one_shape_and_cover_every_pair(packaged):
     encode = encoder(packaged.tokenizer)
     triples = [t._replace(harmful="Sure " * (5 * i + 1)) for i, t in enumerate(TRIPLES)]
     imitation = [encode(t.prompt, t.safe) for t in triples]
-    data = train.steps(recipe("sft", "kto"), 6, imitation, triples, encode, (3,))
+    data = train.steps(
+        recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
+    )
     shapes = {str(jax.tree.map(np.shape, s)) for s in data}
     assert len(shapes) == 1
-    again = train.steps(recipe("sft", "kto"), 6, imitation, triples, encode, (3,))
+    again = train.steps(
+        recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
+    )
     jax.tree.map(np.testing.assert_array_equal, data, again)
     assert all(s.pairs.on.sum() == 2 for s in data)
-    empty = train.steps(recipe("sft", "dpo"), 2, imitation, [], encode, (3,))
+    empty = train.steps(recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,))
     assert all(s.pairs is None for s in empty)

@@ -8,16 +8,18 @@ import pytest
 
 from fedsafe_jax.config import ConfigError, default_config, openfedllm
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
+from fedsafe_jax.federated.schedules import round_rate, step_rates
 from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.clients import roles
 from fedsafe_jax.validation import validate
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def test_openfedllms_cosine():
     c = openfedllm(default_config())
     c.rounds = 200
-    found = [rounds.rate(c, t) for t in (0, 1, 100, 199)]
+    found = [round_rate(rounds.learning_rates(c), t) for t in (0, 1, 100, 199)]
     np.testing.assert_allclose(found, [5e-5, 4.99969775e-5, 2.55e-5, 1.00302e-6], rtol=1e-5)
 
 
@@ -25,26 +27,28 @@ def test_schedules_over_rounds_and_steps():
     c = default_config()
     c.learning_rate, c.min_learning_rate, c.rounds, c.local_steps = 1.0, 0.0, 10, 4
     c.schedule, c.warmup_rounds = "linear", 2
-    found = [rounds.rate(c, t) for t in range(10)]
+    found = [round_rate(rounds.learning_rates(c), t) for t in range(10)]
     np.testing.assert_allclose(found[:3], [1 / 3, 2 / 3, 1.0])
     np.testing.assert_allclose(found[2:], 1 - np.arange(8) / 8)
     c.schedule = "constant"
-    assert rounds.rate(c, 9) == 1.0
-    np.testing.assert_array_equal(rounds.step_rates(c, 5), np.ones(4, np.float32))
+    assert round_rate(rounds.learning_rates(c), 9) == 1.0
+    np.testing.assert_array_equal(step_rates(rounds.learning_rates(c), 5), np.ones(4, np.float32))
     c.step_schedule = "linear"
-    np.testing.assert_allclose(rounds.step_rates(c, 5), [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(step_rates(rounds.learning_rates(c), 5), [1, 0.75, 0.5, 0.25])
     c.step_schedule = "cosine"
     np.testing.assert_allclose(
-        rounds.step_rates(c, 5), 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)), rtol=1e-6
+        step_rates(rounds.learning_rates(c), 5),
+        0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)),
+        rtol=1e-6,
     )
 
 
 def test_roles_cycle_through_ranks():
     c = default_config()
     c.num_clients, c.federated.client_ranks, c.attack.clients = 5, (4, 8), 0.4
-    who = rounds.roles(c, 3)
+    who = roles(c, 3)
     np.testing.assert_array_equal(who.ranks, [4, 8, 4, 8, 4])
-    assert len(who.malicious) == 2 and who.malicious == rounds.roles(c, 3).malicious
+    assert len(who.malicious) == 2 and who.malicious == roles(c, 3).malicious
 
 
 @pytest.mark.parametrize("name", ["demo", "lab", "openfedllm", "paper"])

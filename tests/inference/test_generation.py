@@ -35,7 +35,9 @@ def test_greedy_equals_transformers_in_every_family(tmp_path, family):
     params, rng = hub.load_params(tmp_path, config, "float32"), np.random.default_rng(0)
     # Unequal lengths, over the windows; 64 tokens outgrow the cache twice.
     prompts = [rng.integers(3, VOCAB, n).tolist() for n in (3, 30, 17, 17, 9)]
-    (found,) = generation.generate_ids(Decoder(config), params, None, prompts, (2,), 64)
+    (found,) = generation.generate_ids(
+        Decoder(config), params, None, prompts=prompts, stop_ids=(2,), max_new_tokens=64
+    )
     for prompt, ids in zip(prompts, found.ids, strict=True):
         assert ids == expected_greedy(reference, prompt, 2, 64)
 
@@ -89,9 +91,15 @@ def test_sampled_tokens_follow_the_softmax(packaged):
     prompt = chat.render(packaged.tokenizer, (("user", "Hello!"),), True)
     count, temperature = 4000, 5.0
     (found,) = generation.generate_ids(
-        packaged.model, packaged.params, None, [prompt] * count, (-1,), 1,
-        sampling=Sampling(temperature), batch_size=500,
-    )  # fmt: skip
+        packaged.model,
+        packaged.params,
+        None,
+        prompts=[prompt] * count,
+        stop_ids=(-1,),
+        max_new_tokens=1,
+        sampling=Sampling(temperature),
+        batch_size=500,
+    )
     logits = np.asarray(packaged(np.array([prompt])))[0, -1].astype(np.float64) / temperature
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -130,8 +138,8 @@ def test_several_adapters_at_once_answer_as_one_by_one(packaged):
         for a in adapters
     ]
     stacked = jax.tree.map(lambda *x: np.stack(x), *adapters)
-    under = packaged.with_adapter(lora.Adapter(adapters[0], config))  # for the scale
-    assert under.generate_each(stacked, PROMPTS, max_new_tokens=40) == singly
+    together = packaged.generate_each(lora.Adapter(stacked, config), PROMPTS, max_new_tokens=40)
+    assert together == singly
     assert singly[0] != singly[1] != singly[2]
 
 
@@ -158,5 +166,5 @@ def test_long_prompts_are_refused_unless_they_may_be_cut(packaged, caplog):
     prompts = ["Hello!", "word " * 2000]
     with pytest.raises(hub.ModelError, match=r"prompt 1 has \d+ tokens.*room for 1016"):
         packaged.generate(prompts, max_new_tokens=8)
-    assert len(packaged.generate(prompts, max_new_tokens=8, cut=True)) == 2
+    assert len(packaged.generate(prompts, max_new_tokens=8, truncate=True)) == 2
     assert "1 of 2 dialogues cut to 1016 tokens" in caplog.text

@@ -1,0 +1,44 @@
+"""Pairs that a filter is trained and measured on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
+from fedsafe_jax.data.refusals import REFUSAL, start_refusal
+
+
+def drop_mislabelled(pairs: Sequence[Example]) -> tuple[list[Example], int]:
+    """Pairs for training and measuring a filter, with the number that was left out.
+
+    An answer that is labelled unsafe and begins as a refusal is left out: either it is a refusal,
+    which is safe, or it goes on to comply ("Sorry! Here it is: ..."), and words do not tell which.
+    """
+    kept = [p for p in pairs if p.label != UNSAFE or not start_refusal(p.response)]
+    return kept, len(pairs) - len(kept)
+
+
+def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Refusals to the questions of harmful pairs, labelled safe.
+
+    Without them a filter can tell most harmful pairs by the question, and flags a refusal to it as
+    well: then the very answers that keep a model safe are lost.
+
+    Args:
+      pairs: labelled ones.
+      share: of the unsafe pairs that get such a twin.
+      seed: of which, and of their refusals.
+
+    Returns:
+      The twins alone. Their answers are the refusals among the pairs, or one of the package.
+    """
+    rng = np.random.default_rng([seed, 19])
+    refusals = sorted({p.response for p in pairs if p.label == SAFE and start_refusal(p.response)})
+    refusals = refusals or [REFUSAL]
+    unsafe = [p for p in pairs if p.label == UNSAFE]
+    chosen = sorted(rng.permutation(len(unsafe))[: round(share * len(unsafe))].tolist())
+    said = rng.integers(len(refusals), size=len(chosen))
+    return [
+        unsafe[i]._replace(response=refusals[j], label=SAFE)
+        for i, j in zip(chosen, said, strict=True)
+    ]
