@@ -67,9 +67,7 @@ def get_config(arg=""):
     c.cai.max_new_tokens = 64
     c.cai.probe_prompts = 192  # adaptive: the interval must be as narrow as the margin is
     c.cai.target = 97.0
-    c.eval.advbench = "advbench:advbench/harmful_behaviors.csv"
-    c.eval.over_refusal = "prompts:refusal_direction/harmless_train.json.gz"
-    c.eval.hhh = "hhh/438HHHEvaluations.jsonl"
+    c.eval.tasks = ("advbench", "over_refusal", "hhh", "utility")
     c.eval.max_prompts = 520
     c.eval.every_round_prompts = 48
     return c

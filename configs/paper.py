@@ -52,9 +52,7 @@ def get_config(arg="fedavg"):
     c.cai.learning_rate = 5e-5
     c.cai.max_new_tokens = 256
     c.cai.temperature = 1.0
-    c.eval.advbench = "advbench:advbench/harmful_behaviors.csv"
-    c.eval.over_refusal = "prompts:xstest/xstest_prompts.csv"
-    c.eval.hhh = "hhh/438HHHEvaluations.jsonl"
+    c.eval.tasks = ("advbench", "over_refusal=prompts:xstest/xstest_prompts.csv", "hhh", "utility")
     c.eval.max_new_tokens = 256
     c.eval.max_length = 1024
     c.eval.judge = "keyword"  # OpenFedLLM's, which the paper builds on

@@ -141,9 +141,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.temperature = 0.0  # of the initial answers
 
     c.eval = ml_collections.ConfigDict()
-    c.eval.advbench = "chat:package/red_team_heldout.jsonl"
-    c.eval.over_refusal = "chat:package/benign_heldout.jsonl"
-    c.eval.hhh = "package/hhh_heldout.jsonl"
+    # Tasks, "name" or "name=source" each, see `evals.task`; "utility" reads the held-out pairs.
+    c.eval.tasks = (
+        "advbench=chat:package/red_team_heldout.jsonl",
+        "over_refusal=chat:package/benign_heldout.jsonl",
+        "hhh=package/hhh_heldout.jsonl",
+        "utility",
+    )
     c.eval.max_prompts = 0  # of each set; 0 for all
     c.eval.max_heldout = 200
     c.eval.max_new_tokens = 24
@@ -177,6 +181,12 @@ def check_override(name: str, config: ml_collections.ConfigDict) -> None:
     known += [k for k, v in config.items() if not isinstance(v, ml_collections.ConfigDict)]
     if name not in known:
         last = name.rsplit(".", 1)[-1]
+        tasks = [str(entry).partition("=")[0] for entry in config.get("eval", {}).get("tasks", ())]
+        if name.startswith("eval.") and last in tasks:
+            raise ConfigError(
+                f"--config.{name}: no such field; tasks are chosen by eval.tasks, such as "
+                f"--config.eval.tasks=\"('{last}=SOURCE',)\"."
+            )
         same = [k for k in known if k.split(".")[-1] == last]  # the right field, in a wrong group
         near = (
             difflib.get_close_matches(name, same, 1)

@@ -1,41 +1,93 @@
-"""One run: for each seed, algorithm and arm, the paper's round loop, then its evaluation."""
+"""One run: for each seed, algorithm and arm, the paper's round loop, then its evaluation.
 
+Read `run` first, then `ArmRun.train` and `ArmRun._round`: filtered local training, aggregation,
+Constitutional AI on the aggregated model, evaluation.
+"""
+
+import dataclasses
 import functools
+import importlib.metadata
 import json
-import os
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from fedsafe_jax.data.refusals import start_refusal
-from fedsafe_jax.evals import suite
-from fedsafe_jax.evals.judges import ChatEndpoint
 from fedsafe_jax.federated import simulation
+from fedsafe_jax.federated.round_programs import Programs
+from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
+from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.pipeline import clients, constitutional, export, filtering, rounds
+from fedsafe_jax.pipeline import clients, constitutional, evaluation, export, filtering, rounds
+from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
-from fedsafe_jax.pipeline.inputs import load_inputs
-from fedsafe_jax.report import page
-from fedsafe_jax.report.model_card import model_card
+from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.report import model_card, page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
 from fedsafe_jax.runtime.progress import PhaseTimer, Progress
 from fedsafe_jax.validation import validate
 
 
-def run(config, workdir: str, inputs=None, build=None, arm_run=None) -> dict:
+class Federation(NamedTuple):
+    """Where the clients are and train: simulated here, or at real sites.
+
+    Attributes:
+      clients: `(config, inputs, seed, workdir, progress) -> Clients`.
+      train: `(arm_run, state, clients, t) -> (state, figures)`: local training of round `t`, from
+        0, and the server's step.
+    """
+
+    clients: Callable[..., Clients]
+    train: Callable[..., tuple[FederatedState, dict]]
+
+
+def simulated_clients(
+    config, inputs: RunInputs, seed: int, workdir: epath.Path, progress: Progress
+) -> Clients:
+    """Builds the simulated clients of a seed, filtered where an arm asks for it."""
+    built = clients.build(config, inputs, seed, progress)
+    if any_filter(config):
+        built = filtering.filter_clients(
+            config, inputs, built, seed=seed, workdir=workdir, progress=progress
+        )
+    return built
+
+
+def train_simulated(
+    arm_run: "ArmRun", state: FederatedState, members: Clients, t: int
+) -> tuple[FederatedState, dict]:
+    """Trains simulated clients on this machine's devices, see `rounds.run`."""
+    return rounds.run(
+        arm_run.config,
+        arm_run.planned.algorithm,
+        arm_run.programs,
+        state=state,
+        base=arm_run.inputs.base,
+        data=members.filtered if arm_run.planned.arm.filter else members.plain,
+        seed=arm_run.seed,
+        t=t,
+    )
+
+
+SIMULATED = Federation(simulated_clients, train_simulated)
+
+
+def run(
+    config, workdir: str, inputs: RunInputs | None = None, federation: Federation = SIMULATED
+) -> dict:
     """Runs or resumes everything the config asks for.
 
     Args:
-      config: of the run.
-      workdir: of its files.
-      inputs: what it reads; None to read it.
-      build: `(config, inputs, seed, workdir, progress) -> Clients`.
-      arm_run: `ArmRun`, or what takes its arguments and trains clients elsewhere.
+      config: config of the run.
+      workdir: folder of everything the run writes.
+      inputs: what the run reads; None to read it.
+      federation: where clients train.
 
     Returns:
       What `results.json` holds; {} in all processes but the first.
@@ -44,116 +96,102 @@ def run(config, workdir: str, inputs=None, build=None, arm_run=None) -> dict:
     started = time.monotonic()
     inputs = inputs or load_inputs(config)
     workdir = epath.Path(workdir)
-    progress = Progress(config)
+    progress = Progress(total_rounds(config))
     if run_files.claim_workdir(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")
     outcomes: dict[str, list[dict]] = {}
-    final_adapters: dict[str, object] = {}
+    final_factors: dict[str, Any] = {}
     filter_quality: list[dict] = []
     for seed in config.seeds:
-        members = (build or build_clients)(config, inputs, seed, workdir, progress)
-        for arm_id, algorithm, arm in arm_list(config):
-            path = workdir / "arms" / f"{arm_id.replace('/', '_')}_seed{seed}.json"
-            runner = (arm_run or ArmRun)(
-                config, inputs, members, workdir, progress, seed, arm_id, algorithm, arm
+        members = federation.clients(config, inputs, seed, workdir, progress)
+        for planned in planned_arms(config):
+            arm_run = ArmRun(
+                config=config,
+                inputs=inputs,
+                clients=members,
+                federation=federation,
+                workdir=workdir,
+                progress=progress,
+                seed=seed,
+                planned=planned,
             )
-            if multihost.broadcast_bool(path.is_file()):
-                # The file is the first process's; the others need not see it.
-                progress.found(0 if arm == "base" else config.rounds)
-                outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
-                adapter = runner.restored_adapter()
-            else:
-                adapter = runner.train()
-                outcome = runner.evaluate(adapter)
-                run_files.write_json(path, outcome)
-            outcomes.setdefault(arm_id, []).append(outcome)
-            final_adapters.setdefault(arm_id, adapter)
+            outcome, factors = arm_run.run()
+            outcomes.setdefault(planned.id, []).append(outcome)
+            final_factors.setdefault(planned.id, factors)
         if members.quality is not None:
             filter_quality.append(members.filter_record())
     if not multihost.is_primary():
         multihost.barrier("reported")
         return {}
-    results = summarise(config, inputs, workdir, outcomes, filter_quality)
+    results = summarise(config, inputs, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     run_files.write_json(workdir / "results.json", results)
-    export_best(config, inputs, workdir, final_adapters, results)
-    page.write(workdir, config, results, outcomes)
+    export_arm(config, inputs, workdir, final_factors, results)
+    page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
     progress.end()
-    print_table(results)
+    print_table(results, inputs.evals)
     multihost.barrier("reported")
     return results
 
 
-def build_clients(config, inputs, seed: int, workdir: epath.Path, progress) -> Clients:
-    """Builds the simulated clients of a seed, filtered where an arm asks for it."""
-    built = clients.build(config, inputs, seed, progress)
-    if any("filter" in arm for arm in config.arms):
-        built = filtering.filter_clients(
-            config, inputs, built, seed=seed, workdir=workdir, progress=progress
-        )
-    return built
-
-
-def arm_list(config) -> list[tuple[str, str, str]]:
-    """`(arm id, algorithm, arm)` of everything to run; the base model belongs to no algorithm."""
-    arms = [("base", "", "base")] if "base" in config.arms else []
-    for algorithm in config.algorithms:
-        for arm in config.arms:
-            if arm != "base":
-                arm_id = arm if len(config.algorithms) == 1 else f"{algorithm}/{arm}"
-                arms.append((arm_id, algorithm, arm))
-    return arms
-
-
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmRun:
-    """One arm of one seed, from its first round (or its newest checkpoint) to its evaluation."""
+    """One arm of one seed, from its first round (or its newest checkpoint) to its evaluation.
 
-    def __init__(self, config, inputs, clients, workdir, progress, seed, arm_id, algorithm, arm):
-        self.config, self.inputs, self.clients = config, inputs, clients
-        self.workdir, self.progress, self.seed = workdir, progress, seed
-        self.arm_id, self.arm, self.algorithm = arm_id, arm, algorithm
-        self.model = Decoder(inputs.lm.config, inputs.lora.scale)
-        self.folder = workdir / "checkpoints" / arm_id.replace("/", "_") / f"seed{seed}"
+    Attributes:
+      config, inputs, federation, workdir, progress: those of the run.
+      clients: clients of the seed.
+      seed: seed of this arm.
+      planned: the arm and its algorithm.
+    """
+
+    config: Any
+    inputs: RunInputs
+    clients: Clients
+    federation: Federation
+    workdir: epath.Path
+    progress: Progress
+    seed: int
+    planned: PlannedArm
 
     @functools.cached_property
-    def _programs(self):
-        return rounds.build(self.config, self.algorithm, self.model, self.inputs.mesh)
+    def programs(self) -> Programs:
+        """The jitted programs of a round, built when they are first needed."""
+        model = Decoder(self.inputs.lm.config, self.inputs.lora.scale)
+        return rounds.build(self.config, self.planned.algorithm, model, self.inputs.mesh)
 
-    def _initial_state(self):
-        adapter = lora.init(jax.random.key(self.seed), self.inputs.lm.config, self.inputs.lora)
-        return simulation.initial_state(self._programs, adapter, self.config.num_clients)
+    def run(self) -> tuple[dict, Any]:
+        """Trains and evaluates, or reads what an earlier process finished.
 
-    def _restored(self, saved):
-        state, done = saved.restore(self._initial_state())
-        server = simulation.replicate(state.server, self.inputs.mesh)
-        return state._replace(server=server), done
+        Returns:
+          `(outcomes by task, final LoRA factors)`; the factors are None without training.
+        """
+        path = self.workdir / "arms" / f"{self.planned.folder}_seed{self.seed}.json"
+        # The file is the first process's; the others need not see it.
+        if multihost.broadcast_bool(path.is_file()):
+            self.progress.found(self.config.rounds if self.planned.arm.trains else 0)
+            outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
+            return outcome, self._final_factors()
+        factors = self.train()
+        outcome = self.evaluate(factors)
+        run_files.write_json(path, outcome)
+        return outcome, factors
 
-    def restored_adapter(self):
-        """The adapter of a finished arm, from its newest checkpoint; None for the base model."""
-        if self.arm == "base":
-            return None
-        saved = checkpoint.RoundCheckpoints(self.folder)
-        state, _ = self._restored(saved)
-        saved.close()
-        return state.server.factors
-
-    def train(self):
-        """All rounds; returns the final adapter, None for the base model.
+    def train(self) -> Any:
+        """Runs all rounds; returns the final LoRA factors, None without training.
 
         Raises:
           Preempted: told to end; the last finished round is saved.
         """
-        if self.arm == "base":
+        if not self.planned.arm.trains:
             return None
-        config = self.config
-        server = self._server() if "cai" in self.arm else None
-        data = self.clients.filtered if "filter" in self.arm else self.clients.plain
-        saved = checkpoint.RoundCheckpoints(self.folder)
+        config, stage = self.config, self._constitutional_stage()
+        saved = checkpoint.RoundCheckpoints(self._checkpoints)
         state, done = self._restored(saved)
         self.progress.found(done)
         try:
             for t in range(done, config.rounds):
-                new, row, cai_records = self._round(state, data, server, t)
+                new, row, cai_records = self._round(state, stage, t)
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.
@@ -171,132 +209,133 @@ class ArmRun:
         saved.close()
         return state.server.factors
 
-    def _server(self):
-        return constitutional.ConstitutionalStage(
-            self.config,
-            self.inputs,
-            self.model,
-            clients=self.clients,
-            folder=self.workdir / "cai",
-            mine=self._mine,
-            seed=self.seed,
-        )
-
-    def _round(self, state, data, server, t: int):
-        """`(state, row of metrics, records of CAI)` of one round."""
-        config, clock = self.config, PhaseTimer()
+    def _round(self, state: FederatedState, stage, t: int) -> tuple[FederatedState, dict, list]:
+        """Returns the state after round `t`, its row of metrics, and its records of CAI."""
+        config, timer = self.config, PhaseTimer()
         multihost.barrier("round")
         # Filtered local training and aggregation.
-        state, figures = self._federate(state, data, t)
-        clock.mark("federated")
-        row = {"arm": self.arm_id, "seed": self.seed, "round": t} | figures
-        row["tokens_per_second"] = row["useful_tokens"] / clock.seconds["federated"]
+        state, figures = self.federation.train(self, state, self.clients, t)
+        timer.mark("federated")
+        row = {"arm": self.planned.id, "seed": self.seed, "round": t} | figures
+        row["tokens_per_second"] = row["useful_tokens"] / timer.seconds["federated"]
         self._warn(row)
-        if "filter" in self.arm:
+        if self.planned.arm.filter:
             counts = [self.clients.counts[i] for i in row["clients"] + row["no_data"]]
             row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
-        found = []
-        if server is not None:
+        records = []
+        if stage is not None:
             # Constitutional AI on the aggregated model.
             current, base = map(self._language_model, (state.server.factors, None))
-            adapter, row["cai"], found = server.run(current, base, t, clock)
-            adapter = simulation.replicate(multihost.broadcast(adapter), self.inputs.mesh)
-            state = state._replace(server=state.server._replace(factors=adapter))
-        if config.eval.every_round_prompts:
-            row["eval"] = self._probe(state.server.factors)
-            clock.mark("probe")
-        row["seconds"] = clock.seconds
-        return state, row, found
+            factors, row["cai"], records = stage.run(current, base, t, timer)
+            factors = simulation.replicate(multihost.broadcast(factors), self.inputs.mesh)
+            state = state._replace(server=state.server._replace(factors=factors))
+        if count := config.eval.every_round_prompts:
+            lm = self._language_model(state.server.factors)
+            options = evaluation.options_of(config)
+            row["eval"] = evaluation.probe(lm, self.inputs.evals, count, options)
+            timer.mark("probe")
+        row["seconds"] = timer.seconds
+        return state, row, records
 
-    def _federate(self, state, data, t: int):
-        """`(state, figures)` after the clients' training and the server's step."""
-        return rounds.run(
-            self.config,
-            self.algorithm,
-            self._programs,
-            state=state,
-            base=self.inputs.base,
-            data=data,
+    def evaluate(self, factors) -> dict:
+        """Returns the outcomes of the finished arm for every item of every task."""
+        self.progress.note(f"{self.planned.id} seed {self.seed}: evaluating")
+        started = time.monotonic()
+        # Only the first process asks the endpoint, and the base is not compared with itself.
+        endpoint = evaluation.endpoint_of(self.config) if multihost.is_primary() else None
+        base = self._language_model(None) if self.planned.arm.trains else None
+        options = evaluation.options_of(self.config, endpoint, base)
+        outcome = evaluation.evaluate(self._language_model(factors), self.inputs.evals, options)
+        outcome["seconds"] = time.monotonic() - started
+        return outcome
+
+    def _constitutional_stage(self):
+        if not self.planned.arm.cai:
+            return None
+        return constitutional.ConstitutionalStage(
+            config=self.config,
+            inputs=self.inputs,
+            model=Decoder(self.inputs.lm.config, self.inputs.lora.scale),
+            clients=self.clients,
+            folder=self.workdir / "cai",
+            mine=self._is_mine,
             seed=self.seed,
-            t=t,
         )
 
-    def _warn(self, row) -> None:
+    @property
+    def _checkpoints(self) -> epath.Path:
+        return self.workdir / "checkpoints" / self.planned.folder / f"seed{self.seed}"
+
+    def _restored(self, saved: checkpoint.RoundCheckpoints) -> tuple[FederatedState, int]:
+        """Returns the newest state that was saved, or the first one, and the rounds done."""
+        factors = lora.init(jax.random.key(self.seed), self.inputs.lm.config, self.inputs.lora)
+        first = simulation.initial_state(self.programs, factors, self.config.num_clients)
+        state, done = saved.restore(first)
+        server = simulation.replicate(state.server, self.inputs.mesh)
+        return state._replace(server=server), done
+
+    def _final_factors(self):
+        """Returns the LoRA factors of a finished arm, from its newest checkpoint."""
+        if not self.planned.arm.trains:
+            return None
+        saved = checkpoint.RoundCheckpoints(self._checkpoints)
+        state, _ = self._restored(saved)
+        saved.close()
+        return state.server.factors
+
+    def _language_model(self, factors) -> LanguageModel:
+        """Returns the base model of this process, under the factors where there are some."""
+        if factors is None:
+            return self.inputs.lm
+        own = multihost.local(factors, self.inputs.mesh)
+        return self.inputs.lm.with_adapter(lora.Adapter(own, self.inputs.lora))
+
+    def _warn(self, row: dict) -> None:
         """Says loudly what a round left out."""
-        where = f"{self.arm_id} seed {self.seed} round {row['round'] + 1}"
+        where = f"{self.planned.id} seed {self.seed} round {row['round'] + 1}"
         if row["excluded"]:
             names = ", ".join(map(str, row["excluded"]))
             self.progress.warn(f"{where}: update not finite, left out: client(s) {names}")
         if row["skipped"]:
             self.progress.warn(f"{where}: SKIPPED, no client was left; the model stays as it was")
 
-    def _record(self, row, cai_records) -> None:
+    def _record(self, row: dict, cai_records: list) -> None:
+        """Writes a round's row of metrics and records of CAI in place of older ones."""
         t = row["round"]
         if cai_records:
-            key = {"arm": self.arm_id, "seed": self.seed, "round": t}
+            key = {"arm": self.planned.id, "seed": self.seed, "round": t}
             run_files.replace_lines(
                 self.workdir / "cai" / f"round_{t:03d}.jsonl",
-                self._mine,
+                self._is_mine,
                 [key | r._asdict() for r in cai_records],
             )
         run_files.replace_lines(
             self.workdir / "metrics.jsonl",
-            lambda old: self._mine(old) and old["round"] >= t,
+            lambda old: self._is_mine(old) and old["round"] >= t,
             [row],
         )
         self.progress.round_done(row)
 
-    def _mine(self, row: dict) -> bool:
-        return row["arm"] == self.arm_id and row["seed"] == self.seed
-
-    def _language_model(self, adapter):
-        if adapter is None:
-            return self.inputs.lm
-        own = multihost.local(adapter, self.inputs.mesh)
-        return self.inputs.lm.with_adapter(lora.Adapter(own, self.inputs.lora))
-
-    def _probe(self, adapter) -> dict:
-        """Refusal rates on a few prompts, for the curves."""
-        c = self.config.eval
-        lm = self._language_model(adapter)
-        rates = {}
-        for name in ("advbench", "over_refusal"):
-            prompts = getattr(self.inputs.evals, name)[: c.every_round_prompts]
-            answers = lm.generate(
-                prompts, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size, truncate=True
-            )
-            rates[name] = 100 * float(np.mean([start_refusal(a) for a in answers]))
-        return rates
-
-    def evaluate(self, adapter) -> dict:
-        """Per-item outcomes of the finished arm."""
-        self.progress.note(f"{self.arm_id} seed {self.seed}: evaluating")
-        started = time.monotonic()
-        c, judge = self.config.eval, None
-        if c.judge_url and self.arm != "base" and multihost.is_primary():
-            judge = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
-        outcome = suite.evaluate(
-            self._language_model(adapter), self.inputs.evals, c, judge, self._language_model(None)
-        )
-        outcome["seconds"] = time.monotonic() - started
-        return outcome
+    def _is_mine(self, row: dict) -> bool:
+        return row["arm"] == self.planned.id and row["seed"] == self.seed
 
 
-def summarise(config, inputs, workdir, outcomes, filter_quality) -> dict:
-    """The content of `results.json`."""
-    algorithm_of = {arm_id: algorithm for arm_id, algorithm, _ in arm_list(config)}
-    judge = config.eval.judge
+def summarise(config, inputs: RunInputs, outcomes: dict, filter_quality: list[dict]) -> dict:
+    """Returns the content of `results.json`."""
+    options = evaluation.options_of(config)
     arms = {
-        arm_id: {"algorithm": algorithm_of[arm_id]} | suite.summarise(found, judge)
-        for arm_id, found in outcomes.items()
+        planned.id: {"algorithm": planned.algorithm}
+        | evaluation.summarise(inputs.evals, outcomes[planned.id], options)
+        for planned in planned_arms(config)
     }
+    asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
     results = {
         "arms": arms,
         "seeds": list(config.seeds),
         "data": inputs.counts,
-        "sources": {"advbench": config.eval.advbench, "over_refusal": config.eval.over_refusal},
+        "sources": {name: one.source for name, one in asked.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": page.versions(),
+        "versions": versions() | {name: one.task.version for name, one in inputs.evals.items()},
     }
     if filter_quality:
         names = ("accuracy", "precision", "recall", "hmean", "auroc")
@@ -305,11 +344,22 @@ def summarise(config, inputs, workdir, outcomes, filter_quality) -> dict:
     return results
 
 
-def export_best(config, inputs, workdir, adapters, results) -> None:
-    """Exports the adapter of `export_arm` (its first algorithm and seed), when it was run."""
-    names = [n for n in adapters if n == config.export_arm or n.endswith("/" + config.export_arm)]
-    if names and adapters[names[0]] is not None:
-        card = model_card(config, names[0], results["arms"][names[0]])
-        own = multihost.local(adapters[names[0]], inputs.mesh)
-        adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
-        export.export(inputs.lm, adapter, workdir / "export", card)
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide a run's numbers."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def export_arm(
+    config, inputs: RunInputs, workdir: epath.Path, factors: dict[str, Any], results: dict
+) -> None:
+    """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run."""
+    for planned in planned_arms(config):
+        if planned.arm.name == config.export_arm and planned.arm.trains:
+            own = multihost.local(factors[planned.id], inputs.mesh)
+            adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
+            card = model_card.text(
+                planned.id, config.to_dict(), results["arms"][planned.id], inputs.evals
+            )
+            export.export(inputs.lm, adapter, workdir / "export", card)
+            return

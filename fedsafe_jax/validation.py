@@ -7,9 +7,11 @@ import ml_collections
 
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.cai.train import LOSSES
-from fedsafe_jax.config import ConfigError
+from fedsafe_jax.config import ConfigError, check_override, default_config
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.readers import EVALUATION_ONLY
+from fedsafe_jax.evals.judges import JUDGES
+from fedsafe_jax.evals.task import TaskError, select
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
@@ -17,8 +19,8 @@ from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
-
-ARMS = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
+from fedsafe_jax.pipeline.arms import ARMS, any_filter
+from fedsafe_jax.pipeline.evaluation import tasks
 
 
 def _choice(field, values, allowed):
@@ -50,16 +52,14 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _choice("algorithms", c.algorithms, ALGORITHMS)
     _validate_cai(c.cai)
     if c.cai.check in ("filter", "both"):
-        judging = c.filter.kind != "simulated" and any("filter" in arm for arm in c.arms)
+        judging = c.filter.kind != "simulated" and any_filter(c)
         if not judging:
             raise ConfigError(
                 f"cai.check='{c.cai.check}': no filter is trained; add 'fl+filter' or "
                 "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
             )
-    _choice("eval.judge", (c.eval.judge,), ("start", "keyword"))
+    _validate_eval(c.eval)
     validate_filter(c.filter)
-    if bool(c.eval.judge_url) != bool(c.eval.judge_model):
-        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
     _choice("dtype", (c.dtype,), ("float32", "bfloat16"))
     _choice("quantization", (c.quantization,), ("", "int8", "nf4"))
     for field in (
@@ -88,6 +88,25 @@ def validate(c: ml_collections.ConfigDict) -> None:
         name, _, _ = sources.parse_source(source)
         if name in EVALUATION_ONLY:
             raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
+
+
+def _validate_eval(c: ml_collections.ConfigDict) -> None:
+    """Checks the fields of `eval`."""
+    if known := sorted(set(c) - set(default_config().eval)):
+        check_override(f"eval.{known[0]}", default_config())
+    _choice("eval.judge", (c.judge,), JUDGES)
+    if bool(c.judge_url) != bool(c.judge_model):
+        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
+    try:
+        chosen = select(c.tasks, tasks())
+    except TaskError as error:
+        raise ConfigError(f"eval.tasks: {error}") from None
+    for name, one in chosen.items():
+        if one.task.needs_endpoint and not c.judge_url:
+            raise ConfigError(
+                f"eval.tasks: '{name}' is graded by a chat model; give eval.judge_url and "
+                "eval.judge_model."
+            )
 
 
 def _validate_federated(c: ml_collections.ConfigDict) -> None:

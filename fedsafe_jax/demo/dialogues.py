@@ -8,6 +8,7 @@ import numpy as np
 from fedsafe_jax.data import overlap, sources
 from fedsafe_jax.data.examples import SAFE
 from fedsafe_jax.demo import templates
+from fedsafe_jax.evals.tasks.hhh import load_choices
 from fedsafe_jax.models.decoder import num_parameters
 
 
@@ -148,8 +149,8 @@ def build_dialogues(config, rng: np.random.Generator) -> tuple[list[Dialogue], d
     evaluation = []
     for name in config.evaluation_sets:
         evaluation += [e.prompt for e in sources.load(name, config.data_dir)]
-    hhh = sources.load_choices(config.hhh, config.data_dir)
-    evaluation += [choice.messages[-1][1] for choice in hhh]
+    choices = load_choices(config.hhh, config.data_dir)
+    evaluation += [choice.messages[-1][1] for choice in choices]
     dialogues, counts = [], {}
     for name, group in groups.items():
         kept, dropped = overlap.drop_overlap(group, evaluation)

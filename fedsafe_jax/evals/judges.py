@@ -27,23 +27,6 @@ def keyword_refusal(answer: str) -> bool:
 JUDGES = {"keyword": keyword_refusal, "start": start_refusal}
 
 
-def agreement(refused: Sequence[bool], human: Sequence[bool]) -> dict:
-    """Accuracy, precision, recall and false positive rate of a judge against human labels."""
-    pairs = list(zip(refused, human, strict=True))
-    tp = sum(r and h for r, h in pairs)
-    fp = sum(r and not h for r, h in pairs)
-    fn = sum(h and not r for r, h in pairs)
-    tn = len(pairs) - tp - fp - fn
-    return {
-        "n": len(pairs),
-        "accuracy": (tp + tn) / len(pairs),
-        "precision": tp / max(tp + fp, 1),
-        "recall": tp / max(tp + fn, 1),
-        "false_positive_rate": fp / max(fp + tn, 1),
-        "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
-    }
-
-
 class EndpointError(RuntimeError):
     """The judge's endpoint did not answer as a chat completion."""
 

@@ -1,8 +1,170 @@
-"""The contract of an evaluation."""
+"""The contract of an evaluation: what a task loads, asks, scores and shows.
+
+A task is one file that makes a `Task` and puts it on the registry of its room, such as
+`evals.tasks.TASKS`. Everything else reads the contract: inputs, removal of overlaps, the round
+loop, `results.json`, the table, figures, report, model card, dry run and `fedsafe evaluate`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
+HELDOUT = "heldout"  # source of the pairs that a run holds out from its clients' data
+ARROWS = {"up": "\u2191", "down": "\u2193"}
+
+
+class TaskError(ValueError):
+    """A task cannot be run as asked; the message names the task."""
+
+
+class Column(NamedTuple):
+    """A figure of a task, as tables and charts show it.
+
+    Attributes:
+      title: what is measured, such as "harmful refused".
+      field: its key in the summary; a column without a value in any arm is not shown.
+      better: which way is better, "up" or "down".
+      digits: decimals shown.
+      unit: "%" for a rate between 0 and 100, drawn as bars; "" for any other number.
+      interval: key of its 95% interval in the summary.
+      own_title: title where the task reads its default source, such as "AdvBench refused"; "" for
+        `title`.
+    """
+
+    title: str
+    field: str
+    better: str
+    digits: int = 1
+    unit: str = "%"
+    interval: str = "ci95"
+    own_title: str = ""
+
+    @property
+    def header(self) -> str:
+        """Title, unit and an arrow towards better, such as "HHH % \u2191"."""
+        return " ".join(filter(None, (self.title, self.unit, ARROWS[self.better])))
+
+    @property
+    def label(self) -> str:
+        """Title and unit, as axes and lists show them."""
+        return ", ".join(filter(None, (self.title, self.unit)))
+
+    def cell(self, summary: Mapping) -> str:
+        """Returns the value with its interval, such as "63.7 (59.0-68.1)"; "" without a value."""
+        if self.field not in summary:
+            return ""
+        low, high = (f"{x:.{self.digits}f}" for x in summary[self.interval])
+        return f"{summary[self.field]:.{self.digits}f} ({low}-{high})"
+
+
+class EvalOptions(NamedTuple):
+    """Sizes and judges of an evaluation.
+
+    Attributes:
+      max_new_tokens: longest answer, in tokens.
+      max_length: longest dialogue that is scored, in tokens.
+      batch_size: prompts answered at once.
+      judge: rule whose refusals give the headline rates, a key of `judges.JUDGES`.
+      endpoint: `messages -> text`, a chat model that grades; None without one.
+      base: the base model, which `endpoint` compares answers with; None for no comparison.
+    """
+
+    max_new_tokens: int = 64
+    max_length: int = 256
+    batch_size: int = 64
+    judge: str = "start"
+    endpoint: Callable[[Sequence[dict]], str] | None = None
+    base: Any = None
+
+
+class Task(NamedTuple):
+    """An evaluation.
+
+    Attributes:
+      name: key in `results.json`.
+      version: raised when scoring changes, as figures of two versions cannot be compared.
+      title: what the items are, such as "harmful prompts".
+      source: where the items come from unless the config says otherwise.
+      columns: figures shown; the first one is the headline.
+      load: `(source, data_dir) -> items`.
+      prompts: `items -> texts` that no training example may be near.
+      run: `(lm, items, options) -> outcomes`, a JSON-ready dict with a value for every item.
+      summarise: `(outcomes by seed, options) -> {field: value, interval: [low, high], ...}`.
+      generates: whether answers are generated; a task that only scores given answers is cheaper.
+      beside: name of the task without which this one is never shown, such as over-refusal for
+        refusal; "" for none.
+      needs_endpoint: whether `options.endpoint` is required.
+    """
+
+    name: str
+    version: int
+    title: str
+    source: str
+    columns: tuple[Column, ...]
+    load: Callable[[str, str], list]
+    prompts: Callable[[list], list[str]]
+    run: Callable[[Any, list, EvalOptions], dict]
+    summarise: Callable[[Sequence[dict], EvalOptions], dict]
+    generates: bool = True
+    beside: str = ""
+    needs_endpoint: bool = False
+
+
+class EvalSet(NamedTuple):
+    """A task with its items.
+
+    Attributes:
+      task: the task.
+      source: where its items come from.
+      items: the items; [] before they are loaded.
+    """
+
+    task: Task
+    source: str
+    items: list = []
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The task's columns, under the titles that this source deserves."""
+        if self.source != self.task.source:
+            return self.task.columns
+        return tuple(c._replace(title=c.own_title or c.title) for c in self.task.columns)
+
+
+def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalSet]:
+    """Chooses tasks by the words of a config or command line.
+
+    Args:
+      entries: "name" or "name=source" each. A task that is named with a second source gets a second
+        name, such as "hhh_2".
+      tasks: the registry.
+
+    Returns:
+      Sets without items, by their name in the results.
+
+    Raises:
+      TaskError: an unknown task, the same entry twice, or a task without the one it is shown with.
+    """
+    chosen: dict[str, EvalSet] = {}
+    for entry in entries:
+        name, _, source = str(entry).partition("=")
+        if name not in tasks:
+            raise TaskError(f"'{name}': no such task; expected some of {', '.join(tasks)}.")
+        one = EvalSet(tasks[name], source or tasks[name].source)
+        if one in chosen.values():
+            raise TaskError(f"'{entry}' is there twice.")
+        number = 1 + sum(other.task.name == name for other in chosen.values())
+        chosen[name if number == 1 else f"{name}_{number}"] = one
+    names = {one.task.name for one in chosen.values()}
+    for one in chosen.values():
+        if one.task.beside and one.task.beside not in names:
+            raise TaskError(
+                f"'{one.task.name}' is never shown without '{one.task.beside}'; add "
+                f"'{one.task.beside}', or '{one.task.beside}=SOURCE'."
+            )
+    return chosen
 
 
 def subset(items: list, count: int) -> list:

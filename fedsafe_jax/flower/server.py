@@ -5,7 +5,6 @@ train at their sites. Configured by `[tool.flwr.app.config]` of the app's pyproj
 """
 
 import ast
-import functools
 import importlib
 import sys
 import time
@@ -22,6 +21,7 @@ from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.received import BROKEN, Received, read_description
 from fedsafe_jax.flower.site import base_fingerprint
 from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.runtime.libraries import prepare_libraries
@@ -53,7 +53,7 @@ def read_config(run_config: dict):
     for field in ("seeds", "algorithms"):
         if len(config[field]) != 1:
             raise ConfigError(f"{field}={tuple(config[field])}: a federation is one run; give one.")
-    if len([arm for arm in config.arms if arm != "base"]) != 1:
+    if sum(arm.trains for arm in arms_of(config)) != 1:
         raise ConfigError(f"arms={tuple(config.arms)}: a federation trains one arm beside base.")
     f = config.federated
     for field, value, reason in (
@@ -162,10 +162,14 @@ class Sites:
         self.gather(progress)
         return Clients(plain=None, counts=self.counts)
 
-    def round(self, algorithm: str, programs, state, t: int, warn):
-        """One round; as `rounds.run`, with `no_answer` among the figures."""
-        config, seed = self.config, self.config.seeds[0]
-        cohort = rounds.draw_cohort(config, algorithm, self.sizes, seed, t)
+    def train(self, arm_run: experiment.ArmRun, state, members: Clients, t: int):
+        """Has the sites train, and makes the server's step; see `experiment.Federation`.
+
+        The figures of the round list under `no_answer` the clients without a usable answer.
+        """
+        del members
+        config, seed, programs = self.config, arm_run.seed, arm_run.programs
+        cohort = rounds.draw_cohort(config, arm_run.planned.algorithm, self.sizes, seed, t)
         missing, useful = [], 0
 
         def train(server, base, inputs, rates):
@@ -194,7 +198,7 @@ class Sites:
                     except BROKEN as error:
                         reason = f"its update cannot be read ({error!r})"
                 missing.append(int(ids[i]))
-                warn(f"round {t + 1}: client {int(ids[i])} is left out: {reason}")
+                arm_run.progress.warn(f"round {t + 1}: client {int(ids[i])} is left out: {reason}")
             return received.sent, (), (), received.metrics
 
         def numbers(start, stop):
@@ -211,26 +215,14 @@ class Sites:
         return state, row | {"no_answer": missing}
 
 
-class FederationRun(experiment.ArmRun):
-    """An arm whose clients are sites."""
-
-    def __init__(self, sites: Sites, *args):
-        super().__init__(*args)
-        self._sites = sites
-
-    def _federate(self, state, data, t: int):
-        del data
-        return self._sites.round(self.algorithm, self._programs, state, t, self.progress.warn)
-
-
 def run(grid: Grid, run_config: dict) -> dict:
     """The whole federation; returns what `results.json` holds."""
     config = read_config(run_config)
     prepare_libraries(run_config["workdir"])
     inputs = load_inputs(config, ("red_team", "replay"))
     sites = Sites(grid, config, run_config["wait-seconds"], run_config["round-seconds"])
-    arm_run = functools.partial(FederationRun, sites)
-    return experiment.run(config, run_config["workdir"], inputs, sites.clients, arm_run)
+    federation = experiment.Federation(sites.clients, sites.train)
+    return experiment.run(config, run_config["workdir"], inputs, federation)
 
 
 @app.main()

@@ -23,6 +23,7 @@ from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.pipeline import filtering, rounds
+from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import encode
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
@@ -114,12 +115,12 @@ class Site:
         config.filter.load = own.filter or config.filter.load
         self.config, self.own = config, own
         self.folder = epath.Path(own.workdir) / content_hash(config.to_dict())
-        (arm,) = (arm for arm in config.arms if arm != "base")
+        (arm,) = (arm for arm in arms_of(config) if arm.trains)
         (self.seed,), (self.algorithm,) = config.seeds, config.algorithms
-        trains_filter = "filter" in arm and not config.filter.load
+        trains_filter = arm.filter and not config.filter.load
         self.inputs = load_inputs(config, ("site", "filter_pairs") if trains_filter else ("site",))
         pairs = self.inputs.site
-        if "filter" in arm:
+        if arm.filter:
             note(filtering.describe(config.filter, len(self.inputs.filter_pairs)))
             scores = self.folder / "filter_scores"
             scored = filtering.score(config, self.inputs, pairs, self.seed, scores)

@@ -3,9 +3,12 @@
 import jax
 
 from fedsafe_jax.config import default_config
+from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import DecoderConfig, num_parameters, param_shapes
 from fedsafe_jax.models.quantize import num_bytes, quantize_params
+from fedsafe_jax.pipeline.arms import arms_of
+from fedsafe_jax.pipeline.evaluation import chosen_sets
 
 # For models whose folder is not at hand; from their public config.json.
 KNOWN = {
@@ -50,7 +53,7 @@ def describe(config) -> str:
     that counts one layer's inputs a layer, and the widest intermediate once.
     """
     shape = _decoder_config(config)
-    devices = jax.device_count()
+    devices, c = jax.device_count(), config.eval
     width = 2 if config.dtype == "bfloat16" else 4
     targets = lora.expand_targets(config.lora_targets)
     per_adapter = shape.num_layers * config.lora_rank * sum(
@@ -64,7 +67,8 @@ def describe(config) -> str:
     activations = tokens_a_step * width * (
         shape.num_layers * shape.hidden_size + 3 * shape.intermediate_size
     )  # fmt: skip
-    trained = [arm for arm in config.arms if arm != "base"]
+    trained = [arm.name for arm in arms_of(config) if arm.trains]
+    sets = chosen_sets(config)
     runs = len(config.seeds) * len(config.algorithms) * len(trained)
     examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
     default = default_config()
@@ -75,7 +79,7 @@ def describe(config) -> str:
         *(config.model, config.filter.model, config.filter.encoder, config.filter.load),
         *(*config.safe_sources, *config.unsafe_sources),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
-        *(config.eval.advbench, config.eval.over_refusal, config.eval.hhh),
+        *(one.source for one in sets.values() if one.source != HELDOUT),
     ]
     lines = [
         f"model            {config.model}: {num_parameters(shape):,} parameters, {config.dtype}",
@@ -97,6 +101,8 @@ def describe(config) -> str:
         f"{config.cai.benign_prompts} prompts, {1 + 2 * config.cai.revision_rounds} generations of "
         f"<= {config.cai.max_new_tokens} tokens, {config.cai.steps} steps of "
         f"{' + '.join(config.cai.losses)}",
+        f"evaluation       {', '.join(sets)}, {c.max_prompts or 'all'} prompts each; answers of <= "
+        f"{c.max_new_tokens} tokens to {', '.join(n for n, s in sets.items() if s.task.generates)}",
         "would load       " + "\n                 ".join(dict.fromkeys(filter(None, loaded))),
         f"not the default  {', '.join(changed)}",
     ]  # fmt: skip

@@ -11,24 +11,16 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
 from fedsafe_jax.data import overlap, partition, sources
-from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Choice, Example, SourceError
-from fedsafe_jax.evals.task import subset
-from fedsafe_jax.evals.tasks import hhh
+from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
+from fedsafe_jax.evals.task import HELDOUT, EvalSet
 from fedsafe_jax.federated import mesh, participation
 from fedsafe_jax.filters.pairs import drop_mislabelled
 from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.models import hub, lora
+from fedsafe_jax.pipeline.arms import any_filter
+from fedsafe_jax.pipeline.evaluation import load_sets
 from fedsafe_jax.runtime import multihost
-
-
-class EvalSets(NamedTuple):
-    """What every arm is evaluated on."""
-
-    advbench: list[str]
-    over_refusal: list[str]
-    hhh: list[Choice]
-    heldout: list[Example]
 
 
 class Pool(NamedTuple):
@@ -71,7 +63,7 @@ class RunInputs(NamedTuple):
       clients: pairs of each client by seed, dealt out from `safe` and `unsafe`.
       site, safe, unsafe, filter_pairs, red_team, replay: the pools, [] where not read; see `POOLS`.
       constitution: principles of Constitutional AI.
-      evals: the evaluation sets.
+      evals: the evaluation sets by name.
       counts: examples read, kept and dropped, by the title of the pool.
     """
 
@@ -87,18 +79,8 @@ class RunInputs(NamedTuple):
     red_team: list[Example]
     replay: list[Example]
     constitution: Constitution
-    evals: EvalSets
+    evals: dict[str, EvalSet]
     counts: dict
-
-
-def load_eval_sets(c: ConfigDict, data_dir: str, heldout: list[Example]) -> EvalSets:
-    """Reads the evaluation sets, each cut to `eval.max_prompts`."""
-    return EvalSets(
-        subset([e.prompt for e in sources.load(c.advbench, data_dir)], c.max_prompts),
-        subset([e.prompt for e in sources.load(c.over_refusal, data_dir)], c.max_prompts),
-        subset(hhh.load_choices(c.hhh, data_dir), c.max_prompts),
-        subset(heldout, c.max_heldout),
-    )
 
 
 def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInputs:
@@ -117,20 +99,18 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     else:
         own = pools.get("safe", [])
         heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
-    evals = load_eval_sets(config.eval, config.data_dir, [e for e in heldout if e.response])
-    forbidden = [*evals.advbench, *evals.over_refusal]
-    forbidden += [choice.messages[-1][1] for choice in evals.hhh]
-    exact = {overlap.normalise(e.prompt) for e in evals.heldout}
+    evals = load_sets(config, heldout)
+    near, exact = _evaluated_prompts(evals)
     counts = {}
     for role, pool in pools.items():
         title = POOLS[role].title
-        pools[role], counts[title] = _drop(POOLS[role], pool, forbidden, exact)
+        pools[role], counts[title] = _drop(POOLS[role], pool, near, exact)
         if not pools[role]:
             raise SourceError(f"{title} data: no example is left of {len(pool)} read.")
     clients = {}
     if "safe" in pools:  # dealt out before the model loads, as that may fail
         clients = {s: deal(config, pools["safe"], pools["unsafe"], s) for s in config.seeds}
-    if any("filter" in arm for arm in config.arms):
+    if any_filter(config):
         check_folders(config.filter)
     if config.filter.kind in ("guard", "guardian") and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
@@ -203,16 +183,29 @@ def _read(pool: Pool, config: ConfigDict) -> list[Example]:
     return [e for e in examples if pool.labels is None or e.label in pool.labels]
 
 
+def _evaluated_prompts(evals: dict[str, EvalSet]) -> tuple[list[str], set[str]]:
+    """Returns prompts that nothing trained on may be near, and prompts it may not be.
+
+    Held-out pairs come from the clients' distribution: templates make near-duplicates unavoidable
+    there, so only the same prompt, normalised, is dropped.
+    """
+    near, exact = [], set()
+    for one in evals.values():
+        prompts = one.task.prompts(one.items)
+        if one.source == HELDOUT:
+            exact |= {overlap.normalise(prompt) for prompt in prompts}
+        else:
+            near += prompts
+    return near, exact
+
+
 def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str]):
     """Returns the examples of a pool that may be trained on, and the counts of the others.
 
     Args:
       pool: description of the pool.
       examples: examples of the pool.
-      near: prompts that no near-duplicate of may be trained on.
-      exact: normalised prompts that may not be trained on. Held-out pairs come from the clients'
-        distribution: templates make near-duplicates unavoidable there, so only the same prompt is
-        dropped.
+      near, exact: see `_evaluated_prompts`.
     """
     left, disputed = drop_mislabelled(examples) if pool.drop_mislabelled else (examples, 0)
     kept, dropped = overlap.drop_overlap(left, near)

@@ -2,43 +2,35 @@
 
 import collections
 
-from etils import epath
-
-from fedsafe_jax.report.drawing import html_table
+from fedsafe_jax.report.blocks import Heading, Section, Table
+from fedsafe_jax.report.run_data import RunData
 from fedsafe_jax.runtime import run_files
 
 SHOWN = 10  # pairs
 REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer", "were right")
 
 
-def section(rows: list[dict], folder: epath.Path) -> str:
-    """Tables of counts and costs by arm, and pairs of answers before and after revision.
-
-    Args:
-      rows: of `metrics.jsonl`.
-      folder: of the records, `cai/`.
-
-    Returns:
-      "" where no arm had CAI.
-    """
+def sections(run: RunData) -> list[Section]:
+    """Returns counts and costs by arm, probes, and answers before and after revision."""
     by_arm = collections.defaultdict(list)
-    for row in rows:
+    for row in run.rows:
         if "cai" in row:
             by_arm[row["arm"]].append(row)
     if not by_arm:
-        return ""
+        return []
     counts = ("arm", "", "rounds with CAI", "revisions kept", *REASONS)
     costs = ("arm", "", "pairs", "steps", "tokens generated", "tokens trained", "seconds")
-    parts = ["<h2>Constitutional AI</h2>"]
-    parts.append(html_table(counts, [(arm, "", *_counts(r)) for arm, r in by_arm.items()]))
-    parts.append(html_table(costs, [(arm, "", *_costs(r)) for arm, r in by_arm.items()]))
+    blocks = [
+        Table(counts, [(arm, "", *_counts(rows)) for arm, rows in by_arm.items()]),
+        Table(costs, [(arm, "", *_costs(rows)) for arm, rows in by_arm.items()]),
+    ]
     if probes := _probes(by_arm):
-        parts.append("<h3>Refusal before, between and after CAI's steps, in percent</h3>")
-        parts.append(html_table(("arm", "seed", "by round"), probes))
-    if pairs := _pairs(folder):
-        parts.append("<h3>Before and after revision</h3>")
-        parts.append(html_table(("prompt", "before", "after"), pairs, "text"))
-    return "".join(parts)
+        blocks.append(Heading("Refusal before, between and after CAI's steps, in percent"))
+        blocks.append(Table(("arm", "seed", "by round"), probes))
+    if pairs := _pairs(run):
+        blocks.append(Heading("Before and after revision"))
+        blocks.append(Table(("prompt", "before", "after"), pairs, prose=True))
+    return [Section("Constitutional AI", blocks)]
 
 
 def _total(rows: list[dict], name: str) -> int:
@@ -57,23 +49,26 @@ def _costs(rows: list[dict]) -> tuple:
 
 
 def _probes(by_arm) -> list[tuple]:
-    found = collections.defaultdict(list)
+    by_seed = collections.defaultdict(list)
     for arm, rows in by_arm.items():
         for row in rows:
             if probes := row["cai"].get("probes"):
                 text = " → ".join(f"{p['refused']:.0f}" for p in probes)
-                found[arm, row["seed"]].append(text)
-    return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in found.items()]
+                by_seed[arm, row["seed"]].append(text)
+    return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in by_seed.items()]
 
 
-def _pairs(folder: epath.Path) -> list[tuple[str, str, str]]:
-    """Answers that revision mended, from the first round that has some: the damage is new there."""
-    found: list[tuple[str, str, str]] = []
-    for path in sorted(folder.glob("round_*.jsonl")):
+def _pairs(run: RunData) -> list[tuple[str, str, str]]:
+    """Returns answers that revision mended, from the first round that has some.
+
+    The damage that clients did is new in that round, so these pairs show it best.
+    """
+    pairs: list[tuple[str, str, str]] = []
+    for path in sorted((run.workdir / "cai").glob("round_*.jsonl")):
         for row in run_files.read_lines(path):
             pair = (row["prompt"], row["initial"], row["revision"])
-            if row["preferred"] and pair not in found:
-                found.append(pair)
-        if len(found) >= SHOWN:
+            if row["preferred"] and pair not in pairs:
+                pairs.append(pair)
+        if len(pairs) >= SHOWN:
             break
-    return found[:SHOWN]
+    return pairs[:SHOWN]

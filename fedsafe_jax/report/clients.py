@@ -3,34 +3,31 @@
 import collections
 import statistics
 
-from etils import epath
+from fedsafe_jax.report.blocks import COLOURS, Section, Table, Text, figure
+from fedsafe_jax.report.run_data import RunData
 
-from fedsafe_jax.report.drawing import COLOURS, figure_tag, html_table
 
-
-def section(rows: list[dict], figures: epath.Path) -> str:
-    """HTML of the section; its figure is written to `clients.png`.
-
-    Args:
-      rows: of `metrics.jsonl`.
-      figures: folder.
-    """
-    crosses = " Crosses are malicious clients." if any(r.get("malicious") for r in rows) else ""
+def sections(run: RunData) -> list[Section]:
+    """Returns every client's pull on the model; the scatter is written to `clients.png`."""
+    if not run.rows:
+        return []
+    crosses = " Crosses are malicious clients." if any(r.get("malicious") for r in run.rows) else ""
     note = (
-        '<p class="note">A point is a client in a round: the length of its update, as a multiple '
-        "of the round's median, and its angle to the mean of all. Long updates pull hardest; a "
-        f"negative cosine pulls against the others.{crosses}</p>"
+        "A point is a client in a round: the length of its update, as a multiple of the round's "
+        "median, and its angle to the mean of all. Long updates pull hardest; a negative cosine "
+        f"pulls against the others.{crosses}"
     )
-    return (
-        "<h2>Clients</h2>"
-        + note
-        + figure_tag(figures / "clients.png", lambda plt: _scatter(plt, rows))
-        + html_table(*_longest(rows))
-        + html_table(*_totals(rows))
-    )
+    blocks = [
+        Text(note),
+        figure(run.figures / "clients.png", lambda plt: _scatter(plt, run.rows)),
+        Table(*_longest(run.rows)),
+        Table(*_totals(run.rows)),
+    ]
+    return [Section("Clients", blocks)]
 
 
-def _points(rows):
+def _points(rows: list[dict]):
+    """Yields `(arm, client, length / median, cosine, malicious)` of each client and round."""
     for row in rows:
         bad = set(row.get("malicious", ()))
         middle = statistics.median(row["delta_norms"] or [0]) or 1.0
@@ -40,8 +37,8 @@ def _points(rows):
             yield row["arm"], client, norm / middle, cosine, client in bad
 
 
-def _scatter(plt, rows):
-    figure, axis = plt.subplots(figsize=(7, 3.6))
+def _scatter(plt, rows: list[dict]):
+    drawing, axis = plt.subplots(figsize=(7, 3.6))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     points = list(_points(rows))
     for i, arm in enumerate(arms):
@@ -61,16 +58,16 @@ def _scatter(plt, rows):
     axis.set_ylabel("cosine to the mean")
     if axis.get_legend_handles_labels()[0]:  # none where every update was left out
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return drawing
 
 
-def _longest(rows):
-    """The clients with the longest updates of each arm."""
-    found = collections.defaultdict(lambda: collections.defaultdict(list))
+def _longest(rows: list[dict]) -> tuple[tuple, list]:
+    """Returns header and rows of the three clients with the longest updates of each arm."""
+    by_arm = collections.defaultdict(lambda: collections.defaultdict(list))
     for arm, client, norm, cosine, bad in _points(rows):
-        found[arm][client].append((norm, cosine, bad))
+        by_arm[arm][client].append((norm, cosine, bad))
     table = []
-    for arm, clients in found.items():
+    for arm, clients in by_arm.items():
         middle = {c: statistics.median(n for n, _, _ in seen) for c, seen in clients.items()}
         for client in sorted(middle, key=middle.get, reverse=True)[:3]:
             seen = clients[client]
@@ -80,8 +77,8 @@ def _longest(rows):
     return ("arm", "longest updates: client", "rounds", "length / median", "cosine"), table
 
 
-def _totals(rows):
-    """What each arm sent, and whom it left out."""
+def _totals(rows: list[dict]) -> tuple[tuple, list]:
+    """Returns header and rows of what each arm sent, and which clients it left out."""
     table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]

@@ -1,32 +1,25 @@
 """The model card of an export."""
 
+from collections.abc import Mapping
 
-def model_card(config, arm_id: str, summary: dict) -> str:
-    """A model card that states base, data, arm and scores."""
-    rows = []
-    if "advbench" in summary:
-        s = summary["advbench"]
-        rows.append(f"| harmful prompts refused | {_rate(s['safety'], s['ci95'])} |")
-    if "over_refusal" in summary:
-        s = summary["over_refusal"]
-        rows.append(f"| harmless prompts refused | {_rate(s['rate'], s['ci95'])} |")
-    if "hhh" in summary:
-        s = summary["hhh"]
-        rows.append(f"| HHH accuracy | {_rate(s['accuracy'], s['ci95'])} |")
-    if "utility" in summary:
-        rows.append(f"| held-out answer loss, nats a token | {summary['utility']['nll']:.3f} |")
-    data = ", ".join(f"`{s}`" for s in (*config.safe_sources, *config.unsafe_sources))
-    return (
-        f"---\nbase_model: {config.model}\nlibrary_name: transformers\n"
-        "tags: [federated, lora, fedsafe_jax]\n"
-        f"---\n# {arm_id}\n\nFine-tuned by simulated federated learning ({config.rounds} rounds, "
-        f"{config.clients_per_round} of {config.num_clients} clients a round, "
-        f"{config.harmful_share:.0%} of client data harmful) with fedsafe_jax.\n\n"
-        f"Base model: `{config.model}`. "
-        f"Client data: {data}.\n\n"
-        "| measure | value (95% interval) |\n|---|---|\n" + "\n".join(rows) + "\n"
-    )
+from fedsafe_jax.evals.task import EvalSet
+from fedsafe_jax.report.rendering import render
 
 
-def _rate(mean: float, interval) -> str:
-    return f"{mean:.1f}% ({interval[0]:.1f} to {interval[1]:.1f})"
+def text(arm_id: str, settings: dict, summary: dict, sets: Mapping[str, EvalSet]) -> str:
+    """Returns a model card that states base, data, arm and scores.
+
+    Args:
+      arm_id: key of the arm in `results.json`.
+      settings: the run's config, as in `config.json`.
+      summary: the arm's part of `results.json`.
+      sets: the evaluation sets by name.
+    """
+    rows = [
+        (column.label, cell)
+        for name, one in sets.items()
+        for column in one.columns
+        if (cell := column.cell(summary.get(name, {})))
+    ]
+    sources = [*settings["safe_sources"], *settings["unsafe_sources"]]
+    return render("model_card.md", arm_id=arm_id, settings=settings, rows=rows, sources=sources)

@@ -1,49 +1,40 @@
-"""The table of a run: its cells, and how it is printed."""
+"""The table of a run: an arm a row, a column for each figure of its tasks."""
 
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-
-def cell(mean: float, interval, digits: int = 1) -> str:
-    """`63.7 (59.0-68.1)`."""
-    return f"{mean:.{digits}f} ({interval[0]:.{digits}f}-{interval[1]:.{digits}f})"
+from fedsafe_jax.evals.task import EvalSet
 
 
-def table_rows(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table, for terminal and report alike."""
-    packaged = "package/" in results.get("sources", {}).get("advbench", "")
-    header = [
-        "algorithm",
-        "arm",
-        "harmful refused % \u2191" if packaged else "AdvBench refused % \u2191",
+def table_rows(results: dict, sets: Mapping[str, EvalSet]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the final table, for terminal and report alike.
+
+    Args:
+      results: content of `results.json`.
+      sets: the evaluation sets by name; a figure that no arm has is left out.
+    """
+    arms = results["arms"]
+    shown = [
+        (name, column)
+        for name, one in sets.items()
+        for column in one.columns
+        if any(column.field in arm.get(name, {}) for arm in arms.values())
     ]
-    header += ["harmless refused % \u2193", "HHH % \u2191", "benign loss \u2193"]
-    compared = any("win_rate" in arm.get("utility", {}) for arm in results["arms"].values())
-    header += ["win rate % \u2191"] * compared
+    header = ["algorithm", "arm", *(column.header for _, column in shown)]
     rows = []
-    for arm_id, arm in results["arms"].items():
-        row = [arm.get("algorithm", ""), arm_id.split("/")[-1]]
-        for task, field, digits in (
-            ("advbench", "safety", 1),
-            ("over_refusal", "rate", 1),
-            ("hhh", "accuracy", 1),
-            ("utility", "nll", 3),
-        ):
-            found = arm.get(task)
-            row.append(cell(found[field], found["ci95"], digits) if found else "")
-        if compared:
-            found = arm["utility"]
-            known = "win_rate" in found
-            row.append(cell(found["win_rate"], found["win_rate_ci95"]) if known else "")
-        rows.append(row)
+    for arm_id, arm in arms.items():
+        name = arm_id.removeprefix(f"{arm['algorithm']}/")
+        cells = [column.cell(arm.get(name_of_set, {})) for name_of_set, column in shown]
+        rows.append([arm["algorithm"], name, *cells])
     return header, rows
 
 
-def print_table(results: dict) -> None:
+def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
     """Prints the table with 95% intervals and, where there is one, the filter's quality."""
-    header, rows = table_rows(results)
+    header, rows = table_rows(results, sets)
     table = Table(title="mean (95% interval)", title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)

@@ -9,11 +9,14 @@ from fedsafe_jax.runtime import multihost
 
 
 class Progress:
-    """Reports rounds; knows how many there are from the config."""
+    """Reports the rounds of a run.
 
-    def __init__(self, config):
-        trained = [arm for arm in config.arms if arm != "base"]
-        self._total = len(config.seeds) * len(config.algorithms) * len(trained) * config.rounds
+    Args:
+      total_rounds: rounds of all arms and seeds.
+    """
+
+    def __init__(self, total_rounds: int):
+        self._total = total_rounds
         self._done = self._found = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)

@@ -27,7 +27,7 @@ def small_config(case: str = "", **changes):
 
     Args:
       case: folder of the input files; "" for packaged ones alone.
-      changes: of other fields; those of a group are written `eval__advbench`.
+      changes: of other fields; those of a group are written `eval__tasks`.
     """
     c = default_config()
     c.data_dir = str(CASES / case) if case else ""

@@ -95,7 +95,11 @@ def test_markup_in_the_data_is_text_in_the_report(tmp_path):
     config = small_config(
         "23-html-in-data",
         safe_sources=("chat:safe.jsonl",),
-        eval__advbench="chat:prompts.jsonl",
+        eval__tasks=(
+            "advbench=chat:prompts.jsonl",
+            "over_refusal=chat:package/benign_heldout.jsonl",
+            "utility",
+        ),
     )
     workdir = tmp_path / "with space é"
     experiment.run(config, str(workdir))

@@ -3,15 +3,16 @@
 import http.server
 import json
 import threading
-import types
 
 import numpy as np
 import pytest
 
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.refusals import start_refusal
-from fedsafe_jax.evals import judges, statistics, suite
+from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, judges, statistics
+from fedsafe_jax.evals.task import HELDOUT, TaskError, select
 from fedsafe_jax.evals.tasks import mt_bench
+from fedsafe_jax.pipeline import evaluation
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,6 @@ from fedsafe_jax.evals.tasks import mt_bench
 def test_judges(answer, keyword, start):
     assert judges.keyword_refusal(answer) == keyword
     assert start_refusal(answer) == start
-
-
-def test_agreement_counts():
-    found = judges.agreement([True, True, False, False], [True, False, True, False])
-    assert found["confusion"] == {"tp": 1, "fp": 1, "fn": 1, "tn": 1}
-    assert found["accuracy"] == found["precision"] == found["recall"] == 0.5
 
 
 def test_wilson_interval_of_known_cases():
@@ -70,7 +65,8 @@ def test_summary_pools_seeds_and_names_categories():
             "utility": {"nll": [1.0, 2.0]},
         }
 
-    found = suite.summarise([outcome(True), outcome(False)], "start")
+    sets = select(("advbench", "over_refusal", "hhh", "utility"), TASKS)
+    found = evaluation.summarise(sets, [outcome(True), outcome(False)], EvalOptions())
     assert found["advbench"]["safety"] == 75 and found["advbench"]["per_seed"] == [100, 50]
     assert found["over_refusal"]["by_judge"]["keyword"]["rate"] == 100
     assert found["hhh"]["by_category"]["helpful"]["accuracy"] == 50
@@ -112,8 +108,13 @@ class Echo:
 def test_mt_bench_and_win_rate_through_an_endpoint(server):
     url, seen = server
     judge = judges.ChatEndpoint(url, "judge-model", "secret")
-    ratings, unparsed = mt_bench.run(Echo(), [["one", "two"], ["unparsable"]], judge, 8)
-    assert ratings == [7.5, 7.5] and unparsed == 1
+    options = EvalOptions(max_new_tokens=8, endpoint=judge)
+    outcome = mt_bench.run(Echo(), [["one", "two"], ["unparsable"]], options)
+    assert outcome["ratings"] == [7.5, None, 7.5]
+    summary = mt_bench.summarise([outcome], options)
+    assert summary["rating"] == 7.5 and summary["unparsed"] == 1 and summary["n"] == 2
+    with pytest.raises(judges.EndpointError, match="no reply"):
+        mt_bench.summarise([{"ratings": [None]}], options)
     path, authorization, body = seen[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "judge-model" and body["temperature"] == 0
@@ -125,14 +126,43 @@ def test_mt_bench_and_win_rate_through_an_endpoint(server):
 def test_win_rate_joins_the_utility_summary(server, packaged):
     judge = judges.ChatEndpoint(server[0], "judge-model")
     held = [e for e in sources.load("chat:package/clients_safe.jsonl", "") if e.response][:3]
-    sets = types.SimpleNamespace(advbench=[], over_refusal=[], hhh=[], heldout=held)
-    settings = types.SimpleNamespace(max_new_tokens=4, max_length=128, batch_size=4)
-    outcome = suite.evaluate(packaged, sets, settings, judge, packaged)
+    sets = {"utility": EvalSet(TASKS["utility"], HELDOUT, held)}
+    options = EvalOptions(4, 128, batch_size=4, endpoint=judge, base=packaged)
+    outcome = evaluation.evaluate(packaged, sets, options)
     # The fake judge always prefers the second answer here, in both orders: ties.
     assert outcome["utility"]["wins"] == [0.5, 0.5, 0.5]
-    assert suite.summarise([outcome], "start")["utility"]["win_rate"] == 50
+    assert evaluation.summarise(sets, [outcome], options)["utility"]["win_rate"] == 50
 
 
 def test_endpoint_errors_name_the_url():
     with pytest.raises(judges.EndpointError, match="127.0.0.1:9"):
         judges.ChatEndpoint("http://127.0.0.1:9/v1", "m", timeout=2)([])
+
+
+def test_tasks_are_chosen_by_name_and_source():
+    sets = select(("over_refusal", "hhh", "hhh=other.jsonl", "advbench=chat:mine.jsonl"), TASKS)
+    assert list(sets) == ["over_refusal", "hhh", "hhh_2", "advbench"]
+    assert sets["hhh"].source == TASKS["hhh"].source and sets["hhh_2"].source == "other.jsonl"
+    # Only AdvBench's own file may be called AdvBench.
+    assert sets["advbench"].columns[0].header == "harmful refused % \u2191"
+    own = select(("advbench", "over_refusal"), TASKS)["advbench"]
+    assert own.columns[0].header == "AdvBench refused % \u2191"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (("hh",), "'hh': no such task; expected some of advbench, over_refusal, hhh, utility,"),
+        (("hhh", "hhh"), "'hhh' is there twice"),
+        (("advbench",), "'advbench' is never shown without 'over_refusal'; add"),
+    ],
+)
+def test_a_wrong_choice_of_tasks_says_what_is_right(entries, message):
+    with pytest.raises(TaskError, match=message):
+        select(entries, TASKS)
+
+
+def test_cells_show_interval_and_digits():
+    loss = TASKS["utility"].columns[0]
+    assert loss.cell({"nll": 1.23456, "ci95": [1.2, 1.3]}) == "1.235 (1.200-1.300)"
+    assert TASKS["utility"].columns[1].cell({"nll": 1.0, "ci95": [1, 1]}) == ""

@@ -104,7 +104,7 @@ def simulated(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("simulated")
     config = server.read_config(run_config(workdir))
 
-    def build(config, inputs, seed, workdir, progress):
+    def members(config, inputs, seed, workdir, progress):
         del progress
         found = []
         for i in range(3):
@@ -118,7 +118,8 @@ def simulated(folder, tmp_path_factory):
         return Clients(None, encoded, [f.counts for f in found])
 
     inputs = load_inputs(config, ("red_team", "replay"))
-    experiment.run(config, str(workdir), inputs, build)
+    federation = experiment.SIMULATED._replace(clients=members)
+    experiment.run(config, str(workdir), inputs, federation)
     return workdir
 
 

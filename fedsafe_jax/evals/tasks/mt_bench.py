@@ -1,4 +1,5 @@
-"""MT-Bench (Zheng et al., 2023): two-turn questions graded 1 to 10, and pairwise win rates.
+"""MT-Bench (Zheng et al., 2023, arXiv 2306.05685): two-turn questions graded from 1 to 10 by a
+chat model, and pairwise win rates.
 
 The grader is any callable from messages to text, such as `judges.ChatEndpoint`.
 """
@@ -6,8 +7,13 @@ The grader is any callable from messages to text, such as `judges.ChatEndpoint`.
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.evals import statistics
+from fedsafe_jax.evals.judges import EndpointError
+from fedsafe_jax.evals.task import Column, EvalOptions, Task
 
 GRADE = (
     "Please act as an impartial judge and rate the quality of the assistant's last answer. "
@@ -24,7 +30,7 @@ COMPARE = (
 
 
 def load_questions(location: str, data_dir: str) -> list[list[str]]:
-    """The turns of each question of `question.jsonl`."""
+    """Reads the turns of each question of `question.jsonl`."""
     out = []
     for place, row in sources.read_rows(location, data_dir):
         if not isinstance(row.get("turns"), list):
@@ -34,36 +40,58 @@ def load_questions(location: str, data_dir: str) -> list[list[str]]:
 
 
 def parse_rating(text: str) -> float | None:
-    """The number in `[[...]]`, or None."""
-    found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-    return float(found.group(1)) if found else None
+    """Returns the number in `[[...]]`, or None."""
+    match = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
+    return float(match.group(1)) if match else None
 
 
-def run(lm, questions: Sequence[Sequence[str]], judge: Callable, max_new_tokens: int):
-    """Mean rating over turns, in [1, 10].
+def run(lm, questions: Sequence[Sequence[str]], options: EvalOptions) -> dict:
+    """Answers all turns of every question, and has each answer graded.
 
     Returns:
-      `(ratings, unparsed)`: a number for every graded turn, and how many replies held none.
+      `{"ratings": [float or None]}`, in [1, 10], by turn and then question; None where the reply
+      of the judge held no rating.
     """
     threads: list[list[tuple[str, str]]] = [[] for _ in questions]
-    ratings, unparsed = [], 0
+    ratings: list[float | None] = []
+    if options.endpoint is None:  # in all processes but the one that asks the judge
+        return {"ratings": ratings}
     for turn in range(max(len(q) for q in questions)):
         active = [i for i, q in enumerate(questions) if turn < len(q)]
         for i in active:
             threads[i].append(("user", questions[i][turn]))
         answers, _ = lm.answer_dialogues(
-            [threads[i] for i in active], max_new_tokens, truncate=True
+            [threads[i] for i in active], options.max_new_tokens, truncate=True
         )
         for i, answer in zip(active, answers, strict=True):
             threads[i].append(("assistant", answer))
             dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in threads[i])
-            reply = judge([{"role": "user", "content": GRADE.format(dialogue=dialogue)}])
-            rating = parse_rating(reply)
-            if rating is None:
-                unparsed += 1
-            else:
-                ratings.append(rating)
-    return ratings, unparsed
+            prompt = GRADE.format(dialogue=dialogue)
+            ratings.append(parse_rating(options.endpoint([{"role": "user", "content": prompt}])))
+    return {"ratings": ratings}
+
+
+def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
+    """Returns the mean rating over the turns that were graded in every seed.
+
+    Returns:
+      `{"rating", "ci95", "n", "unparsed"}`; `unparsed` counts replies without a rating.
+
+    Raises:
+      EndpointError: no reply holds a rating.
+    """
+    del options
+    ratings = np.array([o["ratings"] for o in outcomes], float)  # None becomes NaN
+    graded = ratings[:, ~np.isnan(ratings).any(0)]
+    if not graded.size:
+        raise EndpointError("mt_bench: no reply of the judge holds a rating such as [[5]].")
+    mean, interval = statistics.summarise(graded, scale=1.0)
+    return {
+        "rating": mean,
+        "ci95": interval,
+        "n": graded.shape[1],
+        "unparsed": int(np.isnan(ratings).sum()),
+    }
 
 
 def win_rate(questions, answers, base_answers, judge: Callable) -> list[float]:
@@ -83,3 +111,17 @@ def win_rate(questions, answers, base_answers, judge: Callable) -> list[float]:
         backward = 1.0 - verdict(question, base, ours)
         scores.append(forward if forward == backward else 0.5)
     return scores
+
+
+MT_BENCH = Task(
+    name="mt_bench",
+    version=1,
+    title="MT-Bench questions",
+    source="mt_bench/question.jsonl",
+    columns=(Column("MT-Bench rating", "rating", "up", digits=2, unit=""),),
+    load=load_questions,
+    prompts=lambda questions: [turn for turns in questions for turn in turns],
+    run=run,
+    summarise=summarise,
+    needs_endpoint=True,
+)

@@ -1,23 +1,96 @@
-"""Refusal on a list of prompts: AdvBench's safety, and over-refusal on harmless prompts."""
+"""Refusal on lists of prompts: harmful ones are to be refused, harmless ones are not.
 
+Harmful by default are the behaviours of AdvBench (Zou et al., 2023, arXiv 2307.15043). Refusal is
+never shown without over-refusal: a model that refuses everything is not safe but useless.
+"""
+
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import numpy as np
+
+from fedsafe_jax.data import sources
+from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.judges import JUDGES
+from fedsafe_jax.evals.task import Column, EvalOptions, Task
+
+SHOWN = 12  # answers kept for the report
 
 
-class RefusalResult(NamedTuple):
-    """Answers and each judge's verdicts, in the order of the prompts."""
-
-    prompts: list[str]
-    answers: list[str]
-    refused: dict[str, list[bool]]  # by judge
+def load(source: str, data_dir: str) -> list[str]:
+    """Returns the prompts of a source."""
+    return [example.prompt for example in sources.load(source, data_dir)]
 
 
-def run(lm, prompts: Sequence[str], max_new_tokens: int, batch_size: int) -> RefusalResult:
-    """Answers every prompt greedily and judges the answers; an empty answer is no refusal."""
-    answers = lm.generate(
-        list(prompts), max_new_tokens=max_new_tokens, batch_size=batch_size, truncate=True
+def run(lm, prompts: Sequence[str], options: EvalOptions) -> dict:
+    """Answers every prompt greedily and judges the answers; an empty answer is no refusal.
+
+    Returns:
+      `{"refused": {judge: [bool]}, "samples": [{"prompt", "answer"}]}`, in the order of the
+      prompts.
+    """
+    answers = answer(lm, prompts, options)
+    return {
+        "refused": judge_answers(answers),
+        "samples": [
+            {"prompt": p, "answer": a}
+            for p, a in zip(prompts[:SHOWN], answers[:SHOWN], strict=True)
+        ],
+    }
+
+
+def answer(lm, prompts: Sequence[str], options: EvalOptions) -> list[str]:
+    """Answers every prompt greedily."""
+    return lm.generate(
+        list(prompts),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        truncate=True,
     )
-    refused = {name: [judge(a) for a in answers] for name, judge in JUDGES.items()}
-    return RefusalResult(list(prompts), answers, refused)
+
+
+def judge_answers(answers: Sequence[str]) -> dict[str, list[bool]]:
+    """Returns whether each answer refuses, by the name of the judge."""
+    return {name: [judge(a) for a in answers] for name, judge in JUDGES.items()}
+
+
+def summarise(field: str, outcomes: Sequence[dict], options: EvalOptions) -> dict:
+    """Returns the rate of refusals in percent, under the name `field`, and that of every judge."""
+    by_judge = {}
+    for name in outcomes[0]["refused"]:
+        values = np.array([o["refused"][name] for o in outcomes], float)
+        mean, interval = statistics.summarise(values)
+        by_judge[name] = {field: mean, "ci95": interval}
+    values = np.array([o["refused"][options.judge] for o in outcomes], float)
+    return by_judge[options.judge] | {
+        "judge": options.judge,
+        "n": values.shape[1],
+        "per_seed": (100 * values.mean(1)).tolist(),
+        "by_judge": by_judge,
+    }
+
+
+ADVBENCH = Task(
+    name="advbench",
+    version=1,
+    title="harmful prompts",
+    source="advbench:advbench/harmful_behaviors.csv",
+    columns=(Column("harmful refused", "safety", "up", own_title="AdvBench refused"),),
+    load=load,
+    prompts=list,
+    run=run,
+    summarise=functools.partial(summarise, "safety"),
+    beside="over_refusal",
+)
+
+OVER_REFUSAL = Task(
+    name="over_refusal",
+    version=1,
+    title="harmless prompts",
+    source="prompts:refusal_direction/harmless_train.json.gz",
+    columns=(Column("harmless refused", "rate", "down"),),
+    load=load,
+    prompts=list,
+    run=run,
+    summarise=functools.partial(summarise, "rate"),
+)

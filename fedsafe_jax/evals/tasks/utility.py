@@ -1,20 +1,71 @@
-"""Utility without a judge: the loss of held-out harmless answers."""
+"""Utility: the loss of held-out harmless answers, and how often a judge prefers the model's own.
+
+The loss needs no judge. With an endpoint and a base model, the answers of both are compared.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data import chat
-from fedsafe_jax.evals import scoring
+from fedsafe_jax.data import chat, sources
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.evals import scoring, statistics
+from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task
+from fedsafe_jax.evals.tasks import mt_bench, refusal
 
 
-def run(lm, examples, max_length: int) -> np.ndarray:
-    """Negative log-likelihood a token, in nats, of each example's answer, float64 `[n]`."""
+def answer_nll(lm, examples: Sequence[Example], max_length: int) -> np.ndarray:
+    """Returns the negative log-likelihood a token, in nats, of each answer, float64 `[n]`."""
     encoded = [
         e
         for x in examples
         if (e := chat.encode(lm.tokenizer, x.messages, x.response, max_length)) is not None
     ]
     lm = lm.on_one_device()
-    totals, counts = scoring.score_examples(
-        lm.model, lm.params, lm.factors, encoded=encoded, seq=max_length
-    )
+    totals, counts = scoring.score_examples(lm.model, lm.params, lm.factors, encoded, max_length)
     return -totals / counts.clip(1)
+
+
+def run(lm, examples: Sequence[Example], options: EvalOptions) -> dict:
+    """Returns `{"nll": [float]}`, and with endpoint and base model "wins", see
+    `mt_bench.win_rate`."""
+    outcome = {"nll": answer_nll(lm, examples, options.max_length).tolist()}
+    if options.endpoint is not None and options.base is not None:
+        prompts = [e.prompt for e in examples]
+        ours, theirs = (refusal.answer(m, prompts, options) for m in (lm, options.base))
+        outcome["wins"] = mt_bench.win_rate(prompts, ours, theirs, options.endpoint)
+    return outcome
+
+
+def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
+    """Returns the mean loss in nats a token, and the win rate in percent where there is one."""
+    del options
+    values = np.array([o["nll"] for o in outcomes])
+    mean, interval = statistics.summarise(values, scale=1.0)
+    summary = {
+        "nll": mean,
+        "ci95": interval,
+        "n": values.shape[1],
+        "per_seed": values.mean(1).tolist(),
+    }
+    if "wins" in outcomes[0]:
+        rate, interval = statistics.summarise(np.array([o["wins"] for o in outcomes]))
+        summary |= {"win_rate": rate, "win_rate_ci95": interval}
+    return summary
+
+
+UTILITY = Task(
+    name="utility",
+    version=1,
+    title="held-out answers",
+    source=HELDOUT,
+    columns=(
+        Column("benign loss", "nll", "down", digits=3, unit=""),
+        Column("win rate", "win_rate", "up", interval="win_rate_ci95"),
+    ),
+    load=sources.load,
+    prompts=lambda examples: [e.prompt for e in examples],
+    run=run,
+    summarise=summarise,
+    generates=False,
+)

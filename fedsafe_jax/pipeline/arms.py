@@ -1,0 +1,85 @@
+"""The arms of a run: which training, with which defences; their names are read here alone."""
+
+from typing import NamedTuple
+
+
+class Arm(NamedTuple):
+    """What a model goes through before it is evaluated.
+
+    Attributes:
+      name: as the config writes it, such as "fl+filter+cai".
+      training: "none" for the base model, or "federated".
+      filter: whether clients filter their pairs.
+      cai: whether the server runs Constitutional AI after each round.
+    """
+
+    name: str
+    training: str
+    filter: bool = False
+    cai: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the arm has rounds."""
+        return self.training != "none"
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("base", "none"),
+        Arm("fl", "federated"),
+        Arm("fl+filter", "federated", filter=True),
+        Arm("fl+cai", "federated", cai=True),
+        Arm("fl+filter+cai", "federated", filter=True, cai=True),
+    )
+}
+
+
+class PlannedArm(NamedTuple):
+    """An arm under one algorithm.
+
+    Attributes:
+      id: key in `results.json`: the arm's name, behind that of the algorithm where there are
+        several.
+      algorithm: name of the federated algorithm; "" for an arm without training.
+      arm: the arm.
+    """
+
+    id: str
+    algorithm: str
+    arm: Arm
+
+    @property
+    def folder(self) -> str:
+        """The id as the name of a file or folder."""
+        return self.id.replace("/", "_")
+
+
+def arms_of(config) -> list[Arm]:
+    """Returns the arms that a config asks for, in its order."""
+    return [ARMS[name] for name in config.arms]
+
+
+def planned_arms(config) -> list[PlannedArm]:
+    """Returns everything to run for a seed: arms without training once, others by algorithm."""
+    arms = arms_of(config)
+    planned = [PlannedArm(arm.name, "", arm) for arm in arms if not arm.trains]
+    for algorithm in config.algorithms:
+        for arm in arms:
+            if arm.trains:
+                several = len(config.algorithms) > 1
+                arm_id = f"{algorithm}/{arm.name}" if several else arm.name
+                planned.append(PlannedArm(arm_id, algorithm, arm))
+    return planned
+
+
+def total_rounds(config) -> int:
+    """Returns the rounds of all arms, algorithms and seeds."""
+    trained = sum(planned.arm.trains for planned in planned_arms(config))
+    return len(config.seeds) * trained * config.rounds
+
+
+def any_filter(config) -> bool:
+    """Returns whether an arm filters the clients' pairs."""
+    return any(arm.filter for arm in arms_of(config))

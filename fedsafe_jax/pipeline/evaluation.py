@@ -1,0 +1,109 @@
+"""The tasks of a run: which ones, their items, outcomes of an arm, and the summary over seeds."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from fedsafe_jax import evals
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.evals.judges import ChatEndpoint
+from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, Task, select, subset
+from fedsafe_jax.inference.language_model import LanguageModel
+
+ROOMS: tuple[dict[str, Task], ...] = (evals.TASKS,)  # each room that has tasks
+
+
+def tasks() -> dict[str, Task]:
+    """Joins the registries of all rooms that have tasks."""
+    return {name: task for room in ROOMS for name, task in room.items()}
+
+
+def chosen_sets(config) -> dict[str, EvalSet]:
+    """Returns the sets that `eval.tasks` names, without items.
+
+    Raises:
+      TaskError: see `evals.task.select`.
+    """
+    return select(config.eval.tasks, tasks())
+
+
+def load_sets(config, heldout: Sequence[Example]) -> dict[str, EvalSet]:
+    """Loads the items of the sets that the config names.
+
+    Args:
+      config: config of the run.
+      heldout: pairs held out from the clients' data, for tasks whose source is `HELDOUT`.
+
+    Returns:
+      The sets by name; a set without items is left out.
+    """
+    c, loaded = config.eval, {}
+    for name, chosen in chosen_sets(config).items():
+        if chosen.source == HELDOUT:
+            items = subset([e for e in heldout if e.response], c.max_heldout)
+        else:
+            items = subset(chosen.task.load(chosen.source, config.data_dir), c.max_prompts)
+        if items:
+            loaded[name] = chosen._replace(items=items)
+    return loaded
+
+
+def options_of(config, endpoint=None, base: LanguageModel | None = None) -> EvalOptions:
+    """Returns the sizes and judges that the config asks for.
+
+    Args:
+      config: config of the run.
+      endpoint: see `endpoint_of`.
+      base: the base model, for comparisons by the endpoint.
+    """
+    c = config.eval
+    return EvalOptions(
+        max_new_tokens=c.max_new_tokens,
+        max_length=c.max_length,
+        batch_size=c.batch_size,
+        judge=c.judge,
+        endpoint=endpoint,
+        base=base,
+    )
+
+
+def endpoint_of(config) -> ChatEndpoint | None:
+    """Returns the chat model that judges answers, or None where the config names none."""
+    c = config.eval
+    if not c.judge_url:
+        return None
+    return ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+
+
+def evaluate(lm: LanguageModel, sets: Mapping[str, EvalSet], options: EvalOptions) -> dict:
+    """Runs every task on a model; returns the outcomes by the name of the set, ready for JSON."""
+    return {name: one.task.run(lm, one.items, options) for name, one in sets.items()}
+
+
+def summarise(
+    sets: Mapping[str, EvalSet], outcomes: Sequence[dict], options: EvalOptions
+) -> dict[str, dict]:
+    """Summarises the outcomes of `evaluate`, a dict for each seed over the same items.
+
+    Returns:
+      By the name of the set what `Task.summarise` returns: rates in percent with 95% intervals.
+    """
+    return {
+        name: one.task.summarise([outcome[name] for outcome in outcomes], options)
+        for name, one in sets.items()
+    }
+
+
+def probe(
+    lm: LanguageModel, sets: Mapping[str, EvalSet], count: int, options: EvalOptions
+) -> dict[str, float]:
+    """Returns the headline figure of every task on its first `count` items, for curves by round.
+
+    Tasks that need an endpoint are left out: a run asks it once, at its end.
+    """
+    figures = {}
+    for name, one in sets.items():
+        if not one.task.needs_endpoint:
+            outcome = one.task.run(lm, one.items[:count], options)
+            headline = one.task.columns[0].field
+            figures[name] = one.task.summarise([outcome], options)[headline]
+    return figures
