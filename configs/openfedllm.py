@@ -7,11 +7,23 @@ argument names the algorithm. What stays different: no dropout in the adapter; a
 the order they were drawn in; a chat template instead of Alpaca's.
 """
 
-from fedsafe_jax.config import default_config, openfedllm
+from fedsafe_jax.config import default_config
 
 
 def get_config(algorithm="fedavg"):
-    c = openfedllm(default_config())
+    c = default_config()
+    # It samples clients and rows from the round alone, corrects parameters after the step in
+    # SCAFFOLD, takes second moments of the momentum, starts momenta as the first mean, and uses the
+    # AdamW of transformers 4. Adaptive methods average without weights (`weighting="auto"`).
+    c.federated.sampling = "openfedllm"
+    c.federated.scaffold = "post_step"
+    c.federated.second_moment = "m2"
+    c.federated.first_moment = "copy"
+    c.federated.adaptive_learning_rate = 1e-3
+    c.optimizer = "adamw_hf"
+    c.learning_rate = 5e-5
+    c.min_learning_rate = 1e-6
+    c.schedule = "cosine"
     c.algorithms = (algorithm,)
     c.arms = ("base", "fl")
     c.export_arm = "fl"

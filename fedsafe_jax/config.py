@@ -196,22 +196,3 @@ def check_override(name: str, config: ml_collections.ConfigDict) -> None:
         )
         hint = f"; did you mean --config.{near[0]}?" if near else "."
         raise ConfigError(f"--config.{name}: no such field{hint}")
-
-
-def openfedllm(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Sets what OpenFedLLM does where it differs from the cited papers; returns `c`.
-
-    It samples clients and rows from the round alone, corrects parameters after the step in
-    SCAFFOLD, starts momenta as the first mean, takes second moments of the momentum, uses the AdamW
-    of transformers 4, and averages without weights in adaptive methods (as `weighting="auto"`).
-    """
-    c.federated.sampling = "openfedllm"
-    c.federated.scaffold = "post_step"
-    c.federated.second_moment = "m2"
-    c.federated.first_moment = "copy"
-    c.federated.adaptive_learning_rate = 1e-3
-    c.optimizer = "adamw_hf"
-    c.learning_rate = 5e-5
-    c.min_learning_rate = 1e-6
-    c.schedule = "cosine"
-    return c

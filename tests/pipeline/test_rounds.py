@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from fedsafe_jax.config import ConfigError, default_config, openfedllm
+from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.schedules import round_rate, step_rates
 from fedsafe_jax.pipeline import rounds
@@ -16,9 +16,16 @@ from fedsafe_jax.validation import validate
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
+def config_of(name):
+    """The config of a file in `configs/`."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
 def test_openfedllms_cosine():
-    c = openfedllm(default_config())
-    c.rounds = 200
+    c = config_of("openfedllm")
     found = [round_rate(rounds.learning_rates(c), t) for t in (0, 1, 100, 199)]
     np.testing.assert_allclose(found, [5e-5, 4.99969775e-5, 2.55e-5, 1.00302e-6], rtol=1e-5)
 
@@ -53,10 +60,7 @@ def test_roles_cycle_through_ranks():
 
 @pytest.mark.parametrize("name", ["demo", "lab", "openfedllm", "paper"])
 def test_every_config_is_valid(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    validate(module.get_config())
+    validate(config_of(name))
 
 
 @pytest.mark.parametrize(
