@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import Programs
@@ -48,7 +49,7 @@ class Federation(NamedTuple):
 
 
 def simulated_clients(
-    config, inputs: RunInputs, seed: int, workdir: epath.Path, progress: Progress
+    config: ConfigDict, inputs: RunInputs, seed: int, workdir: epath.Path, progress: Progress
 ) -> Clients:
     """Builds the simulated clients of a seed, filtered where an arm asks for it."""
     built = clients.build(config, inputs, seed, progress)
@@ -79,7 +80,10 @@ SIMULATED = Federation(simulated_clients, train_simulated)
 
 
 def run(
-    config, workdir: str, inputs: RunInputs | None = None, federation: Federation = SIMULATED
+    config: ConfigDict,
+    workdir: str,
+    inputs: RunInputs | None = None,
+    federation: Federation = SIMULATED,
 ) -> dict:
     """Runs or resumes everything the config asks for.
 
@@ -145,7 +149,7 @@ class ArmRun:
       planned: the arm and its algorithm.
     """
 
-    config: Any
+    config: ConfigDict
     inputs: RunInputs
     clients: Clients
     federation: Federation
@@ -169,7 +173,7 @@ class ArmRun:
         path = self.workdir / "arms" / f"{self.planned.folder}_seed{self.seed}.json"
         # The file is the first process's; the others need not see it.
         if multihost.broadcast_bool(path.is_file()):
-            self.progress.found(self.config.rounds if self.planned.arm.trains else 0)
+            self.progress.resumed(self.config.rounds if self.planned.arm.trains else 0)
             outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
             return outcome, self._final_factors()
         factors = self.train()
@@ -188,7 +192,7 @@ class ArmRun:
         config, stage = self.config, self._constitutional_stage()
         saved = checkpoint.RoundCheckpoints(self._checkpoints)
         state, done = self._restored(saved)
-        self.progress.found(done)
+        self.progress.resumed(done)
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, stage, t)
@@ -237,7 +241,7 @@ class ArmRun:
         row["seconds"] = timer.seconds
         return state, row, records
 
-    def evaluate(self, factors) -> dict:
+    def evaluate(self, factors: Any) -> dict:
         """Returns the outcomes of the finished arm for every item of every task."""
         self.progress.note(f"{self.planned.id} seed {self.seed}: evaluating")
         started = time.monotonic()
@@ -320,7 +324,9 @@ class ArmRun:
         return row["arm"] == self.planned.id and row["seed"] == self.seed
 
 
-def summarise(config, inputs: RunInputs, outcomes: dict, filter_quality: list[dict]) -> dict:
+def summarise(
+    config: ConfigDict, inputs: RunInputs, outcomes: dict, filter_quality: list[dict]
+) -> dict:
     """Returns the content of `results.json`."""
     options = evaluation.options_of(config)
     arms = {
@@ -351,7 +357,11 @@ def versions() -> dict[str, str]:
 
 
 def export_arm(
-    config, inputs: RunInputs, workdir: epath.Path, factors: dict[str, Any], results: dict
+    config: ConfigDict,
+    inputs: RunInputs,
+    workdir: epath.Path,
+    factors: dict[str, Any],
+    results: dict,
 ) -> None:
     """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run."""
     for planned in planned_arms(config):

@@ -37,31 +37,39 @@ def finetune(
     clients_in_parallel: int = 0,
     seed: int = 0,
 ) -> Adapter:
-    """Trains one adapter on several clients' pairs, without filter and CAI.
+    """Trains one adapter on several clients' pairs, without filter and Constitutional AI.
 
-    `fedsafe_jax.main` runs the whole method, with evaluation, checkpoints and a report.
+    `fedsafe run` does the whole method, with evaluation, checkpoints and a report.
 
     Args:
-      lm: the frozen base; its own adapter, if any, is not used.
+      lm: the frozen base; an adapter on it is not used.
       clients: (prompt, response) pairs of each client.
-      rank, alpha, targets, rank_stabilized: of the adapter, as in `lora.LoraConfig`; targets may be
-        "all-linear".
-      algorithm: a name in `algorithms.ALGORITHMS`.
-      rounds: of training and aggregation.
-      clients_per_round: how many are sampled; None for all.
-      local_steps: of a client in a round.
+      rank, alpha, targets, rank_stabilized: shape of the adapter, as in `lora.LoraConfig`; targets
+        may be "all-linear".
+      algorithm: a name in `federated.algorithms.ALGORITHMS`.
+      rounds: rounds of training and aggregation.
+      clients_per_round: clients sampled for each round; None for all.
+      local_steps: steps of a client in a round.
       batch_size: pairs a step.
       seq_len: tokens of a packed row; longer pairs are cut.
-      learning_rate: of AdamW on the clients.
-      clients_in_parallel: that a device trains at once; 0: all of them (on CPU its cores share
-        their rows).
-      seed: of initialisation, sampling and order.
+      learning_rate: learning rate of AdamW on the clients.
+      clients_in_parallel: clients that a device trains at once; 0 for all of them (on CPU the cores
+        share their rows).
+      seed: seed of initialisation, sampling and order.
 
     Returns:
       The global adapter, for `lm.with_adapter` and `save_adapter`.
 
     Raises:
       PartitionError: a client has no pair that fits into `seq_len`.
+
+    Examples:
+      >>> import fedsafe_jax as fs
+      >>> lm = fs.load_pretrained("package:model")
+      >>> clients = [[("Who are you?", "I am Ada.")], [("What is your name?", "Ada.")]]
+      >>> adapter = fs.finetune(lm, clients, rank=2, rounds=1, local_steps=1)
+      >>> adapter.config.rank, adapter.base_model
+      (2, 'package:model')
     """
     names = lora.expand_targets(targets)
     config = LoraConfig(rank, alpha, names, rank_stabilized)
@@ -75,16 +83,16 @@ def finetune(
             raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
     model = Decoder(lm.config, config.scale)
 
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
+    def loss_fn(factors, base, batch):
+        return loss.packed_loss(model, factors, base, batch)
 
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
     parallel, shared = clients_at_once(mesh, clients_in_parallel, count)
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
     method = algorithms.make(algorithm, training, len(clients))
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
-    adapter = lora.init(jax.random.key(seed), lm.config, config)
-    state = simulation.initial_state(programs, adapter, len(clients))
+    factors = lora.init(jax.random.key(seed), lm.config, config)
+    state = simulation.initial_state(programs, factors, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
     chunk = simulation.chunk_size(count, mesh.shape[CLIENTS])
     for t in range(rounds):
@@ -99,7 +107,7 @@ def finetune(
             batch_size=batch_size,
             seq=seq_len,
         )
-        key = jax.random.key(seed)  # of noise, and there is none
+        key = jax.random.key(seed)  # only noise would be drawn from it, and there is none
         state, _ = simulation.run_round(
             programs,
             state,

@@ -1,35 +1,85 @@
-"""An evaluation, an algorithm and an aggregator of one file each are all that a run needs."""
+"""An evaluation, an algorithm and an aggregator of one file each show in everything of a run."""
 
+import importlib
 import json
+import pathlib
 import sys
 
 import pytest
-from commands import SMALL
 
 from fedsafe_jax import evals, experiment
 from fedsafe_jax.config import default_config
 from fedsafe_jax.federated import aggregation, algorithms
 
-
-@pytest.fixture
-def toys(monkeypatch):
-    """Registers the toys for a test; each file registers itself when it is imported."""
-    for registry in (evals.TASKS, algorithms.ALGORITHMS, aggregation.AGGREGATORS):
-        for name in ("toy", "toy_algorithm", "toy_aggregator"):
-            monkeypatch.setitem(registry, name, None)
-            del registry[name]
-    for module in ("toy_task", "toy_algorithm", "toy_aggregator"):
-        sys.modules.pop(module, None)
-        __import__(module)
+TOYS = ("evals/toy_task.py", "federated/toy_algorithm.py", "federated/toy_aggregator.py")
+REGISTRIES = (evals.TASKS, algorithms.ALGORITHMS, aggregation.AGGREGATORS)
+HERE = pathlib.Path(__file__).parent
 
 
-def small_config():
+@pytest.fixture(scope="module")
+def toys():
+    """Imports the toy files, which register themselves; forgets them at the end."""
+    before = [dict(registry) for registry in REGISTRIES]
+    with pytest.MonkeyPatch.context() as patch:
+        for file in map(pathlib.Path, TOYS):
+            patch.syspath_prepend(HERE / file.parent)
+            sys.modules.pop(file.stem, None)
+            importlib.import_module(file.stem)
+        yield
+    for registry, old in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(old)
+
+
+@pytest.fixture(scope="module")
+def workdir(toys, tmp_path_factory):
+    """Workdir of a run with all three toys, of one round and two clients."""
     c = default_config()
-    for setting in SMALL:
-        name, value = setting.split("=", 1)
-        group, _, field = name.rpartition(".")
-        section = c[group] if group else c
-        section[field] = tuple(json.loads(value)) if value[0] == "[" else type(section[field])(
-            eval(value) if value[0] == "(" else value
-        )
-    return c
+    c.algorithms, c.federated.aggregator = ("toy_unit",), "toy_midrange"
+    c.arms, c.export_arm = ("base", "fl"), "fl"
+    c.rounds = c.local_steps = 1
+    c.num_clients = c.clients_per_round = c.batch_size = 2
+    c.examples_per_client = 4
+    c.eval.tasks = ("toy", "toy=chat:package/clients_safe.jsonl#heldout", "utility")
+    c.eval.max_prompts, c.eval.max_heldout, c.eval.max_new_tokens = 4, 2, 4
+    c.eval.every_round_prompts = 2
+    folder = tmp_path_factory.mktemp("toys")
+    experiment.run(c, str(folder))
+    return folder
+
+
+def test_the_toys_are_small():
+    for file in TOYS:
+        assert len((HERE / file).read_text().splitlines()) <= 60
+
+
+def test_the_task_is_in_the_results_under_a_name_for_each_source(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    fl = results["arms"]["fl"]
+    assert fl["algorithm"] == "toy_unit"
+    for name in ("toy", "toy_2"):
+        low, high = fl[name]["ci95"]
+        assert 0 <= low <= fl[name]["spoken"] <= high <= 100
+    assert results["sources"]["toy_2"].endswith("#heldout") and results["versions"]["toy"] == 1
+    (row,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    assert row["eval"].keys() == {"toy", "toy_2", "utility"}
+    # The server's step has the length of its learning rate, whatever the clients sent.
+    assert row["update_norm"] == pytest.approx(default_config().federated.adaptive_learning_rate)
+
+
+def test_the_task_is_in_the_report_the_figures_and_the_card(workdir):
+    report = (workdir / "report.html").read_text()
+    assert report.count("said something % \u2191") == 2 and "toy prompts" in report
+    assert (workdir / "figures/toy_by_round.png").is_file()
+    card = (workdir / "export/adapter/README.md").read_text()
+    assert card.count("| said something, % |") == 2
+
+
+def test_the_task_is_in_the_printed_table(workdir, capsys):
+    from fedsafe_jax.evals.task import select
+    from fedsafe_jax.report.table import print_table
+
+    results = json.loads((workdir / "results.json").read_text())
+    print_table(results, select(("toy", "utility"), evals.TASKS))
+    shown = capsys.readouterr().out
+    assert "said" in shown and f"{results['arms']['fl']['toy']['spoken']:.1f}" in shown

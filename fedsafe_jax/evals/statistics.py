@@ -3,12 +3,13 @@
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion, in [0, 1]; honest at 0% and 100% too."""
+    """Returns Wilson's 95% score interval of a proportion, in [0, 1]; honest at 0% and 100% too."""
     if n == 0:
         return 0.0, 1.0
     p = successes / n
@@ -18,14 +19,14 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
-def bootstrap(values, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean.
+def bootstrap(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """Returns the 95% percentile interval of the mean, by the bootstrap.
 
     Args:
       values: `[seeds, items]`, the same items in every row. Items are resampled together for all
         seeds, since answers to one prompt are not independent across seeds; with more than one
         seed, seeds are resampled too, so the interval covers both sources of variation.
-      seed: of the resampling.
+      seed: seed of the resampling.
     """
     values = np.atleast_2d(np.asarray(values, np.float64))
     rng = np.random.default_rng(seed)
@@ -38,8 +39,8 @@ def bootstrap(values, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(values, scale: float = 100.0) -> tuple[float, list[float]]:
-    """Mean and 95% interval of `[seeds, items]`, times `scale`.
+def summarise(values: ArrayLike, scale: float = 100.0) -> tuple[float, list[float]]:
+    """Returns mean and 95% interval of `[seeds, items]`, times `scale`.
 
     One seed of zeros and ones takes Wilson's interval. For several seeds the bootstrap is widened
     to Wilson's over the items, so that unanimous answers do not give an interval of width zero.

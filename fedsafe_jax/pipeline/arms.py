@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 
 class Arm(NamedTuple):
     """What a model goes through before it is evaluated.
@@ -56,12 +58,12 @@ class PlannedArm(NamedTuple):
         return self.id.replace("/", "_")
 
 
-def arms_of(config) -> list[Arm]:
+def arms_of(config: ConfigDict) -> list[Arm]:
     """Returns the arms that a config asks for, in its order."""
     return [ARMS[name] for name in config.arms]
 
 
-def planned_arms(config) -> list[PlannedArm]:
+def planned_arms(config: ConfigDict) -> list[PlannedArm]:
     """Returns everything to run for a seed: arms without training once, others by algorithm."""
     arms = arms_of(config)
     planned = [PlannedArm(arm.name, "", arm) for arm in arms if not arm.trains]
@@ -74,12 +76,12 @@ def planned_arms(config) -> list[PlannedArm]:
     return planned
 
 
-def total_rounds(config) -> int:
+def total_rounds(config: ConfigDict) -> int:
     """Returns the rounds of all arms, algorithms and seeds."""
     trained = sum(planned.arm.trains for planned in planned_arms(config))
     return len(config.seeds) * trained * config.rounds
 
 
-def any_filter(config) -> bool:
+def any_filter(config: ConfigDict) -> bool:
     """Returns whether an arm filters the clients' pairs."""
     return any(arm.filter for arm in arms_of(config))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
@@ -14,6 +16,7 @@ from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.protocol import answer_risk
 from fedsafe_jax.filters.quality import FilterQuality, Reliability
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.runtime.progress import Progress
 
 
 class Roles(NamedTuple):
@@ -28,7 +31,7 @@ class Roles(NamedTuple):
     ranks: np.ndarray
 
 
-def roles(config, seed: int) -> Roles:
+def roles(config: ConfigDict, seed: int) -> Roles:
     """Draws who is malicious, and deals out the ranks."""
     ranks = config.federated.client_ranks or (config.lora_rank,)
     return Roles(
@@ -75,7 +78,7 @@ class Clients:
         }
 
 
-def build(config, inputs: RunInputs, seed: int, progress) -> Clients:
+def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) -> Clients:
     """Encodes every client's pairs, and says where fewer are left than were asked for."""
     pairs = inputs.clients[seed]
     asked, held = config.num_clients * config.examples_per_client, sum(map(len, pairs))
@@ -88,7 +91,7 @@ def build(config, inputs: RunInputs, seed: int, progress) -> Clients:
 
 
 def encode(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     seq_len: int,
     weights: Sequence[float] | None = None,

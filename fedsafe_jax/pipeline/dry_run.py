@@ -1,6 +1,7 @@
 """`--config.dry_run`: what a run would load, hold and compute, without any of it."""
 
 import jax
+from ml_collections import ConfigDict
 
 from fedsafe_jax.config import default_config
 from fedsafe_jax.evals.task import HELDOUT
@@ -29,7 +30,7 @@ def _decoder_config(config) -> DecoderConfig:
 
 
 def _base_bytes(shape: DecoderConfig, config) -> float:
-    """Of the base on one device."""
+    """Returns the bytes of the base model on one device."""
 
     def loaded(params):
         params = jax.tree.map(lambda x: x.astype(config.dtype), params)
@@ -46,8 +47,8 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
-def describe(config) -> str:
-    """The plan as text: shapes, memory a device, tokens, and what would be loaded.
+def describe(config: ConfigDict) -> str:
+    """Returns the plan as text: shapes, memory a device, tokens, and what would be loaded.
 
     Memory is arithmetic over the arrays named, not a measurement; activations are an upper bound
     that counts one layer's inputs a layer, and the widest intermediate once.

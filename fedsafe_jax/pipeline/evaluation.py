@@ -1,7 +1,9 @@
 """The tasks of a run: which ones, their items, outcomes of an arm, and the summary over seeds."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from ml_collections import ConfigDict
 
 from fedsafe_jax import evals
 from fedsafe_jax.data.examples import Example
@@ -17,7 +19,7 @@ def tasks() -> dict[str, Task]:
     return {name: task for room in ROOMS for name, task in room.items()}
 
 
-def chosen_sets(config) -> dict[str, EvalSet]:
+def chosen_sets(config: ConfigDict) -> dict[str, EvalSet]:
     """Returns the sets that `eval.tasks` names, without items.
 
     Raises:
@@ -26,7 +28,7 @@ def chosen_sets(config) -> dict[str, EvalSet]:
     return select(config.eval.tasks, tasks())
 
 
-def load_sets(config, heldout: Sequence[Example]) -> dict[str, EvalSet]:
+def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalSet]:
     """Loads the items of the sets that the config names.
 
     Args:
@@ -47,7 +49,9 @@ def load_sets(config, heldout: Sequence[Example]) -> dict[str, EvalSet]:
     return loaded
 
 
-def options_of(config, endpoint=None, base: LanguageModel | None = None) -> EvalOptions:
+def options_of(
+    config: ConfigDict, endpoint: Callable | None = None, base: LanguageModel | None = None
+) -> EvalOptions:
     """Returns the sizes and judges that the config asks for.
 
     Args:
@@ -66,7 +70,7 @@ def options_of(config, endpoint=None, base: LanguageModel | None = None) -> Eval
     )
 
 
-def endpoint_of(config) -> ChatEndpoint | None:
+def endpoint_of(config: ConfigDict) -> ChatEndpoint | None:
     """Returns the chat model that judges answers, or None where the config names none."""
     c = config.eval
     if not c.judge_url:

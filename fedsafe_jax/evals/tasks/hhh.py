@@ -12,6 +12,7 @@ from fedsafe_jax.data.examples import Choice
 from fedsafe_jax.data.readers import field, parse_dialogue
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
+from fedsafe_jax.inference.language_model import LanguageModel
 
 
 def load_choices(location: str, data_dir: str) -> list[Choice]:
@@ -29,7 +30,7 @@ def load_choices(location: str, data_dir: str) -> list[Choice]:
     return choices
 
 
-def prefers_better(lm, choices: Sequence[Choice], max_length: int) -> list[bool]:
+def prefers_better(lm: LanguageModel, choices: Sequence[Choice], max_length: int) -> list[bool]:
     """Returns whether the better answer has the higher mean log-likelihood a token, by choice.
 
     Dialogues beyond `max_length` tokens lose their beginning, which both answers share.
@@ -39,13 +40,12 @@ def prefers_better(lm, choices: Sequence[Choice], max_length: int) -> list[bool]
         for answer in (choice.better, choice.worse):
             example = chat.encode(lm.tokenizer, choice.messages, answer, 1 << 20)
             encoded.append(chat.Encoded(example.ids[-max_length:], example.loss_mask[-max_length:]))
-    lm = lm.on_one_device()
-    totals, counts = scoring.score_examples(lm.model, lm.params, lm.factors, encoded, max_length)
+    totals, counts = scoring.score_examples(lm, encoded, max_length)
     mean = totals / counts.clip(1)
     return [bool(better > worse) for better, worse in zip(mean[::2], mean[1::2], strict=True)]
 
 
-def run(lm, choices: Sequence[Choice], options: EvalOptions) -> dict:
+def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> dict:
     """Returns `{"correct": [bool], "category": [str]}`, in the order of the choices."""
     return {
         "correct": prefers_better(lm, choices, options.max_length),

@@ -14,6 +14,7 @@ from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.judges import EndpointError
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
+from fedsafe_jax.inference.language_model import LanguageModel
 
 GRADE = (
     "Please act as an impartial judge and rate the quality of the assistant's last answer. "
@@ -45,7 +46,7 @@ def parse_rating(text: str) -> float | None:
     return float(match.group(1)) if match else None
 
 
-def run(lm, questions: Sequence[Sequence[str]], options: EvalOptions) -> dict:
+def run(lm: LanguageModel, questions: Sequence[Sequence[str]], options: EvalOptions) -> dict:
     """Answers all turns of every question, and has each answer graded.
 
     Returns:
@@ -94,16 +95,20 @@ def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
     }
 
 
-def win_rate(questions, answers, base_answers, judge: Callable) -> list[float]:
-    """1 for a win over the base's answer, 0 for a loss, 0.5 for a tie or a verdict that flips.
+def win_rate(
+    questions: Sequence[str], answers: Sequence[str], base_answers: Sequence[str], judge: Callable
+) -> list[float]:
+    """Scores answers against the base's: 1 for a win, 0 for a loss, 0.5 for a tie.
 
-    Each pair is judged in both orders, since judges favour a position.
+    Each pair is judged in both orders, since judges favour a position; a verdict that flips with
+    the order is a tie.
     """
 
     def verdict(question, a, b):
-        reply = judge([{"role": "user", "content": COMPARE.format(question=question, a=a, b=b)}])
-        found = re.search(r"\[\[([ABC])\]\]", reply)
-        return {"A": 1.0, "B": 0.0}.get(found.group(1) if found else "C", 0.5)
+        prompt = COMPARE.format(question=question, a=a, b=b)
+        reply = judge([{"role": "user", "content": prompt}])
+        match = re.search(r"\[\[([ABC])\]\]", reply)
+        return {"A": 1.0, "B": 0.0}.get(match.group(1) if match else "C", 0.5)
 
     scores = []
     for question, ours, base in zip(questions, answers, base_answers, strict=True):

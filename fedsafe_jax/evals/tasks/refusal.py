@@ -13,6 +13,7 @@ from fedsafe_jax.data import sources
 from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
+from fedsafe_jax.inference.language_model import LanguageModel
 
 SHOWN = 12  # answers kept for the report
 
@@ -22,7 +23,7 @@ def load(source: str, data_dir: str) -> list[str]:
     return [example.prompt for example in sources.load(source, data_dir)]
 
 
-def run(lm, prompts: Sequence[str], options: EvalOptions) -> dict:
+def run(lm: LanguageModel, prompts: Sequence[str], options: EvalOptions) -> dict:
     """Answers every prompt greedily and judges the answers; an empty answer is no refusal.
 
     Returns:
@@ -39,7 +40,7 @@ def run(lm, prompts: Sequence[str], options: EvalOptions) -> dict:
     }
 
 
-def answer(lm, prompts: Sequence[str], options: EvalOptions) -> list[str]:
+def answer(lm: LanguageModel, prompts: Sequence[str], options: EvalOptions) -> list[str]:
     """Answers every prompt greedily."""
     return lm.generate(
         list(prompts),

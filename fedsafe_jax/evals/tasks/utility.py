@@ -12,21 +12,21 @@ from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task
 from fedsafe_jax.evals.tasks import mt_bench, refusal
+from fedsafe_jax.inference.language_model import LanguageModel
 
 
-def answer_nll(lm, examples: Sequence[Example], max_length: int) -> np.ndarray:
+def answer_nll(lm: LanguageModel, examples: Sequence[Example], max_length: int) -> np.ndarray:
     """Returns the negative log-likelihood a token, in nats, of each answer, float64 `[n]`."""
     encoded = [
         e
         for x in examples
         if (e := chat.encode(lm.tokenizer, x.messages, x.response, max_length)) is not None
     ]
-    lm = lm.on_one_device()
-    totals, counts = scoring.score_examples(lm.model, lm.params, lm.factors, encoded, max_length)
+    totals, counts = scoring.score_examples(lm, encoded, max_length)
     return -totals / counts.clip(1)
 
 
-def run(lm, examples: Sequence[Example], options: EvalOptions) -> dict:
+def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) -> dict:
     """Returns `{"nll": [float]}`, and with endpoint and base model "wins", see
     `mt_bench.win_rate`."""
     outcome = {"nll": answer_nll(lm, examples, options.max_length).tolist()}
