@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedsafe_jax.models.flatten_vmap import flatten_vmap
+
 BLOCK = 64
 SHORTEST = 256  # of rows; below, all blocks of a row together are as fast
 NEVER = -1e30
@@ -174,31 +176,10 @@ def _backward(query, key, value, segments, out, log_sum, grad, window, softcap):
     return tuple(_joined(x, batch) for x in found)
 
 
-def _rows_together(function):
-    """`function` of arrays `[batch, ...]`, under `vmap` as one call with more rows.
-
-    A loop whose length is mapped over would run every turn for all, and copy what it holds.
-    """
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size, batched, *arrays):
-        arrays = [
-            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            for x, is_batched in zip(arrays, batched, strict=True)
-        ]
-        rows = arrays[0].shape[1]
-        found = mapped(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-        found = jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda x: True, found)
-
-    return mapped
-
-
 @functools.lru_cache
 def _programs(window: int, softcap: float | None):
-    forward = _rows_together(functools.partial(_forward, window=window, softcap=softcap))
-    backward = _rows_together(functools.partial(_backward, window=window, softcap=softcap))
+    forward = flatten_vmap(functools.partial(_forward, window=window, softcap=softcap))
+    backward = flatten_vmap(functools.partial(_backward, window=window, softcap=softcap))
     return forward, backward
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
+from fedsafe_jax.models.flatten_vmap import flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
@@ -99,7 +100,7 @@ def _nll_of(model: Decoder, chunk: int):
         chunks = (h.reshape(-1, chunk, h.shape[-1]), target.reshape(-1, chunk), used)
         return put_back(jax.lax.map(one_chunk, chunks).reshape(-1), order, on)
 
-    alone, with_gradient = _in_one_line(loss_alone), _in_one_line(loss_and_gradient)
+    alone, with_gradient = (flatten_vmap(f, num_shared=1) for f in (loss_alone, loss_and_gradient))
 
     def forward(*inputs):
         learns = any(x.perturbed for x in jax.tree.leaves(inputs[0]))
@@ -116,27 +117,6 @@ def _nll_of(model: Decoder, chunk: int):
     nll = jax.custom_vjp(alone)
     nll.defvjp(forward, backward, symbolic_zeros=True)
     return nll
-
-
-def _in_one_line(function):
-    """`function(params, *tokens)`; under `vmap` over the latter, one call with more of them."""
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size, batched, params, *tokens):
-        if any(jax.tree.leaves(batched[0])):
-            axes = jax.tree.map(lambda x: 0 if x else None, batched)
-            found = jax.vmap(function, axes, axis_size=size)(params, *tokens)
-        else:
-            tokens = [
-                x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-                for x, is_batched in zip(tokens, batched[1:], strict=True)
-            ]
-            found = mapped(params, *(x.reshape(-1, *x.shape[2:]) for x in tokens))
-            found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda x: True, found)
-
-    return mapped
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

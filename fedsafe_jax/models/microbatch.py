@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from fedsafe_jax.models.flatten_vmap import all_mapped, broadcast_unmapped
 from fedsafe_jax.models.sharding import CLIENTS
 
 # Tokens of a pass: on CPU what stays in a core's cache. Elsewhere all rows are one pass.
@@ -117,12 +118,9 @@ def _dealt_out(value_and_grad: Callable, passes: Callable, mesh: Mesh) -> Callab
     def rule(size, batched, adapter, base, batch):
         assert not any(jax.tree.leaves(batched[1])), "clients share one base"
 
-        def many(x, is_batched):
-            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-        adapters = jax.tree.map(many, adapter, batched[0])
-        found = shared(adapters, base, jax.tree.map(many, batch, batched[2]))
-        return found, jax.tree.map(lambda x: True, found)
+        adapters, batches = broadcast_unmapped(size, (adapter, batch), (batched[0], batched[2]))
+        results = shared(adapters, base, batches)
+        return results, all_mapped(results)
 
     return dealt
 
