@@ -202,7 +202,12 @@ class Layer(nn.Module):
             states, key_rotation = key_value_source
             key_value_source = input_norm(states), key_rotation
         attended, cache = Attention(config, self.lora_scale, name="self_attn")(
-            input_norm(x), kind, rotation, masks_or_segments, cache, key_value_source
+            input_norm(x),
+            kind,
+            rotation,
+            masks_or_segments=masks_or_segments,
+            cache=cache,
+            key_value_source=key_value_source,
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:

@@ -5,13 +5,14 @@ data are mapped over clients; the base is not (`in_axes=None`). So XLA merges
 `clients x batch x seq` into one large matrix product per base weight, in which each weight is read
 once for all clients, and only the small LoRA products are batched by client.
 
-XLA does that by itself where the code has no loop. Some code here has a loop whose length is data:
-the chunks that the target tokens fill (`loss`), the pairs of blocks that share a segment
-(`block_attention`), the microbatches that the rows fill (`microbatch`). Under plain `vmap` the
-length of the loop would be mapped over: every turn would run for all clients until the longest
-client is done, and each turn would select between the old and the new value of all that the loop
-carries, which is a copy. The functions in this file give these loops another rule: the rows of all
-clients become the rows of one client, and the loop runs once, over the work of all.
+XLA does that by itself where the length of every loop is fixed, as it is over layers. Some loops of
+this package have a length that is data: over the chunks that the target tokens fill (`loss`), the
+pairs of blocks that share a segment (`block_attention`), the microbatches that the rows fill
+(`microbatch`). Under plain `vmap` that length would be mapped over: every turn would run for all
+clients until the longest client is done, and each turn would select between the old and the new
+value of everything that the loop carries, which is a copy. `flatten_vmap` gives such a loop another
+rule: the rows of all clients become the rows of one call, and one loop runs over the work of all.
+`microbatch` has a rule of its own, because there each row needs its client's factors.
 """
 
 from collections.abc import Callable

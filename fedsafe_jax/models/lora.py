@@ -37,9 +37,10 @@ class LoraConfig(NamedTuple):
       targets: names of the adapted projections, see `expand_targets`.
       rank_stabilized: whether the scale is rsLoRA's.
 
-    >>> LoraConfig(rank=16, alpha=32.0, targets=("q_proj", "v_proj")).scale
+    >>> import fedsafe_jax as fs
+    >>> fs.LoraConfig(rank=16, alpha=32.0, targets=("q_proj", "v_proj")).scale
     2.0
-    >>> LoraConfig(16, 32.0, ("q_proj", "v_proj"), rank_stabilized=True).scale
+    >>> fs.LoraConfig(16, 32.0, ("q_proj", "v_proj"), rank_stabilized=True).scale
     8.0
     """
 
@@ -63,9 +64,12 @@ class Adapter(NamedTuple):
       config: rank, alpha and targets.
       base_model: path or Hub id of the model that it was trained on, "" when not known.
 
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
     >>> a, b = jnp.ones((2, 8, 4)), jnp.zeros((2, 4, 8))  # two layers, rank 4
     >>> factors = {"layers": {"self_attn": {"q_proj": {"a": a, "b": b}}}}
-    >>> adapter = Adapter(factors, LoraConfig(4, 8.0, ("q_proj",)), base_model="org/model")
+    >>> config = fs.LoraConfig(rank=4, alpha=8.0, targets=("q_proj",))
+    >>> adapter = fs.Adapter(factors, config, base_model="org/model")
     >>> adapter.config.scale, adapter.base_model
     (2.0, 'org/model')
     """
@@ -174,11 +178,13 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
       base_model: path or Hub id that PEFT records as the base; "" for the adapter's own.
 
     >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
     >>> pair = {"a": jnp.ones((1, 8, 2)), "b": jnp.zeros((1, 2, 6))}
-    >>> factors = {"layers": {"mlp": {"up_proj": pair}}}
-    >>> adapter = Adapter(factors, LoraConfig(2, 4.0, ("up_proj",)))
+    >>> config = fs.LoraConfig(rank=2, alpha=4.0, targets=("up_proj",))
+    >>> adapter = fs.Adapter({"layers": {"mlp": {"up_proj": pair}}}, config)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_adapter(adapter, folder, base_model="org/model")
+    ...     fs.save_adapter(adapter, folder, base_model="org/model")
     ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
@@ -231,11 +237,14 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
         layers.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
     >>> pair = {"a": jnp.ones((1, 8, 2)), "b": jnp.zeros((1, 2, 6))}
-    >>> factors = {"layers": {"mlp": {"up_proj": pair}}}
+    >>> config = fs.LoraConfig(rank=2, alpha=4.0, targets=("up_proj",))
+    >>> adapter = fs.Adapter({"layers": {"mlp": {"up_proj": pair}}}, config, "org/model")
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_adapter(Adapter(factors, LoraConfig(2, 4.0, ("up_proj",)), "org/model"), folder)
-    ...     adapter = load_adapter(folder)
+    ...     fs.save_adapter(adapter, folder)
+    ...     adapter = fs.load_adapter(folder)
     >>> adapter.config.rank, adapter.base_model
     (2, 'org/model')
     >>> adapter.factors["layers"]["mlp"]["up_proj"]["a"].shape

@@ -18,7 +18,7 @@ from fedsafe_jax.models import attention
 from fedsafe_jax.models.attention import Rotation, Visibility
 from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
 
-CHUNK_TOKENS = 128  # Each chunk computes the keys and values of all tokens anew.
+CHUNK_TOKENS = 128  # Each chunk computes the keys and values of all tokens again.
 
 
 class _Row(NamedTuple):
@@ -141,7 +141,7 @@ def _chunk_nll(model: Decoder, factors, states, slots, weights, params, base, ro
         kind,
         chunk_rotation,
         masks,
-        (states, row.rotation),
+        key_value_source=(states, row.rotation),
     )
     hidden = norm.apply({"params": base["norm"]}, hidden[0])
     return jnp.sum(weights * target_nll(model, base, hidden, row.batch.targets[0, slots]))
