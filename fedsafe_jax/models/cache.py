@@ -1,56 +1,66 @@
-"""The key-value cache of generation, in two layouts."""
+"""Key-value cache of generation, in two layouts."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 
-# On CPU, decoders of at most so many layers and weights in them are unrolled while generating: the
-# layers are compiled one by one, and their weights held twice.
+# On CPU, decoders with at most this many layers, and this many weights in them, are unrolled while
+# generating. Larger ones are not: each layer is compiled separately, and weights are held twice.
 UNROLLED_LAYERS, UNROLLED_WEIGHTS = 16, 200_000_000
 
 
 class KVCache(NamedTuple):
-    """Keys and values of what was read so far.
+    """Keys and values of the tokens that were read so far.
 
-    Stacked, `[layers, batch, kv_heads, cache_len, head_dim]`; but on CPU and for few layers tuples
-    of an array a layer, keys with `head_dim` before `cache_len`. The decoder is then unrolled:
-    slicing a layer out of a stacked cache copies it there, and products with keys laid out so take
-    half the time.
+    The stacked layout is one array for all layers. On CPU and for few layers the decoder is
+    unrolled, and the layout is a tuple of one array per layer, keys with `head_dim` before
+    `cache_len`: slicing a layer out of a stacked cache copies it on CPU, and products with keys in
+    this layout take half the time.
+
+    Attributes:
+      key, value: `[layers, batch, kv_heads, cache_len, head_dim]`; unrolled, a tuple of keys
+        `[batch, kv_heads, head_dim, cache_len]` and one of values `[batch, kv_heads, cache_len,
+        head_dim]`.
+      valid: bool `[batch, cache_len]`, False on left padding.
+      length: int32 scalar, number of slots written so far, the same for every row.
     """
 
     key: jax.Array | tuple[jax.Array, ...]
     value: jax.Array | tuple[jax.Array, ...]
-    valid: jax.Array  # bool [batch, cache_len]; False on left padding
-    length: jax.Array  # int32 scalar: slots written so far, the same for every row
+    valid: jax.Array
+    length: jax.Array
 
 
 def unrolls(config: DecoderConfig) -> bool:
-    """Whether generation unrolls the layers, see `KVCache`."""
+    """Returns whether generation unrolls the layers, see `KVCache`."""
     names = [name for group in PROJECTIONS.values() for name in group]
-    a_layer = sum(fan_in * fan_out for fan_in, fan_out in map(config.projection_shape, names))
-    small = config.num_layers <= UNROLLED_LAYERS and config.num_layers * a_layer <= UNROLLED_WEIGHTS
-    return small and jax.default_backend() == "cpu"
+    per_layer = sum(fan_in * fan_out for fan_in, fan_out in map(config.projection_shape, names))
+    is_shallow = config.num_layers <= UNROLLED_LAYERS
+    is_small = config.num_layers * per_layer <= UNROLLED_WEIGHTS
+    return is_shallow and is_small and jax.default_backend() == "cpu"
 
 
-def unstack(variables, num_layers: int, axis: int = 0):
-    """Parameters or LoRA factors laid out for an unrolled decoder.
+def unstack(variables: dict, num_layers: int, axis: int = 0) -> dict:
+    """Lays out parameters or LoRA factors for an unrolled decoder.
 
-    Layers lie apart, `layers/0/...`, `layers/1/...`, and a tied output matrix is transposed once.
+    Layers become separate, `layers/0/...`, `layers/1/...`, and a tied output matrix is transposed
+    once.
 
     Args:
-      variables: with stacked layers.
-      num_layers: their number.
-      axis: that the layers are stacked on.
+      variables: pytree with stacked layers.
+      num_layers: number of layers.
+      axis: axis that the layers are stacked on.
     """
     index = (slice(None),) * axis
-    apart = {
+    separate = {
         str(i): jax.tree.map(lambda leaf, i=i: leaf[(*index, i)], variables["layers"])
         for i in range(num_layers)
     }
-    new = {"layers": apart}
+    new = {"layers": separate}
     if "embed_tokens" in variables and "lm_head" not in variables:
         new["lm_head"] = variables["embed_tokens"].T
     # Without the barrier XLA would move the copies into the loop over tokens.
@@ -58,14 +68,14 @@ def unstack(variables, num_layers: int, axis: int = 0):
 
 
 def empty_cache(config: DecoderConfig, batch: int, cache_len: int) -> KVCache:
-    """A stacked cache of `cache_len` slots."""
+    """Returns an empty cache of `cache_len` slots, in the stacked layout."""
     shape = (config.num_layers, batch, config.num_kv_heads, cache_len, config.head_dim)
-    store, valid = jnp.zeros(shape, config.dtype), jnp.zeros((batch, cache_len), bool)
-    return KVCache(store, store, valid, jnp.zeros((), jnp.int32))
+    zeros, valid = jnp.zeros(shape, config.dtype), jnp.zeros((batch, cache_len), bool)
+    return KVCache(zeros, zeros, valid, jnp.zeros((), jnp.int32))
 
 
 def grow_cache(cache: KVCache, cache_len: int) -> KVCache:
-    """The same content with room for `cache_len` slots."""
+    """Returns a cache of the same content with room for `cache_len` slots."""
 
     def widen(x, axis):
         padding = [(0, 0)] * x.ndim
@@ -82,16 +92,19 @@ def grow_cache(cache: KVCache, cache_len: int) -> KVCache:
 
 
 def spread_cache(
-    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array, length
+    config: DecoderConfig, cache: KVCache, source: jax.Array, valid: jax.Array, length: ArrayLike
 ) -> KVCache:
-    """The cache of rows that end in the same slot, in the form that generation goes on with.
+    """Spreads the cache of packed prompts over rows of one prompt each, as generation needs it.
 
     Args:
-      config: says whether generation unrolls.
-      cache: of packed rows `[packed_rows, seq]`, stacked and full.
-      source: int32 `[rows, cache_len]`, flat positions in the packed rows.
-      valid: bool `[rows, cache_len]`, False where nothing was read.
-      length: int32 scalar, slots written.
+      config: the decoder's config, which says whether generation unrolls.
+      cache: full cache of packed rows `[packed_rows, seq]`, in the stacked layout.
+      source: int32 `[rows, cache_len]`, flat index in the packed rows of each slot's token.
+      valid: bool `[rows, cache_len]`, False where a slot has no token.
+      length: int32 scalar, slots written, the same for every row.
+
+    Returns:
+      A cache `[rows, cache_len]`, in the unrolled layout where generation unrolls.
     """
 
     def take(x):  # [layers, packed_rows, kv_heads, seq, head_dim]
@@ -105,23 +118,26 @@ def spread_cache(
     return KVCache(key, value, valid, length)
 
 
-def write_cache(cache: KVCache, number, key, value):
-    """Writes keys and values `[batch, kv_heads, seq, head_dim]` of a layer behind what is there.
+def write_cache(
+    cache: KVCache, layer: ArrayLike, key: jax.Array, value: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Writes a layer's new keys and values behind those that the cache has.
 
     Args:
-      cache: of all layers, or of the layer alone where the decoder is unrolled.
-      number: of the layer.
-      key, value: new ones.
+      cache: cache of all layers, or of one layer alone where the decoder is unrolled.
+      layer: int32 scalar, index of the layer in a cache of all.
+      key, value: new ones, `[batch, kv_heads, seq, head_dim]`.
 
     Returns:
-      `(cache, all keys, all values)`, of this layer.
+      `(cache, all keys, all values)`, the last two of this layer, `[batch, kv_heads, cache_len,
+      head_dim]`.
     """
     if cache.value.ndim == 4:
         key = jax.lax.dynamic_update_slice(cache.key, key.swapaxes(-1, -2), (0, 0, 0, cache.length))
         value = jax.lax.dynamic_update_slice(cache.value, value, (0, 0, cache.length, 0))
         return cache._replace(key=key, value=value), key.swapaxes(-1, -2), value
-    start = (number, 0, 0, cache.length, 0)
+    start = (layer, 0, 0, cache.length, 0)
     key = jax.lax.dynamic_update_slice(cache.key, key[None], start)
     value = jax.lax.dynamic_update_slice(cache.value, value[None], start)
-    mine = [jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in (key, value)]
-    return cache._replace(key=key, value=value), *mine
+    of_layer = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (key, value)]
+    return cache._replace(key=key, value=value), *of_layer

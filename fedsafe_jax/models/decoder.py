@@ -2,11 +2,13 @@
 
 Parameters mirror Hugging Face names (`layers/self_attn/q_proj/kernel`), with every per-layer leaf
 stacked on a leading `[layers]` axis. LoRA factors live in a separate `lora` collection of the same
-structure, so `model.apply({"params": base, "lora": adapter}, ...)` can be vmapped over adapters
-alone while the base is shared. `DecoderConfig` holds what differs between families.
+structure, so `model.apply({"params": base, "lora": factors}, ...)` can be vmapped over the factors
+alone while the base is shared (see `flatten_vmap`). `DecoderConfig` holds what differs between
+families.
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,13 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsafe_jax.models import attention
-from fedsafe_jax.models.attention import Visibility
-from fedsafe_jax.models.cache import write_cache
+from fedsafe_jax.models.attention import Rotation, Visibility
+from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
 
 
+class LayerKind(NamedTuple):
+    """What differs between layers, beside their weights; scalars, or arrays `[layers]`.
+
+    Attributes:
+      index: int, the layer's number among those of the cache and the base.
+      table: int, index of its table of rotary frequencies.
+      windowed: bool, whether its attention has a window.
+    """
+
+    index: jax.Array
+    table: jax.Array
+    windowed: jax.Array
+
+
 class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467): `x / rms(x) * (offset + scale)`.
+
+    Attributes:
+      epsilon: added to the mean square.
+      offset: added to the learned scale (1 for Gemma, whose scale starts at 0).
+    """
+
     epsilon: float
     offset: float = 0.0
 
@@ -59,56 +82,81 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of `x` to itself, to a cache, or to `sources`.
+    """Attention of `x` to itself, to a cache, or to other states.
 
-    `sources` are `(states [batch, kv_len, hidden_size], their Rotation)`, which keys and values
-    are made from; then `rotation` is that of `x`, and `sight` holds masks of `x` by `sources`.
+    Args:
+      x: `[batch, seq, hidden_size]`, which queries are computed from.
+      kind: the layer's `LayerKind`, of scalars.
+      rotation: rotary positions of `x`, all tables.
+      masks_or_segments: what `attention.attention_inputs` returns, for queries by keys.
+      cache: a `KVCache` to read and extend, or None.
+      key_value_source: `(states [batch, kv_len, hidden_size], their Rotation)`, which keys and
+        values are computed from; None for `x`. With it, `masks_or_segments` must be masks.
+
+    Returns:
+      `(out [batch, seq, hidden_size], cache)`.
     """
 
     config: DecoderConfig
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x, layer, rotation, sight, cache, sources=None):
+    def __call__(
+        self, x, kind: LayerKind, rotation, masks_or_segments, cache, key_value_source=None
+    ):
         config = self.config
         batch, seq, _ = x.shape
-        number, table, windowed = layer
-        own = (x, rotation.table(table))
-        seen = own if sources is None else (sources[0], sources[1].table(table))
+        query_rotation = rotation.table(kind.table)
+        key_value_states, key_rotation = x, query_rotation
+        if key_value_source is not None:
+            key_value_states, key_rotation = key_value_source
+            key_rotation = key_rotation.table(kind.table)
 
-        def project(name, heads, x):
+        def project(name, heads, states):
             width = heads * config.head_dim
-            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(x)
+            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(states)
             return y.reshape(batch, -1, heads, config.head_dim)
 
-        def turned(name, heads, x, rotation):
-            y = project(f"{name}_proj", heads, x)
+        def project_and_rotate(name, heads, states, rotation):
+            y = project(f"{name}_proj", heads, states)
             if config.qk_norm:
                 y = RMSNorm(config.rms_norm_eps, config.norm_offset, name=f"{name}_norm")(y)
             return attention.rotate(y, rotation)
 
-        query = turned("q", config.num_heads, *own)
-        key = turned("k", config.num_kv_heads, *seen)
-        value = project("v_proj", config.num_kv_heads, seen[0])
+        query = project_and_rotate("q", config.num_heads, x, query_rotation)
+        key = project_and_rotate("k", config.num_kv_heads, key_value_states, key_rotation)
+        value = project("v_proj", config.num_kv_heads, key_value_states)
         scale, softcap = config.attention_scale, config.attention_softcap
         if cache is not None:
-            cache, *mine = write_cache(cache, number, key.swapaxes(1, 2), value.swapaxes(1, 2))
-        if sources is not None:
-            mask = attention.pick(sight, windowed)
+            cache, cached_keys, cached_values = write_cache(
+                cache, kind.index, key.swapaxes(1, 2), value.swapaxes(1, 2)
+            )
+        if key_value_source is not None:
+            mask = attention.select_mask(masks_or_segments, kind.windowed)
             out = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
-        elif cache is None or mine[0].shape[-2] == seq:  # nothing was read before
+        elif cache is None or cached_keys.shape[-2] == seq:
+            # Without a cache, or with one that these tokens fill, no earlier key is attended to.
             out = attention.attend_row(
-                config, query, key, value=value, sight=sight, windowed=windowed
+                config,
+                query,
+                key,
+                value=value,
+                masks_or_segments=masks_or_segments,
+                windowed=kind.windowed,
             )
         else:
-            mask = attention.pick(sight, windowed)
-            out = attention.attend_cache(query, *mine, mask, scale, softcap)
+            mask = attention.select_mask(masks_or_segments, kind.windowed)
+            out = attention.attend_cache(
+                query, cached_keys, cached_values, mask=mask, scale=scale, softcap=softcap
+            )
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
         return o_proj(out), cache
 
 
 class MLP(nn.Module):
+    """Gated MLP: `down(activation(gate(x)) * up(x))`."""
+
     config: DecoderConfig
     lora_scale: float
 
@@ -127,13 +175,22 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer; `sources` as in `Attention`, not yet normed."""
+    """One layer: attention and MLP, each with norms and a residual.
+
+    Args:
+      carry: `(x [batch, seq, hidden_size], cache or None)`, as `nn.scan` passes it on.
+      kind, rotation, masks_or_segments: as in `Attention`.
+      key_value_source: as in `Attention`, but its states are not normed yet.
+
+    Returns:
+      `((x, cache), None)`.
+    """
 
     config: DecoderConfig
     lora_scale: float
 
     @nn.compact
-    def __call__(self, carry, layer, rotation, sight, sources=None):
+    def __call__(self, carry, kind: LayerKind, rotation, masks_or_segments, key_value_source=None):
         config = self.config
         x, cache = carry
 
@@ -141,10 +198,16 @@ class Layer(nn.Module):
             return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)(y)
 
         input_norm = RMSNorm(config.rms_norm_eps, config.norm_offset, name="input_layernorm")
-        if sources is not None:
-            sources = input_norm(sources[0]), sources[1]
+        if key_value_source is not None:
+            states, key_rotation = key_value_source
+            key_value_source = input_norm(states), key_rotation
         attended, cache = Attention(config, self.lora_scale, name="self_attn")(
-            input_norm(x), layer, rotation, sight, cache, sources
+            input_norm(x),
+            kind,
+            rotation,
+            masks_or_segments=masks_or_segments,
+            cache=cache,
+            key_value_source=key_value_source,
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:
@@ -157,19 +220,19 @@ class Layer(nn.Module):
         return (x, cache), None
 
 
-def kinds_of_layers(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each layer its number, its table of rotary frequencies, and whether it has a window."""
-    numbers = np.arange(config.num_layers)
-    windowed = np.isin(numbers, config.windowed_layers)
-    return numbers, attention.frequency_tables(config)[1], windowed
+def layer_kinds(config: DecoderConfig) -> LayerKind:
+    """Returns the `LayerKind` of all layers; each field is a numpy array `[layers]`."""
+    index = np.arange(config.num_layers)
+    windowed = np.isin(index, config.windowed_layers)
+    return LayerKind(index, attention.frequency_tables(config)[1], windowed)
 
 
 class Decoder(nn.Module):
     """Causal language model.
 
     Attributes:
-      config: the shape.
-      lora_scale: applied to the products of the factors in the `lora` collection.
+      config: the model's shape.
+      lora_scale: factor of the products of the factors in the `lora` collection.
     """
 
     config: DecoderConfig
@@ -194,8 +257,15 @@ class Decoder(nn.Module):
         )(config, self.lora_scale)
         self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
 
-    def __call__(self, tokens, positions, segment_ids=None, cache=None, valid=None):
-        """Hidden states after the final norm.
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Computes hidden states after the final norm.
 
         Args:
           tokens: int32 `[batch, seq]`.
@@ -217,71 +287,85 @@ class Decoder(nn.Module):
         if segment_ids is not None:
             visibility = Visibility(segment_ids, segment_ids, jnp.arange(seq))
         else:
-            new, seen = (x.astype(jnp.int32) for x in (valid, cache.valid))
-            visibility = Visibility(new, seen, cache.length + jnp.arange(seq))
-        sight, rotation = attention.sight(config, visibility), attention.rotation(config, positions)
-        x, layers = self.embed(tokens), kinds_of_layers(config)
+            # In a cache each row is one example: real tokens are segment 1, padding is 0.
+            queries, keys = (x.astype(jnp.int32) for x in (valid, cache.valid))
+            visibility = Visibility(queries, keys, cache.length + jnp.arange(seq))
+        masks_or_segments = attention.attention_inputs(config, visibility)
+        rotation = attention.rotation(config, positions)
+        x, kinds = self.embed(tokens), layer_kinds(config)
         if cache is not None and isinstance(cache.key, tuple):
-            x, cache = self._unrolled(x, cache, layers, rotation, sight)
+            x, cache = self._unrolled(x, cache, kinds, rotation, masks_or_segments)
         else:
-            layers = jax.tree.map(jnp.asarray, layers)
-            (x, cache), _ = self.layers((x, cache), layers, rotation, sight)
+            kinds = jax.tree.map(jnp.asarray, kinds)
+            (x, cache), _ = self.layers((x, cache), kinds, rotation, masks_or_segments)
         if cache is not None:
             cache = cache._replace(length=cache.length + seq)
         return self.norm(x), cache
 
-    def _unrolled(self, x, cache, layers, rotation, sight):
-        """The layers in turn, each with variables (see `unstack`) and a cache of its own."""
+    def _unrolled(self, x, cache: KVCache, kinds: LayerKind, rotation: Rotation, masks_or_segments):
+        """Applies the layers one by one, with separate variables (`unstack`) and caches."""
         layer_fn = Layer(self.config, self.lora_scale, parent=None)
         keys, values = [], []
-        for i, (_, table, windowed) in enumerate(zip(*layers, strict=True)):
-            mine = {
-                kind: tree["layers"][str(i)]
-                for kind, tree in self.variables.items()
+        for i, (_, table, windowed) in enumerate(zip(*kinds, strict=True)):
+            variables = {
+                collection: tree["layers"][str(i)]
+                for collection, tree in self.variables.items()
                 if "layers" in tree
             }
-            one = cache._replace(key=cache.key[i], value=cache.value[i])
-            (x, one), _ = layer_fn.apply(mine, (x, one), (0, table, windowed), rotation, sight)
-            keys.append(one.key)
-            values.append(one.value)
+            layer_cache = cache._replace(key=cache.key[i], value=cache.value[i])
+            kind = LayerKind(0, table, windowed)  # A layer's own cache has no axis of layers.
+            (x, layer_cache), _ = layer_fn.apply(
+                variables, (x, layer_cache), kind, rotation, masks_or_segments
+            )
+            keys.append(layer_cache.key)
+            values.append(layer_cache.value)
         return x, cache._replace(key=tuple(keys), value=tuple(values))
 
-    def embed(self, tokens):
-        """What the first layer reads: `[..., hidden_size]` of tokens int32 `[...]`."""
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the first layer's input, `[..., hidden_size]`, for tokens int32 `[...]`."""
         x = self.embed_tokens[tokens].astype(self.config.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.config.dtype)
         return x
 
-    def unembed(self, hidden):
-        """Logits, float32 `[..., vocab]`, of hidden states `[..., hidden_size]`."""
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits, float32 `[..., vocab]`, for hidden states `[..., hidden_size]`."""
         params = self.variables["params"]
         table = params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
         logits = jnp.dot(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def logits(self, tokens, positions, segment_ids):
-        """Float32 `[batch, seq, vocab]`; for short inputs, as every logit is materialised."""
+    def logits(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Returns float32 `[batch, seq, vocab]`; for short inputs, as every logit is held."""
         hidden, _ = self(tokens, positions, segment_ids)
         return self.unembed(hidden)
 
 
-def target_nll(model: Decoder, params, hidden, targets) -> jax.Array:
-    """Negative log-likelihood, float32 `[tokens]` in nats, of targets int32 `[tokens]` after hidden
-    states `[tokens, hidden_size]`; every logit is materialised."""
+def target_nll(model: Decoder, params: dict, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the negative log-likelihood of targets; every logit is held.
+
+    Args:
+      model: the decoder, for its unembedding.
+      params: base parameters.
+      hidden: `[tokens, hidden_size]`.
+      targets: int32 `[tokens]`.
+
+    Returns:
+      float32 `[tokens]`, in nats.
+    """
     logits = model.apply({"params": params}, hidden, method="unembed")
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
 @functools.lru_cache
 def param_shapes(config: DecoderConfig) -> dict:
-    """The pytree of parameters as `jax.ShapeDtypeStruct`s, float32."""
+    """Returns the pytree of base parameters as `jax.ShapeDtypeStruct`s, float32."""
     blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), blank, blank, blank)["params"]
 
 
 def num_parameters(config: DecoderConfig) -> int:
-    """Parameter count; a tied embedding counts once."""
+    """Returns the number of parameters; a tied embedding counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))

@@ -1,4 +1,4 @@
-"""The shape of a decoder, and how each model family differs from Llama.
+"""Shape of a decoder, and how each model family differs from Llama.
 
 A family is a row of differences, not a module of its own: `from_hf` reads a transformers config
 into the one `DecoderConfig` that `decoder.py` switches on.
@@ -6,6 +6,10 @@ into the one `DecoderConfig` that `decoder.py` switches on.
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -14,7 +18,7 @@ PROJECTIONS = {
 
 
 class ModelError(ValueError):
-    """A model folder cannot be used; the message says what was found and what is supported."""
+    """Model folder that cannot be used; the message says what it has and what is supported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +31,27 @@ class DecoderConfig:
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or Llama 3.1's `(factor, low_freq_factor, high_freq_factor,
         original_length)`.
-      rope_factor: positions are divided by it (linear scaling; Gemma 3).
-      rope_local_theta: base in layers with a window, unscaled; None for `rope_theta` (Gemma 3).
-      unrotated_layers: layers without rotary positions (SmolLM3).
-      window: tokens that a windowed layer sees, itself included; 0 for none.
-      windowed_layers: which layers have the window.
-      qkv_bias, output_bias, mlp_bias: biases of the projections.
-      qk_norm: RMS norm over each head of queries and keys (Qwen3, Gemma 3).
-      sandwich_norms: norms after attention and MLP too, before the residual (Gemma).
+      rope_factor: divisor of positions (linear scaling; Gemma 3).
+      rope_local_theta: unscaled base in layers with a window; None for `rope_theta` (Gemma 3).
+      unrotated_layers: indices of layers without rotary positions (SmolLM3).
+      window: number of tokens that a windowed layer sees, the query included; 0 for no window.
+      windowed_layers: indices of layers with the window.
+      qkv_bias, output_bias, mlp_bias: whether the projections have biases.
+      qk_norm: whether each head of queries and keys has an RMS norm (Qwen3, Gemma 3).
+      sandwich_norms: whether attention and MLP have a norm after them too, before the residual
+        (Gemma).
       norm_offset: added to the learned scale of every norm (1 for Gemma).
       activation: `silu`, or `gelu_tanh`.
       query_scale: factor of query-key products; None for `head_dim ** -0.5`.
-      embedding_scale: factor of input embeddings (Gemma: root of `hidden_size`).
+      embedding_scale: factor of input embeddings (Gemma: square root of `hidden_size`).
       attention_softcap, final_softcap: `cap * tanh(x / cap)` on attention and final logits
-        (Gemma 2); None for none.
+        (Gemma 2, arXiv 2408.00118); None for no cap.
       rms_norm_eps: added to the mean square.
       tie_embeddings: whether the output matrix is the embedding's transpose.
       max_length: longest context, in tokens.
-      dtype: of activations.
-      remat: recompute layers in the backward pass.
-      attention: backend; `auto` picks, see `attention.choose_backend`.
+      dtype: dtype of activations.
+      remat: whether layers are recomputed in the backward pass.
+      attention: attention backend; `auto` for the platform's, see `attention.choose_backend`.
     """
 
     vocab_size: int
@@ -87,7 +92,7 @@ class DecoderConfig:
         return self.query_scale or self.head_dim**-0.5
 
     def projection_shape(self, name: str) -> tuple[int, int]:
-        """`(in, out)` of one linear projection, by its Hugging Face name."""
+        """Returns `(in, out)` of one linear projection, by its Hugging Face name."""
         hidden, heads = self.hidden_size, self.num_heads * self.head_dim
         kv, wide = self.num_kv_heads * self.head_dim, self.intermediate_size
         shapes = {
@@ -102,9 +107,9 @@ class DecoderConfig:
         return shapes[name]
 
 
-_GEMMA = {"sandwich_norms": True, "norm_offset": 1.0, "activation": "gelu_tanh"}
+_GEMMA = {"sandwich_norms": True, "norm_offset": 1.0}
 
-# What a family does differently where its config does not say so.
+# Fields by which a family differs from Llama and which its transformers config does not state.
 FAMILIES = {
     "llama": {},
     "mistral": {},
@@ -123,8 +128,12 @@ LLAMA3_SCALING = (
 )
 
 
-def from_hf(hf, dtype: str = "float32") -> DecoderConfig:
-    """Reads a transformers config (which has both spellings of rope and all defaults filled in).
+def from_hf(hf: "PretrainedConfig", dtype: str = "float32") -> DecoderConfig:
+    """Reads a transformers config.
+
+    Args:
+      hf: config as transformers completes it, with all defaults and one spelling of rope.
+      dtype: dtype of activations.
 
     Raises:
       ModelError: the family, its activation or its rope scaling is not supported.
@@ -154,10 +163,10 @@ def from_hf(hf, dtype: str = "float32") -> DecoderConfig:
 
     layers = range(hf.num_hidden_layers)
     kinds = get("layer_types")
-    if kinds is None:  # one window for all layers, as in Mistral
+    if kinds is None:  # One window for all layers, as in Mistral.
         kinds = ["sliding_attention" if get("sliding_window") else "full_attention"] * len(layers)
     windowed = tuple(i for i in layers if kinds[i] == "sliding_attention")
-    rotated = get("no_rope_layers")  # 1 where a layer has rope, for all its name says
+    rotated = get("no_rope_layers")  # Contrary to its name, 1 where a layer has rope.
 
     return DecoderConfig(
         vocab_size=hf.vocab_size,
@@ -179,27 +188,27 @@ def from_hf(hf, dtype: str = "float32") -> DecoderConfig:
         max_length=hf.max_position_embeddings,
         dtype=dtype,
         **_rope(hf.rope_parameters),
-        **{k: v for k, v in row.items() if k != "activation"},
+        **row,
     )
 
 
 def _rope(parameters: dict) -> dict:
-    """Fields of rotary positions; layers with a window may have a base of their own."""
-    found = {}
+    """Reads the fields of rotary positions; windowed layers may have a base of their own."""
+    fields = {}
     if "full_attention" in parameters:
         local = parameters["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise ModelError("rope scaling in layers with a window is not supported.")
-        found["rope_local_theta"] = float(local["rope_theta"])
+        fields["rope_local_theta"] = float(local["rope_theta"])
         parameters = parameters["full_attention"]
-    found["rope_theta"] = float(parameters["rope_theta"])
+    fields["rope_theta"] = float(parameters["rope_theta"])
     kind = parameters.get("rope_type", "default")
     if kind == "llama3":
-        found["rope_scaling"] = tuple(float(parameters[name]) for name in LLAMA3_SCALING)
+        fields["rope_scaling"] = tuple(float(parameters[name]) for name in LLAMA3_SCALING)
     elif kind == "linear":
-        found["rope_factor"] = float(parameters["factor"])
+        fields["rope_factor"] = float(parameters["factor"])
     elif kind != "default":
         raise ModelError(
             f"rope scaling '{kind}' is not supported; expected default, linear or llama3."
         )
-    return found
+    return fields

@@ -1,4 +1,4 @@
-"""Bidirectional encoders with a classification head: BERT, RoBERTa, ModernBERT, and a small own.
+"""Bidirectional encoders with a classification head: BERT, RoBERTa, ModernBERT, and a small one.
 
 One Flax linen module; a family is a row of differences in `EncoderConfig`, which
 `encoder_hub.from_hf` reads from a transformers config.
@@ -9,7 +9,8 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from fedsafe_jax.models import attention
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -20,29 +21,30 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of an encoder; hashable. The defaults are a small one, trained from scratch.
+    """Shape of an encoder; hashable. The defaults are a small encoder, trained from scratch.
 
     Attributes:
       vocab_size, hidden_size, num_layers, num_heads, intermediate_size: sizes.
       max_length: longest input, in tokens.
-      num_types: token types that are told apart (request and response); 0 for none.
-      num_labels: classes.
-      dropout: of hidden states while training.
-      pre_norm: norms before attention and MLP, and one at the end; else after each (BERT).
-      embedding_norm: a norm over embeddings.
-      first_norm: whether the first layer has a norm before attention (ModernBERT has not).
+      num_types: number of token types (request and response); 0 for a model without types.
+      num_labels: number of classes.
+      dropout: dropout rate of hidden states while training.
+      pre_norm: whether norms come before attention and MLP, with one at the end, or after each
+        (BERT).
+      embedding_norm: whether embeddings have a norm.
+      first_norm: whether the first layer has a norm before attention (ModernBERT's has not).
       norm_epsilon: added to the variance.
       use_bias, norm_bias: whether projections and norms have biases.
       gated_mlp: `activation(x W) * (x V)` instead of `activation(x W)`.
       activation: one of `ACTIVATIONS`.
       rotary_thetas: bases of rotary positions in global and local layers; None for learned
         positions.
-      window: local layers see tokens at most so far away.
-      local_layers: which layers are local.
+      window: largest distance, in tokens, of keys that local layers attend to.
+      local_layers: indices of local layers.
       position_offset: index of the first learned position (RoBERTa: 2).
       pooling: `mean` over tokens, or `first`.
-      head: between pooling and classes: `linear` (nothing), `tanh` (a layer with tanh), or `norm`
-        (a layer with the activation and a norm).
+      head: layer between pooling and classes: `linear` (none), `tanh` (dense with tanh), or `norm`
+        (dense with the activation and a norm).
       head_bias: whether the head's last layer has a bias.
     """
 
@@ -76,21 +78,22 @@ def _norm(config: EncoderConfig, name: str):
     return nn.LayerNorm(epsilon=config.norm_epsilon, use_bias=config.norm_bias, name=name)
 
 
-def _turn(x, positions, theta: float):
-    """Rotary positions, on `[batch, seq, heads, head_dim]`."""
-    half = x.shape[-1] // 2
-    frequency = theta ** -(np.arange(half, dtype=np.float32) / half)
-    angle = positions[:, :, None, None] * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def _rotate(x, positions, theta: float):
+    """Applies rotary positions int32 `[batch, seq]` to `[batch, seq, heads, head_dim]`."""
+    angle = positions[:, :, None, None] * attention.inverse_frequencies(theta, x.shape[-1])
+    return attention.rotate(x, attention.Rotation(jnp.sin(angle), jnp.cos(angle)))
 
 
 def _attend(query, key, value, mask):
-    """Scaled dot-product attention, heads inside: `[batch, seq, heads, head_dim]`.
+    """Computes scaled dot-product attention.
 
-    On CPU the scores lie keys first: XLA reduces vectors across rows there, but numbers along a row
-    one by one, so that the softmax takes half the time.
+    On CPU the scores have the axis of keys first: there XLA reduces across rows with vector
+    instructions, but along a row one number at a time, so the softmax takes half the time.
+
+    Args:
+      query: `[batch, q_len, heads, head_dim]`.
+      key, value: `[batch, kv_len, heads, head_dim]`.
+      mask: bool `[batch, 1, q_len, kv_len]`.
     """
     if jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
@@ -101,6 +104,13 @@ def _attend(query, key, value, mask):
 
 
 class SelfAttention(nn.Module):
+    """Bidirectional attention of the first `queries` tokens to all tokens.
+
+    Attributes:
+      config: the encoder's config.
+      local: whether the layer has a window.
+    """
+
     config: EncoderConfig
     local: bool
 
@@ -117,21 +127,28 @@ class SelfAttention(nn.Module):
         key, value = project("key", x), project("value", x)
         if config.rotary_thetas is not None:
             theta = config.rotary_thetas[int(self.local)]
-            query = _turn(query, positions[:, :queries], theta)
-            key = _turn(key, positions, theta)
+            query = _rotate(query, positions[:, :queries], theta)
+            key = _rotate(key, positions, theta)
         out = _attend(query, key, value, mask[:, :, :queries])
         out = out.reshape(batch, -1, width)
         return nn.Dense(width, use_bias=config.use_bias, name="output")(out)
 
 
 class EncoderLayer(nn.Module):
+    """One layer: attention and MLP, each with a norm and a residual.
+
+    Attributes:
+      config: the encoder's config.
+      number: index of the layer.
+    """
+
     config: EncoderConfig
     number: int
 
     @nn.compact
     def __call__(self, x, masks, positions, queries, deterministic):
         config, local = self.config, self.number in self.config.local_layers
-        attention = SelfAttention(config, local, name="attention")
+        self_attention = SelfAttention(config, local, name="attention")
 
         def drop(y):
             return nn.Dropout(config.dropout)(y, deterministic=deterministic)
@@ -147,34 +164,37 @@ class EncoderLayer(nn.Module):
 
         mask = masks[int(local)]
         if config.pre_norm:
-            plain = self.number == 0 and not config.first_norm
-            normed = x if plain else _norm(config, "attention_norm")(x)
-            x = x[:, :queries] + drop(attention(normed, mask, positions, queries))
+            skips_norm = self.number == 0 and not config.first_norm
+            normed = x if skips_norm else _norm(config, "attention_norm")(x)
+            x = x[:, :queries] + drop(self_attention(normed, mask, positions, queries))
             return x + drop(mlp(_norm(config, "mlp_norm")(x)))
-        attended = drop(attention(x, mask, positions, queries))
+        attended = drop(self_attention(x, mask, positions, queries))
         x = _norm(config, "attention_norm")(x[:, :queries] + attended)
         return _norm(config, "mlp_norm")(x + drop(mlp(x)))
 
 
 class Encoder(nn.Module):
-    """Token ids to hidden states.
+    """Encoder from token ids to hidden states.
 
     Attributes:
-      config: of the encoder.
-      first_only: the last layer computes the first token alone, which is all that some heads read.
+      config: the encoder's config.
+      first_only: whether the last layer computes the first token alone, which is all that some
+        heads read.
     """
 
     config: EncoderConfig
     first_only: bool = False
 
     @nn.compact
-    def __call__(self, tokens, types, valid, deterministic=True):
-        """Hidden states after the last layer.
+    def __call__(
+        self, tokens: jax.Array, types: jax.Array, valid: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Computes hidden states after the last layer.
 
         Args:
           tokens: int32 `[batch, seq]`.
-          types: int32 `[batch, seq]`, 0 on the request and 1 on the response; not read by models
-            that have no token types.
+          types: int32 `[batch, seq]`, 0 on the request and 1 on the response; models without token
+            types ignore it.
           valid: bool `[batch, seq]`, False on padding.
           deterministic: False while training (dropout).
 
@@ -193,25 +213,28 @@ class Encoder(nn.Module):
             x = x + nn.Embed(config.num_types, config.hidden_size, name="type")(kinds)
         if config.embedding_norm:
             x = _norm(config, "embedding_norm")(x)
-        seen = jnp.broadcast_to(valid[:, None, None, :], (len(tokens), 1, *[tokens.shape[1]] * 2))
-        places = jnp.arange(tokens.shape[1])
+        batch, seq = tokens.shape
+        visible = jnp.broadcast_to(valid[:, None, None, :], (batch, 1, seq, seq))
+        places = jnp.arange(seq)
         near = jnp.abs(places[:, None] - places[None, :]) <= config.window
         for number in range(config.num_layers):
             layer = EncoderLayer(config, number, name=f"layer_{number}")
             last = number == config.num_layers - 1
             queries = 1 if last and self.first_only else x.shape[1]
-            x = layer(x, (seen, seen & near), positions, queries, deterministic)
+            x = layer(x, (visible, visible & near), positions, queries, deterministic)
         return _norm(config, "final_norm")(x) if config.pre_norm else x
 
 
 class Classifier(nn.Module):
-    """Token ids to class logits: encode, pool, head."""
+    """Classifier from token ids to class logits: encoder, pooling, head."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens, types, valid, deterministic=True):
-        """Class logits, float32 `[batch, num_labels]`; arguments as for `Encoder`."""
+    def __call__(
+        self, tokens: jax.Array, types: jax.Array, valid: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
+        """Computes class logits, float32 `[batch, num_labels]`; arguments as for `Encoder`."""
         config = self.config
         first_only = config.pooling == "first"
         x = Encoder(config, first_only, name="encoder")(tokens, types, valid, deterministic)

@@ -1,6 +1,7 @@
-"""Encoders from Hugging Face folders: BERT, RoBERTa, XLM-R, ModernBERT; with a head or without."""
+"""Encoders from Hugging Face folders, with a head or without: BERT, RoBERTa, XLM-R, ModernBERT."""
 
 import pathlib
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub import Tensors, read_json
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 FAMILIES = ("bert", "roberta", "xlm-roberta", "modernbert")
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-# From a module of ours to its Hugging Face name; `{}` stands for the layer's number.
+# Hugging Face name of each module of `encoder`; `{}` stands for the layer's number.
 BERT = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
@@ -42,7 +46,8 @@ MODERN = {
     "mlp_norm": "layers.{}.mlp_norm",
     "final_norm": "final_norm",
 }
-# Modules that share a tensor: (which part, of how many), along torch's output axis.
+# Modules whose tensors are one in the folder: (index of the part, number of parts), along torch's
+# output axis.
 PARTS = {
     "attention/query": (0, 3), "attention/key": (1, 3), "attention/value": (2, 3),
     "up": (0, 2), "gate": (1, 2),
@@ -55,7 +60,7 @@ HEADS = {
 PREFIXES = ("bert.", "roberta.", "model.")
 
 
-def from_hf(hf) -> EncoderConfig:
+def from_hf(hf: "PretrainedConfig") -> EncoderConfig:
     """Reads a transformers config.
 
     Raises:
@@ -104,7 +109,7 @@ def from_hf(hf) -> EncoderConfig:
             head="norm",
             head_bias=hf.classifier_bias,
         )
-    # RoBERTa counts positions from behind its padding token.
+    # RoBERTa's first position has the index after the padding token's.
     offset = 0 if family == "bert" else hf.pad_token_id + 1
     return EncoderConfig(
         **common,
@@ -122,12 +127,12 @@ def from_hf(hf) -> EncoderConfig:
 def load_classifier(
     folder: pathlib.Path, num_labels: int | None = None, seed: int = 0
 ) -> tuple[EncoderConfig, dict]:
-    """Reads an encoder with its head; what the folder lacks of the head is drawn anew.
+    """Reads an encoder with its head; parts of the head that the folder lacks are drawn at random.
 
     Args:
       folder: a Hugging Face folder with safetensors, such as MiniLM's or a toxicity classifier's.
-      num_labels: classes; None for the folder's own. A head of another size is drawn anew.
-      seed: of what is drawn.
+      num_labels: number of classes; None for the folder's. A head of another size is drawn anew.
+      seed: seed of the parts that are drawn.
 
     Returns:
       `(config, params of a Classifier)`, float32.
@@ -155,19 +160,19 @@ def load_classifier(
     blank = jnp.zeros((1, 8), jnp.int32)
     key = jax.random.key(seed)
     fresh = Classifier(config).init(key, blank, blank, blank == 0)["params"]
-    by_label = _has(tensors, head["head"], config.num_labels)
+    has_head = _has_head(tensors, head["head"], config.num_labels)
 
     def read(path, leaf):
         *where, kind = (key.key for key in path)
         if where[0] == "encoder":
-            found = _encoder_tensor(where[1:], modules)
-            stem, part = prefix + found[0], found[1]
+            stem, part = _encoder_tensor(where[1:], modules)
+            stem = prefix + stem
         else:
             stem, part = head[where[0]], (0, 1)
             stem = prefix + stem if stem.startswith("pooler") else stem
-            # A head of other labels was trained for something else: none of it is used. BERT's
-            # pooler belongs to the encoder, and stays.
-            if not by_label and not stem.endswith("pooler.dense"):
+            # A head with another number of labels was trained for another task, so none of it is
+            # used. BERT's pooler was trained with the encoder, so it is.
+            if not has_head and not stem.endswith("pooler.dense"):
                 return leaf
         name = f"{stem}.{'bias' if kind == 'bias' else 'weight'}"
         if name not in tensors.names():
@@ -189,16 +194,16 @@ def load_classifier(
     return config, jax.tree_util.tree_map_with_path(read, fresh)
 
 
-def _has(tensors: Tensors, stem: str, num_labels: int) -> bool:
-    """Whether the folder has a classification head of so many labels."""
+def _has_head(tensors: Tensors, stem: str, num_labels: int) -> bool:
+    """Returns whether the folder has a classification head of `num_labels` labels."""
     name = f"{stem}.weight"
     return name in tensors.names() and tensors.shape(name)[0] == num_labels
 
 
 def _encoder_tensor(where: list[str], modules: dict[str, str]) -> tuple[str, tuple[int, int]]:
-    """Hugging Face stem of a module of the encoder, and which part of its tensor."""
+    """Returns the Hugging Face stem of a module of the encoder, and its part of the tensor."""
     number = None
     if where[0].startswith("layer_"):
         number, where = where[0].removeprefix("layer_"), where[1:]
-    ours = "/".join(where)
-    return modules[ours].format(number), PARTS.get(ours, (0, 1))
+    module = "/".join(where)
+    return modules[module].format(number), PARTS.get(module, (0, 1))

@@ -1,4 +1,4 @@
-"""Hugging Face folders to pytrees and back, tensor by tensor.
+"""Reading and writing of Hugging Face folders as pytrees, tensor by tensor.
 
 Names are derived, not listed: the leaf `layers/self_attn/q_proj/kernel` of `decoder.param_shapes`
 is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, transposed.
@@ -7,7 +7,7 @@ is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, tra
 import json
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,17 @@ from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelErro
 from fedsafe_jax.models.quantize import dequantize, quantize
 from fedsafe_jax.models.sharding import is_shared, leaf_sharding, share
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# Buffers that old checkpoints carry and every loader recomputes.
+# Buffers of old checkpoints, which every loader computes itself.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 def resolve(path_or_hub_id: str) -> pathlib.Path:
-    """A local folder as it is, or the downloaded snapshot of a Hub model.
+    """Returns a local folder as it is, or the downloaded snapshot of a Hub model.
 
     Raises:
       ModelError: neither a folder nor a model that the Hub serves.
@@ -43,7 +46,7 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Safetensors only: no pickled weights, no remote code.
+        # Pickled weights and remote code may run anything, so neither is downloaded.
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         return pathlib.Path(snapshot_download(path_or_hub_id, allow_patterns=patterns))
     except Exception as error:
@@ -53,7 +56,7 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """An object from a JSON file of a model folder.
+    """Reads an object from a JSON file of a model folder.
 
     Raises:
       ModelError: no such file, or not JSON.
@@ -66,8 +69,8 @@ def read_json(path: pathlib.Path) -> dict:
         raise ModelError(f"{path}: not JSON ({error}).") from error
 
 
-def hf_config(raw: dict):
-    """The transformers config of a `config.json`, which fills in what the file leaves out.
+def hf_config(raw: dict) -> "PretrainedConfig":
+    """Returns the transformers config of a `config.json`, with defaults for missing fields.
 
     Raises:
       ModelError: a family that is not supported.
@@ -97,24 +100,32 @@ def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
 
 
 class Leaf(NamedTuple):
-    """Where a leaf of the pytree lies in a Hugging Face folder."""
+    """Place of a leaf of the base parameters in a Hugging Face folder.
 
-    path: tuple[str, ...]  # in the pytree
-    shape: tuple[int, ...]  # of the leaf: [layers, in, out], or without layers
-    names: tuple[str, ...]  # of its tensors: one for each layer, or one
-    stacked: bool  # whether there is a leading axis of layers
-    transposed: bool  # torch keeps linear weights as [out, in]
+    Attributes:
+      path: keys of the leaf in the pytree.
+      shape: shape of the leaf, `[layers, in, out]`, or without layers.
+      names: names of its tensors, one for each layer, or a single one.
+      stacked: whether the leaf has a leading axis of layers.
+      transposed: whether the tensors are transposed; torch keeps linear weights as `[out, in]`.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the folder."""
+        """Shape of each of the leaf's tensors in the folder."""
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
 
 def leaves(config: DecoderConfig) -> list[Leaf]:
-    """Every leaf of the base parameters."""
-    found = []
+    """Returns the places of all leaves of the base parameters."""
+    places = []
     for keys, shape in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
         path = tuple(key.key for key in keys)
         stacked = path[0] == "layers"
@@ -127,16 +138,19 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
         else:
             names = (".".join(("model", path[0], "weight")),)
         transposed = path[-1] in ("kernel", "lm_head")
-        found.append(Leaf(path, shape.shape, names, stacked=stacked, transposed=transposed))
-    return found
+        places.append(Leaf(path, shape.shape, names, stacked=stacked, transposed=transposed))
+    return places
 
 
 class Tensors:
-    """The safetensors of a folder, single or sharded by an index, read lazily.
+    """Safetensors of a folder, single or sharded by an index, read lazily.
+
+    Args:
+      folder: a Hugging Face folder.
 
     Raises:
-      ModelError: no safetensors, a missing or damaged file, a tensor that is not where it should
-        be.
+      ModelError: no safetensors, a missing or damaged file, or a tensor that is not in the file
+        that the index names.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -173,13 +187,15 @@ class Tensors:
         return set(self._files[file].keys())
 
     def names(self) -> set[str]:
+        """Returns the names of all tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
         return tuple(self._view(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor; only its bytes are read."""
+        """Reads a part of a tensor; only the bytes of that part are read from disk."""
         return self._view(name)[index]
 
     def _view(self, name: str):
@@ -187,15 +203,15 @@ class Tensors:
 
 
 def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
-    """Checks that a folder has the tensors of its config, no more, in their shapes.
+    """Checks that a folder has exactly the tensors of its config, in their shapes.
 
     Raises:
-      ModelError: naming the first that are missing, unknown or of another shape.
+      ModelError: tensors are missing, unknown or of another shape; the message names the first.
     """
-    wanted = {name: leaf for leaf in leaves(config) for name in leaf.names}
+    expected = {name: leaf for leaf in leaves(config) for name in leaf.names}
     ignored = IGNORED_SUFFIXES + (("lm_head.weight",) if config.tie_embeddings else ())
-    extra = {n for n in tensors.names() if not n.endswith(ignored)} - set(wanted)
-    missing = set(wanted) - tensors.names()
+    extra = {n for n in tensors.names() if not n.endswith(ignored)} - set(expected)
+    missing = set(expected) - tensors.names()
     for what, names in (("missing", missing), ("not of this model", extra)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
@@ -203,10 +219,10 @@ def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
                 f"{tensors.folder}: {len(names)} tensors are {what}: {some}. "
                 "The weights do not belong to this config.json."
             )
-    for name, leaf in wanted.items():
-        if (found := tensors.shape(name)) != leaf.tensor_shape:
+    for name, leaf in expected.items():
+        if (shape := tensors.shape(name)) != leaf.tensor_shape:
             raise ModelError(
-                f"{tensors.folder}: tensor '{name}' has shape {list(found)}, config.json "
+                f"{tensors.folder}: tensor '{name}' has shape {list(shape)}, config.json "
                 f"asks for {list(leaf.tensor_shape)}."
             )
 
@@ -217,16 +233,16 @@ def load_params(
     dtype: str,
     mesh: Mesh | None = None,
     quantization: str = "",
-):
-    """Base parameters, a leaf at a time, each part of it read by the device that holds it.
+) -> dict:
+    """Loads base parameters one leaf at a time; each device reads the part that it holds.
 
     Host memory beyond the parameters themselves never exceeds one stacked leaf.
 
     Args:
-      folder: holds safetensors.
-      config: from `read_config`.
-      dtype: of the parameters.
-      mesh: its axis `model` splits the leaves as in `sharding`; None for one device.
+      folder: a folder with safetensors.
+      config: the model's config, from `read_config`.
+      dtype: dtype of the parameters.
+      mesh: device mesh, whose axis `model` splits the leaves as in `sharding`; None for one device.
       quantization: "", or a kind of `quantize.KINDS` for the projections' kernels.
 
     Raises:
@@ -250,6 +266,8 @@ def load_params(
 
 
 def _reader(tensors: Tensors, leaf: Leaf, dtype: str) -> Callable:
+    """Returns `(index, a tuple of slices) -> that part of the leaf`, a numpy array."""
+
     def read(index):
         layers, inner = (index[0], index[1:]) if leaf.stacked else (slice(None), index)
         inner = inner[::-1] if leaf.transposed else inner
@@ -261,37 +279,37 @@ def _reader(tensors: Tensors, leaf: Leaf, dtype: str) -> Callable:
 
 
 def save_params(
-    params,
+    params: dict,
     config: DecoderConfig,
     folder: pathlib.Path,
     dtype: str,
     update: Callable | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes safetensors under Hugging Face names, with an index when one file is too small.
+    """Writes safetensors under Hugging Face names, with an index when they take several files.
 
     Args:
       params: base parameters; quantised kernels are expanded.
-      config: their shape.
-      folder: exists.
-      dtype: of the written tensors.
+      config: the model's config.
+      folder: an existing folder.
+      dtype: dtype of the written tensors.
       update: `(path, layer) -> float32 array or None`, added to a stacked leaf's layer: an adapter
-        to merge, see `lora.update_of`. Nothing but the tensor at hand is held merged.
-      shard_bytes: largest file, 5 GB as in transformers.
+        to merge, see `lora.update_of`. Only one tensor at a time is held merged.
+      shard_bytes: largest size of a file, 5 GB as in transformers.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
     folder, item = pathlib.Path(folder), jnp.dtype(dtype).itemsize
-    where = {n: (leaf, i) for leaf in leaves(config) for i, n in enumerate(leaf.names)}
+    places = {n: (leaf, i) for leaf in leaves(config) for i, n in enumerate(leaf.names)}
     plan = split_state_dict_into_shards_factory(
-        {name: leaf for name, (leaf, _) in where.items()},
+        {name: leaf for name, (leaf, _) in places.items()},
         get_storage_size=lambda leaf: int(np.prod(leaf.tensor_shape)) * item,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
 
     def tensor(name):
-        leaf, i = where[name]
+        leaf, i = places[name]
         node = params
         for key in leaf.path:
             node = node[key]
@@ -311,5 +329,5 @@ def save_params(
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Indented JSON with a final newline."""
+    """Writes indented JSON with a final newline."""
     pathlib.Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,10 +1,12 @@
-"""Low-rank adapters (Hu et al., 2021) as a pytree of their own.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as a pytree of factors, and PEFT's folders.
 
-An adapter mirrors the module path of the projections it changes:
+Factors mirror the module path of the projections that they change:
 `{"layers": {"self_attn": {"q_proj": {"a": [layers, in, rank], "b": [layers, rank, out]}}}}`.
+An `Adapter` is factors with their configuration and the name of their base model.
 """
 
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -24,10 +26,22 @@ BLOCK_OF = {name: block for block, names in PROJECTIONS.items() for name in name
 
 
 class LoraConfig(NamedTuple):
-    """Which projections are adapted, and how strongly.
+    """Configuration of LoRA: rank, strength, and the projections that are adapted.
 
-    The scale is `alpha / rank`, or `alpha / sqrt(rank)` with rank stabilisation (rsLoRA,
-    Kalajdzievski, 2023).
+    The product `a @ b` is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with rank
+    stabilisation (rsLoRA, arXiv 2312.03732).
+
+    Attributes:
+      rank: rank of the factors.
+      alpha: numerator of the scale.
+      targets: names of the adapted projections, see `expand_targets`.
+      rank_stabilized: whether the scale is rsLoRA's.
+
+    >>> import fedsafe_jax as fs
+    >>> fs.LoraConfig(rank=16, alpha=32.0, targets=("q_proj", "v_proj")).scale
+    2.0
+    >>> fs.LoraConfig(16, 32.0, ("q_proj", "v_proj"), rank_stabilized=True).scale
+    8.0
     """
 
     rank: int
@@ -37,16 +51,27 @@ class LoraConfig(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """Factor of `a @ b`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 class Adapter(NamedTuple):
-    """What an adapter folder holds.
+    """Trained LoRA factors with all that is needed to apply them: what an adapter folder holds.
 
     Attributes:
-      factors: pytree of float32 arrays, as in the module's docstring.
-      config: rank, alpha, targets.
-      base_model: path or Hub id of the model it was trained on, "" when not known.
+      factors: pytree of float32 arrays; for each adapted projection `a` `[layers, in, rank]` and
+        `b` `[layers, rank, out]`.
+      config: rank, alpha and targets.
+      base_model: path or Hub id of the model that it was trained on, "" when not known.
+
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
+    >>> a, b = jnp.ones((2, 8, 4)), jnp.zeros((2, 4, 8))  # two layers, rank 4
+    >>> factors = {"layers": {"self_attn": {"q_proj": {"a": a, "b": b}}}}
+    >>> config = fs.LoraConfig(rank=4, alpha=8.0, targets=("q_proj",))
+    >>> adapter = fs.Adapter(factors, config, base_model="org/model")
+    >>> adapter.config.scale, adapter.base_model
+    (2.0, 'org/model')
     """
 
     factors: dict
@@ -55,7 +80,7 @@ class Adapter(NamedTuple):
 
 
 def expand_targets(targets: Sequence[str] | str) -> tuple[str, ...]:
-    """Projection names; "all-linear" means all seven.
+    """Returns projection names; "all-linear" stands for all seven.
 
     Raises:
       ModelError: an unknown projection.
@@ -71,32 +96,40 @@ def expand_targets(targets: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(targets)
 
 
-def init(key: jax.Array, config: DecoderConfig, lora: LoraConfig):
-    """A fresh adapter: `a` uniform in +-1/sqrt(in) as PEFT draws it, `b` zero, so no change yet."""
-    adapter: dict = {}
+def init(key: jax.Array, config: DecoderConfig, lora: LoraConfig) -> dict:
+    """Draws fresh factors: `a` uniform in +-1/sqrt(in) as in PEFT, `b` zero, so `a @ b` is zero.
+
+    Args:
+      key: PRNG key.
+      config: the base model's config.
+      lora: rank and targets.
+
+    Returns:
+      Factors, float32, as in the module's docstring.
+    """
+    factors: dict = {}
     for i, name in enumerate(lora.targets):
         fan_in, fan_out = config.projection_shape(name)
         bound = 1 / math.sqrt(fan_in)
         shape = (config.num_layers, fan_in, lora.rank)
-        factors = {
+        pair = {
             "a": jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound),
             "b": jnp.zeros((config.num_layers, lora.rank, fan_out), jnp.float32),
         }
-        adapter.setdefault("layers", {}).setdefault(BLOCK_OF[name], {})[name] = factors
-    return adapter
+        factors.setdefault("layers", {}).setdefault(BLOCK_OF[name], {})[name] = pair
+    return factors
 
 
 def update_of(adapter: Adapter) -> Callable:
-    """What merging adds to the base, computed one kernel at a time.
+    """Returns the function that computes what merging adds to one kernel of the base.
 
     Args:
       adapter: factors and their scale.
 
     Returns:
       `(path of a kernel in the parameters, layer) -> scale * a @ b`, float32 `[in, out]`, or None
-      where the adapter changes nothing.
+      for a kernel that the adapter does not change.
     """
-
     factors, scale = adapter.factors, adapter.config.scale
 
     def update(path, layer):
@@ -111,20 +144,24 @@ def update_of(adapter: Adapter) -> Callable:
 def check_base(adapter: Adapter, config: DecoderConfig) -> None:
     """Checks that an adapter fits a base model.
 
+    Args:
+      adapter: the adapter.
+      config: the base model's config.
+
     Raises:
-      ModelError: other layers or sizes than the base has.
+      ModelError: the adapter has another number of layers or other sizes than the base.
     """
     for block, projections in adapter.factors["layers"].items():
-        for name, ab in projections.items():
+        for name, pair in projections.items():
             fan_in, fan_out = config.projection_shape(name)
-            rank = ab["a"].shape[-1]
-            wanted = (config.num_layers, fan_in, rank), (config.num_layers, rank, fan_out)
-            found = ab["a"].shape, ab["b"].shape
-            if found != wanted:
+            rank = pair["a"].shape[-1]
+            expected = (config.num_layers, fan_in, rank), (config.num_layers, rank, fan_out)
+            shapes = pair["a"].shape, pair["b"].shape
+            if shapes != expected:
                 raise ModelError(
                     f"the adapter belongs to another base{_named(adapter.base_model)}: its "
-                    f"{block}.{name} has factors {found[0]} and {found[1]} (layers first), this "
-                    f"model needs {wanted[0]} and {wanted[1]}."
+                    f"{block}.{name} has factors {shapes[0]} and {shapes[1]} (layers first), "
+                    f"this model needs {expected[0]} and {expected[1]}."
                 )
 
 
@@ -132,20 +169,31 @@ def _named(base_model: str) -> str:
     return f" ({base_model})" if base_model else ""
 
 
-def save_adapter(adapter: Adapter, folder, base_model: str = "") -> None:
+def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: str = "") -> None:
     """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
       adapter: factors and their configuration.
-      folder: created if missing.
+      folder: folder to write to, created if missing.
       base_model: path or Hub id that PEFT records as the base; "" for the adapter's own.
+
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
+    >>> pair = {"a": jnp.ones((1, 8, 2)), "b": jnp.zeros((1, 2, 6))}
+    >>> config = fs.LoraConfig(rank=2, alpha=4.0, targets=("up_proj",))
+    >>> adapter = fs.Adapter({"layers": {"mlp": {"up_proj": pair}}}, config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.save_adapter(adapter, folder, base_model="org/model")
+    ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder, lora = pathlib.Path(folder), adapter.config
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for block, projections in adapter.factors["layers"].items():
-        for name, ab in projections.items():
-            for letter, stacked in (("A", ab["a"]), ("B", ab["b"])):
+        for name, pair in projections.items():
+            for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
                 for i, leaf in enumerate(np.asarray(jax.device_get(stacked))):
                     stem = f"{PEFT_PREFIX}.{i}.{block}.{name}"
                     tensors[f"{stem}.lora_{letter}.weight"] = np.ascontiguousarray(leaf.T)
@@ -166,8 +214,8 @@ def save_adapter(adapter: Adapter, folder, base_model: str = "") -> None:
     write_json(folder / "adapter_config.json", content)
 
 
-# Fields of adapter_config.json that change the result, and the values that are supported.
-PLAIN = {
+# Fields of adapter_config.json that change what the adapter computes, and the supported values.
+SUPPORTED = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -178,16 +226,33 @@ PLAIN = {
 }
 
 
-def load_adapter(folder) -> Adapter:
+def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Reads an adapter in PEFT's format.
+
+    Args:
+      folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
       ModelError: files are missing, or the adapter is not a plain LoRA of the projections of all
         layers.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> import fedsafe_jax as fs
+    >>> pair = {"a": jnp.ones((1, 8, 2)), "b": jnp.zeros((1, 2, 6))}
+    >>> config = fs.LoraConfig(rank=2, alpha=4.0, targets=("up_proj",))
+    >>> adapter = fs.Adapter({"layers": {"mlp": {"up_proj": pair}}}, config, "org/model")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fs.save_adapter(adapter, folder)
+    ...     adapter = fs.load_adapter(folder)
+    >>> adapter.config.rank, adapter.base_model
+    (2, 'org/model')
+    >>> adapter.factors["layers"]["mlp"]["up_proj"]["a"].shape
+    (1, 8, 2)
     """
     folder = pathlib.Path(folder)
     raw, weights = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    for field, supported in PLAIN.items():
+    for field, supported in SUPPORTED.items():
         if raw.get(field) not in supported:
             raise ModelError(
                 f"{folder / 'adapter_config.json'}: {field}={raw.get(field)!r} is not supported; "
@@ -196,7 +261,7 @@ def load_adapter(folder) -> Adapter:
     if not weights.is_file():
         raise ModelError(f"{weights}: no such file; pickled adapters (.bin) are not loaded.")
     pattern = re.compile(rf"{re.escape(PEFT_PREFIX)}\.(\d+)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
-    found: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+    by_factor: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
@@ -206,9 +271,9 @@ def load_adapter(folder) -> Adapter:
         if not match or BLOCK_OF.get(match[3]) != match[2]:
             raise ModelError(f"{weights}: tensor '{key}' belongs to no known projection.")
         path = (match[2], match[3], match[4].lower())
-        found.setdefault(path, {})[int(match[1])] = tensor.T
+        by_factor.setdefault(path, {})[int(match[1])] = tensor.T
     factors: dict = {}
-    for (block, name, letter), by_layer in sorted(found.items()):
+    for (block, name, letter), by_layer in sorted(by_factor.items()):
         if sorted(by_layer) != list(range(len(by_layer))):
             raise ModelError(
                 f"{weights}: {name} is adapted in layers {sorted(by_layer)} only; expected all."
@@ -218,6 +283,6 @@ def load_adapter(folder) -> Adapter:
         node[letter] = jnp.asarray(stacked)
     if not factors:
         raise ModelError(f"{weights}: holds no tensor.")
-    names = tuple(name for name in BLOCK_OF if any(path[1] == name for path in found))
+    names = tuple(name for name in BLOCK_OF if any(path[1] == name for path in by_factor))
     config = LoraConfig(raw["r"], raw["lora_alpha"], names, bool(raw.get("use_rslora")))
     return Adapter(factors, config, raw.get("base_model_name_or_path") or "")

@@ -1,12 +1,15 @@
 """Token losses that never hold `[tokens, vocab]` logits."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
+from fedsafe_jax.models.flatten_vmap import flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
@@ -15,12 +18,15 @@ CHUNK_TOKENS = {"cpu": 128}
 DEFAULT_CHUNK_TOKENS = 1024
 
 
-def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
-    """Negative log-likelihood of each target token, zero where the mask is off.
+def token_nll(
+    model: Decoder, params: dict, hidden: jax.Array, targets: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Returns the negative log-likelihood of each target token, zero where the mask is off.
 
-    Targets are gathered to the front and taken in chunks, as many as they fill: prompts and padding
-    cost no logits. While the base is frozen, a chunk's gradient is taken along with its loss, so no
-    logits are computed twice; `vmap` over adapters puts all clients' targets into one line.
+    Target tokens are moved to the front and taken in chunks, and only the chunks that they fill
+    are computed: prompts and padding cost no logits. While the base is frozen, the gradient of a
+    chunk is computed along with its loss, so no logits are computed twice. Under `vmap` over
+    adapters the tokens of all clients are one sequence, see `flatten_vmap`.
 
     Args:
       model: the decoder, for its unembedding.
@@ -34,134 +40,171 @@ def token_nll(model: Decoder, params, hidden, targets, mask) -> jax.Array:
     """
     chunk = min(CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS), targets.size)
     flat = hidden.reshape(targets.size, -1), targets.reshape(-1), mask.reshape(-1) != 0
-    return _nll_of(model, chunk)(params, *flat).reshape(targets.shape)
+    return _chunked_nll(model, chunk)(params, *flat).reshape(targets.shape)
 
 
+# Cached, so that a model and chunk size have one function, whose traces jax can reuse.
 @functools.lru_cache(maxsize=16)
-def _nll_of(model: Decoder, chunk: int):
-    """`(params, hidden [tokens, hidden_size], targets [tokens], on [tokens]) -> nll [tokens]`."""
+def _chunked_nll(model: Decoder, chunk: int) -> Callable:
+    """Returns the differentiable loss of a flat sequence of tokens.
 
+    Returns:
+      `(params, hidden [tokens, hidden_size], targets int32 [tokens], is_target bool [tokens])
+      -> nll float32 [tokens]`.
+    """
     chunk_nll = functools.partial(target_nll, model)
-
-    def in_front(hidden, targets, on):
-        """Tokens in whole chunks, targets first, and where each came from."""
-        order = jnp.argsort(~jnp.pad(on, (0, -on.size % chunk)), stable=True)
-        source = jnp.minimum(order, on.size - 1)
-        return hidden[source], targets[source], order
-
-    def put_back(values, order, on):
-        back = jnp.zeros_like(values).at[order].set(values)[: on.size]
-        return jnp.where(on.reshape(-1, *[1] * (values.ndim - 1)), back, 0)
-
-    def loss_alone(params, hidden, targets, on):
-        h, target, order = in_front(hidden, targets, on)
-
-        def body(i, nll):
-            part, chosen = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (h, target))
-            return jax.lax.dynamic_update_slice_in_dim(
-                nll, chunk_nll(params, part, chosen), i * chunk, 0
-            )
-
-        used = -(-on.sum() // chunk)
-        nll = jax.lax.fori_loop(0, used, body, jnp.zeros(order.size))
-        return put_back(nll, order, on)
-
-    def loss_and_gradient(params, hidden, targets, on):
-        h, target, order = in_front(hidden, targets, on)
-
-        def body(i, found):
-            part, chosen = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (h, target))
-            nll, pull = jax.vjp(lambda x: chunk_nll(params, x, chosen), part)
-            new = nll, *pull(jnp.ones_like(nll))  # a token's loss depends on its own state alone
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 0)
-                for x, y in zip(found, new, strict=True)
-            )
-
-        used = -(-on.sum() // chunk)
-        found = jax.lax.fori_loop(0, used, body, (jnp.zeros(order.size), jnp.zeros_like(h)))
-        return tuple(put_back(x, order, on) for x in found)
-
-    def trained_head(params, hidden, targets, on):
-        """The same for a base that learns: chunks whose logits are computed again backwards."""
-        h, target, order = in_front(hidden, targets, on)
-        used = jnp.arange(0, order.size, chunk) < on.sum()
-
-        def one_chunk(inputs):
-            h, target, used = inputs
-            return jax.lax.cond(
-                used,
-                jax.checkpoint(functools.partial(chunk_nll, params)),
-                lambda h, t: jnp.zeros_like(h[:, 0], jnp.float32),
-                h, target,
-            )  # fmt: skip
-
-        chunks = (h.reshape(-1, chunk, h.shape[-1]), target.reshape(-1, chunk), used)
-        return put_back(jax.lax.map(one_chunk, chunks).reshape(-1), order, on)
-
-    alone, with_gradient = _in_one_line(loss_alone), _in_one_line(loss_and_gradient)
-
-    def forward(*inputs):
-        learns = any(x.perturbed for x in jax.tree.leaves(inputs[0]))
-        params, hidden, targets, on = custom_vjp_primal_tree_values(inputs)
-        if learns:
-            return jax.vjp(lambda p, h: trained_head(p, h, targets, on), params, hidden)
-        return with_gradient(params, hidden, targets, on)
-
-    def backward(kept, grad):
-        if isinstance(kept, jax.Array):
-            return None, (grad[:, None] * kept).astype(kept.dtype), None, None
-        return *kept(grad), None, None
-
-    nll = jax.custom_vjp(alone)
-    nll.defvjp(forward, backward, symbolic_zeros=True)
+    value = functools.partial(_nll, chunk_nll, chunk)
+    value_and_gradient = functools.partial(_nll_and_gradient, chunk_nll, chunk)
+    trainable = functools.partial(_nll_of_trainable_base, chunk_nll, chunk)
+    nll = jax.custom_vjp(flatten_vmap(value, num_shared=1))
+    forward = functools.partial(
+        _nll_forward, flatten_vmap(value_and_gradient, num_shared=1), trainable
+    )
+    nll.defvjp(forward, _nll_backward, symbolic_zeros=True)
     return nll
 
 
-def _in_one_line(function):
-    """`function(params, *tokens)`; under `vmap` over the latter, one call with more of them."""
-    mapped = jax.custom_batching.custom_vmap(function)
+def _targets_first(chunk: int, hidden, targets, is_target):
+    """Sorts tokens so that targets come first, and pads them to whole chunks.
 
-    @mapped.def_vmap
-    def rule(size, batched, params, *tokens):
-        if any(jax.tree.leaves(batched[0])):
-            axes = jax.tree.map(lambda x: 0 if x else None, batched)
-            found = jax.vmap(function, axes, axis_size=size)(params, *tokens)
-        else:
-            tokens = [
-                x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-                for x, is_batched in zip(tokens, batched[1:], strict=True)
-            ]
-            found = mapped(params, *(x.reshape(-1, *x.shape[2:]) for x in tokens))
-            found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda x: True, found)
+    Args:
+      chunk: tokens of a chunk.
+      hidden, targets, is_target: as in `_chunked_nll`.
 
-    return mapped
+    Returns:
+      `(hidden [padded, hidden_size], targets [padded], order int32 [padded])`, where `order` is
+      the index that each token came from; an index of at least `tokens` is padding.
+    """
+    order = jnp.argsort(~jnp.pad(is_target, (0, -is_target.size % chunk)), stable=True)
+    source = jnp.minimum(order, is_target.size - 1)
+    return hidden[source], targets[source], order
+
+
+def _restore_order(values, order, is_target):
+    """Undoes `_targets_first`: `values [padded, ...]` to `[tokens, ...]`, zero off target."""
+    restored = jnp.zeros_like(values).at[order].set(values)[: is_target.size]
+    return jnp.where(is_target.reshape(-1, *[1] * (values.ndim - 1)), restored, 0)
+
+
+def _nll(chunk_nll: Callable, chunk: int, params, hidden, targets, is_target):
+    """Computes the loss alone, without anything for a gradient; shapes as in `_chunked_nll`."""
+    hidden, targets, order = _targets_first(chunk, hidden, targets, is_target)
+
+    def add_chunk(i, nll):
+        part, target = (
+            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (hidden, targets)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(
+            nll, chunk_nll(params, part, target), i * chunk, 0
+        )
+
+    num_chunks = -(-is_target.sum() // chunk)
+    nll = jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.zeros(order.size))
+    return _restore_order(nll, order, is_target)
+
+
+def _nll_and_gradient(chunk_nll: Callable, chunk: int, params, hidden, targets, is_target):
+    """Computes the loss and, chunk by chunk, its gradient; shapes as in `_chunked_nll`.
+
+    Returns:
+      `(nll [tokens], gradient [tokens, hidden_size])`: a token's loss depends on its own hidden
+      state alone, so this is the whole Jacobian.
+    """
+    hidden, targets, order = _targets_first(chunk, hidden, targets, is_target)
+
+    def add_chunk(i, results):
+        part, target = (
+            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (hidden, targets)
+        )
+        nll, pull_back = jax.vjp(lambda x: chunk_nll(params, x, target), part)
+        new = nll, *pull_back(jnp.ones_like(nll))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, 0)
+            for x, y in zip(results, new, strict=True)
+        )
+
+    num_chunks = -(-is_target.sum() // chunk)
+    zeros = jnp.zeros(order.size), jnp.zeros_like(hidden)
+    results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
+    return tuple(_restore_order(x, order, is_target) for x in results)
+
+
+def _nll_of_trainable_base(chunk_nll: Callable, chunk: int, params, hidden, targets, is_target):
+    """Computes the loss so that jax can differentiate it with respect to the base as well.
+
+    Each chunk is checkpointed and its logits are recomputed in the backward pass. `lax.map` over
+    all chunks, as reverse mode has no loop whose length is data; unfilled chunks are skipped.
+    Shapes as in `_chunked_nll`.
+    """
+    hidden, targets, order = _targets_first(chunk, hidden, targets, is_target)
+    is_filled = jnp.arange(0, order.size, chunk) < is_target.sum()
+
+    def one_chunk(inputs):
+        hidden, targets, is_filled = inputs
+        return jax.lax.cond(
+            is_filled,
+            jax.checkpoint(functools.partial(chunk_nll, params)),
+            lambda hidden, _: jnp.zeros_like(hidden[:, 0], jnp.float32),
+            hidden, targets,
+        )  # fmt: skip
+
+    chunks = hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk), is_filled
+    return _restore_order(jax.lax.map(one_chunk, chunks).reshape(-1), order, is_target)
+
+
+def _nll_forward(value_and_gradient: Callable, trainable: Callable, *inputs):
+    """Forward rule: keeps the gradient where the base is frozen, else the pull-back function.
+
+    Args:
+      value_and_gradient: `_nll_and_gradient` of a model.
+      trainable: `_nll_of_trainable_base` of the same model.
+      *inputs: as in `_chunked_nll`, each leaf with `perturbed`: whether it is differentiated.
+    """
+    is_trainable = any(x.perturbed for x in jax.tree.leaves(inputs[0]))
+    params, hidden, targets, is_target = custom_vjp_primal_tree_values(inputs)
+    if is_trainable:
+        return jax.vjp(lambda p, h: trainable(p, h, targets, is_target), params, hidden)
+    return value_and_gradient(params, hidden, targets, is_target)
+
+
+def _nll_backward(kept, cotangent):
+    """Backward rule: `kept` is what `_nll_forward` kept, `cotangent` is float32 `[tokens]`."""
+    if isinstance(kept, jax.Array):
+        return None, (cotangent[:, None] * kept).astype(kept.dtype), None, None
+    return *kept(cotangent), None, None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` where `mask` is on; 0 when it is nowhere on."""
+    """Returns the mean of `values` where `mask` is on, and 0 when it is off everywhere.
+
+    Args:
+      values: float32, any shape.
+      mask: float32 or bool of that shape.
+    """
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def packed_loss(model: Decoder, adapter, base, batch) -> jax.Array:
-    """Mean negative log-likelihood, in nats, over the learned tokens of packed rows.
+def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Array:
+    """Returns the mean negative log-likelihood, in nats, over the target tokens of packed rows.
 
-    On CPU, of no more tokens than a pass has (`models.microbatch`), the last layer is computed for
-    learned tokens alone.
+    On CPU, for a batch of at most one microbatch (`models.microbatch`), the last layer is computed
+    for target tokens alone (`models.sparse_last_layer`).
 
     Args:
       model: the decoder.
-      adapter: LoRA factors.
+      factors: LoRA factors.
       base: frozen base parameters.
       batch: `data.packing.Batch` with fields `[rows, seq]`.
+
+    Returns:
+      float32 scalar.
     """
     rows, seq = batch.mask.shape
     if jax.default_backend() == "cpu" and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
         weights = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1)
-        return weighted_nll(model, adapter, base, batch, weights)
+        return weighted_nll(model, factors, base, batch=batch, weights=weights)
     hidden, _ = model.apply(
-        {"params": base, "lora": adapter}, batch.tokens, batch.positions, batch.segment_ids
+        {"params": base, "lora": factors}, batch.tokens, batch.positions, batch.segment_ids
     )
     nll = token_nll(model, base, hidden, batch.targets, batch.mask)
     return masked_mean(nll, batch.mask)

@@ -1,4 +1,9 @@
-"""Gradients over packed rows, taken a few rows at a time: nobody pays for rows that are empty."""
+"""Gradients over packed rows in microbatches (gradient accumulation), without the empty rows.
+
+A batch has the shape of the largest batch of a run, and most batches fill only part of their rows.
+The rows are split into microbatches of a few rows, and only the filled ones are computed. On CPU a
+microbatch is what stays in a core's cache; elsewhere all rows are one microbatch.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,56 +12,45 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from fedsafe_jax.models.flatten_vmap import all_mapped, broadcast_unmapped
 from fedsafe_jax.models.sharding import CLIENTS
 
-# Tokens of a pass: on CPU what stays in a core's cache. Elsewhere all rows are one pass.
+# Tokens of a microbatch by platform; where a platform is missing, all rows are one microbatch.
 MICROBATCH_TOKENS = {"cpu": 256}
 CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 def value_and_grad_in_microbatches(loss_fn: Callable, mesh: Mesh | None = None) -> Callable:
-    """`jax.value_and_grad` of a loss over packed rows, taken a few rows at a time.
+    """Returns `jax.value_and_grad` of a loss over packed rows, computed in microbatches.
 
-    As many passes are made as rows are filled, so that a shape which fits the largest batch costs
-    no more than the batch at hand, and activations of one pass are held.
+    As many microbatches are computed as rows are filled, so a batch in the shape of the largest
+    one costs no more than its own rows, and only one microbatch's activations are held.
 
     Args:
-      loss_fn: `(adapter, base, batch) -> scalar`, a `masked_mean` over `batch.mask`; `batch` is a
+      loss_fn: `(factors, base, batch) -> scalar`, a `masked_mean` over `batch.mask`; `batch` is a
         `data.packing.Batch` with fields `[rows, seq]`, filled rows first.
-      mesh: under `vmap` over adapters and batches, all their passes are one queue, dealt out to
-        the devices along `clients`: none waits while another has a client left, or one with more
-        rows. A row longer than `PASS_TOKENS` is cut to as many eighths as it fills, four at least.
-        Every device has to hold all adapters and batches. None: `vmap` as usual.
+      mesh: under `vmap` over factors and batches, the microbatches of all clients are one queue,
+        dealt out to the devices along `clients`, so no device is idle while another has
+        microbatches left. A microbatch of one row longer than `MICROBATCH_TOKENS` is truncated to
+        one of `_widths`. Every device has to hold all factors and batches. None: `vmap` as usual.
 
     Returns:
-      A function of the same arguments that returns `(value, gradient to the adapter)`.
+      A function `(factors, base, batch) -> (value, gradient with respect to factors)`.
     """
     value_and_grad = jax.value_and_grad(loss_fn)
-
-    def passes(adapter, base, batch):
-        rows = _rows(*batch.mask.shape)
-        if len(batch.mask) == rows:
-            return value_and_grad(adapter, base, batch)
-        batch = _whole_passes(batch, rows)
-        whole, filled = jnp.sum(batch.mask), jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
-
-        def one(i, sums):
-            part = _slice(batch, i * rows, rows)
-            new = value_and_grad(adapter, base, part)
-            return jax.tree.map(lambda x, y: x + _share(part, whole) * y, sums, new)
-
-        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapter)
-        return jax.lax.fori_loop(0, -(-filled // rows), one, zero)
-
-    return passes if mesh is None else _dealt_out(value_and_grad, passes, mesh)
+    one_client = functools.partial(_sum_over_microbatches, value_and_grad)
+    if mesh is None:
+        return one_client
+    return _deal_out_under_vmap(one_client, value_and_grad, mesh)
 
 
 @functools.cache
 def compiler_options() -> dict | None:
-    """For `jax.jit` of a program of passes: compiled in half the memory on CPU, and as fast.
+    """Returns options for `jax.jit` of a program of microbatches, None for the defaults.
 
-    Passes of five widths are five programs, and with XLA's newer code generator compiling them
-    takes more memory than training. None where the compiler does not know the option.
+    Microbatches of five widths are five programs in one, and XLA's newer code generator for CPU
+    takes more memory to compile them than training takes. The older one takes half, and its code is
+    as fast. None on other platforms, and where the compiler does not know the option.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -67,86 +61,128 @@ def compiler_options() -> dict | None:
     return CPU_OPTIONS
 
 
-def _dealt_out(value_and_grad: Callable, passes: Callable, mesh: Mesh) -> Callable:
-    """`passes`, which under `vmap` deals out those of all adapters to the devices."""
+def _sum_over_microbatches(value_and_grad: Callable, factors, base, batch):
+    """Computes value and gradient of one client's batch, with fields `[rows, seq]`."""
+    rows = _rows_per_microbatch(*batch.mask.shape)
+    if len(batch.mask) == rows:
+        return value_and_grad(factors, base, batch)
+    batch = _pad_to_whole_microbatches(batch, rows)
+    num_targets = jnp.sum(batch.mask)
+    num_filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
+
+    def add_microbatch(i, sums):
+        part = _slice_rows(batch, i * rows, rows)
+        new = value_and_grad(factors, base, part)
+        return jax.tree.map(lambda x, y: x + _target_fraction(part, num_targets) * y, sums, new)
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors)
+    return jax.lax.fori_loop(0, -(-num_filled // rows), add_microbatch, zero)
+
+
+def _deal_out_under_vmap(one_client: Callable, value_and_grad: Callable, mesh: Mesh) -> Callable:
+    """Returns `one_client`, which under `vmap` deals out all clients' microbatches to devices.
+
+    This is not `flatten_vmap`, which needs rows that depend on shared arguments alone: here each
+    row needs the factors of its client, and the gradient of each client is a sum of its own. So
+    the rule keeps the axis of clients and gives it to a queue; broadcasting is shared.
+
+    Args:
+      one_client: `(factors, base, batch) -> (value, gradient)`, fields of `batch` `[rows, seq]`.
+      value_and_grad: the same for one microbatch.
+      mesh: has the axis `clients`.
+    """
     devices = mesh.shape[CLIENTS]
-
-    def cut(width, adapter, base, part):
-        return value_and_grad(adapter, base, jax.tree.map(lambda x: x[:, :width], part))
-
-    def queue(adapters, base, batches):
-        """On each device, leaves `[clients, ...]`."""
-        clients, count, seq = batches.mask.shape
-        rows, widths = _rows(count, seq), _widths(seq)
-        batches = jax.vmap(lambda x: _whole_passes(x, rows))(batches)
-        whole = batches.mask.sum((1, 2))
-        tokens = (batches.segment_ids > 0).reshape(clients, -1, rows * seq).sum(2)
-        passes_each = tokens.shape[1]
-        # The fullest first, so that devices end together.
-        tokens, order = tokens.reshape(-1), jnp.argsort(-tokens.reshape(-1), stable=True)
-        first = jax.lax.axis_index(CLIENTS) if devices > 1 else 0
-
-        def one(i, sums):
-            item = order[first + i * devices]
-            client = item // passes_each
-            adapter, batch = jax.tree.map(lambda x: x[client], (adapters, batches))
-            part = _slice(batch, item % passes_each * rows, rows)
-            if len(widths) > 1:
-                width = jnp.searchsorted(jnp.array(widths), tokens[item])
-                branches = [functools.partial(cut, w) for w in widths]
-                new = jax.lax.switch(width, branches, adapter, base, part)
-            else:
-                new = value_and_grad(adapter, base, part)
-            share = _share(part, whole[client])
-            return jax.tree.map(lambda x, y: x.at[client].add(share * y), sums, new)
-
-        zero = jnp.zeros(clients), jax.tree.map(jnp.zeros_like, adapters)
-        mine = -(-(jnp.sum(tokens > 0) - first) // devices)
-        sums = jax.lax.fori_loop(0, mine, one, zero)
-        return jax.lax.psum(sums, CLIENTS) if devices > 1 else sums
-
-    shared = queue
+    all_clients = functools.partial(_queue, value_and_grad, devices)
     if devices > 1:
-        shared = jax.shard_map(
-            queue, mesh=mesh, axis_names={CLIENTS}, in_specs=PartitionSpec(),
+        all_clients = jax.shard_map(
+            all_clients, mesh=mesh, axis_names={CLIENTS}, in_specs=PartitionSpec(),
             out_specs=PartitionSpec(), check_vma=False,
         )  # fmt: skip
-    dealt = jax.custom_batching.custom_vmap(passes)
+    dealt_out = jax.custom_batching.custom_vmap(one_client)
 
-    @dealt.def_vmap
-    def rule(size, batched, adapter, base, batch):
-        assert not any(jax.tree.leaves(batched[1])), "clients share one base"
+    @dealt_out.def_vmap
+    def rule(size, is_mapped, factors, base, batch):
+        assert not any(jax.tree.leaves(is_mapped[1])), "clients share one base"
+        factors, batch = broadcast_unmapped(size, (factors, batch), (is_mapped[0], is_mapped[2]))
+        results = all_clients(factors, base, batch)
+        return results, all_mapped(results)
 
-        def many(x, is_batched):
-            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-
-        adapters = jax.tree.map(many, adapter, batched[0])
-        found = shared(adapters, base, jax.tree.map(many, batch, batched[2]))
-        return found, jax.tree.map(lambda x: True, found)
-
-    return dealt
+    return dealt_out
 
 
-def _rows(count: int, seq: int) -> int:
-    """Of a pass, for a batch of so many."""
+def _queue(value_and_grad: Callable, devices: int, client_factors, base, batches):
+    """Computes this device's share of all clients' microbatches, and sums over devices.
+
+    Args:
+      value_and_grad: of one microbatch.
+      devices: number of devices along `clients`; one takes the whole queue.
+      client_factors: LoRA factors with a leading `[clients]`.
+      base: base parameters.
+      batches: `data.packing.Batch` with fields `[clients, rows, seq]`.
+
+    Returns:
+      `(values float32 [clients], gradients like client_factors)`, the same on every device.
+    """
+    clients, count, seq = batches.mask.shape
+    rows, widths = _rows_per_microbatch(count, seq), _widths(seq)
+    batches = jax.vmap(lambda x: _pad_to_whole_microbatches(x, rows))(batches)
+    num_targets = batches.mask.sum((1, 2))
+    num_tokens = (batches.segment_ids > 0).reshape(clients, -1, rows * seq).sum(2)
+    microbatches_per_client = num_tokens.shape[1]
+    # Longest first: the last ones to be dealt out are short, so devices finish together.
+    num_tokens = num_tokens.reshape(-1)
+    order = jnp.argsort(-num_tokens, stable=True)
+    first = jax.lax.axis_index(CLIENTS) if devices > 1 else 0
+
+    def add_microbatch(i, sums):
+        item = order[first + i * devices]
+        client = item // microbatches_per_client
+        factors, batch = jax.tree.map(lambda x: x[client], (client_factors, batches))
+        part = _slice_rows(batch, item % microbatches_per_client * rows, rows)
+        if len(widths) > 1:
+            width = jnp.searchsorted(jnp.array(widths), num_tokens[item])
+            branches = [functools.partial(_truncated, value_and_grad, w) for w in widths]
+            new = jax.lax.switch(width, branches, factors, base, part)
+        else:
+            new = value_and_grad(factors, base, part)
+        fraction = _target_fraction(part, num_targets[client])
+        return jax.tree.map(lambda x, y: x.at[client].add(fraction * y), sums, new)
+
+    zero = jnp.zeros(clients), jax.tree.map(jnp.zeros_like, client_factors)
+    # Empty microbatches are at the end of the queue, and are not computed.
+    length = -(-(jnp.sum(num_tokens > 0) - first) // devices)
+    sums = jax.lax.fori_loop(0, length, add_microbatch, zero)
+    return jax.lax.psum(sums, CLIENTS) if devices > 1 else sums
+
+
+def _truncated(value_and_grad: Callable, width: int, factors, base, part):
+    """Computes value and gradient of a microbatch whose rows are truncated to `width` tokens."""
+    return value_and_grad(factors, base, jax.tree.map(lambda x: x[:, :width], part))
+
+
+def _rows_per_microbatch(count: int, seq: int) -> int:
+    """Returns the number of rows per microbatch for a batch of `count` rows of `seq` tokens."""
     return min(count, max(1, MICROBATCH_TOKENS.get(jax.default_backend(), count * seq) // seq))
 
 
 def _widths(seq: int) -> tuple[int, ...]:
-    """To which a pass of one long row is cut; each is a program, so that there are few."""
-    long = seq > MICROBATCH_TOKENS.get(jax.default_backend(), seq)
-    return tuple(seq * eighths // 8 for eighths in range(4, 9)) if long else (seq,)
+    """Returns the widths a long row may be truncated to: four to eight eighths of `seq`.
+
+    Each width is compiled separately, so there are five. Short rows have one width, their own.
+    """
+    is_long = seq > MICROBATCH_TOKENS.get(jax.default_backend(), seq)
+    return tuple(seq * eighths // 8 for eighths in range(4, 9)) if is_long else (seq,)
 
 
-def _whole_passes(batch, rows: int):
-    """The batch with empty rows at its end, so that its passes are whole."""
+def _pad_to_whole_microbatches(batch, rows: int):
+    """Adds empty rows at the end, so that the number of rows is a multiple of `rows`."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % rows), (0, 0))), batch)
 
 
-def _slice(batch, start, rows: int):
+def _slice_rows(batch, start: jax.Array, rows: int):
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), batch)
 
 
-def _share(part, whole: jax.Array) -> jax.Array:
-    """Of a pass's mean in that of a batch with so many learned tokens."""
-    return jnp.maximum(jnp.sum(part.mask), 1) / jnp.maximum(whole, 1)
+def _target_fraction(part, num_targets: jax.Array) -> jax.Array:
+    """Returns the fraction of the batch's target tokens that fall in this microbatch."""
+    return jnp.maximum(jnp.sum(part.mask), 1) / jnp.maximum(num_targets, 1)

@@ -1,16 +1,19 @@
-"""Weight-only quantisation of the frozen base: int8, and NF4 of QLoRA (Dettmers et al., 2023).
+"""Weight-only quantisation of the frozen base: int8, and NF4 of QLoRA (arXiv 2305.14314).
 
 Kernels of the linear projections are quantised; embeddings, output matrix, norms and adapters keep
 their precision. A quantised kernel is expanded where it is used, inside the matrix product's
-fusion. Own code, because qwix, the kept library, imports a part of flax that jax 0.11 broke.
+fusion. No library is used: qwix, the maintained one, imports a part of flax that does not work with
+jax 0.11.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from fedsafe_jax.models.decoder_config import ModelError
 
@@ -18,7 +21,7 @@ KINDS = ("int8", "nf4")
 NF4_BLOCK = 64  # weights that share a scale, along the input axis
 
 # The 16 levels of NF4: quantiles of a standard normal, normalised to [-1, 1] with an exact zero
-# (QLoRA, appendix E).
+# (arXiv 2305.14314, appendix E).
 NF4_LEVELS = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -32,11 +35,11 @@ NF4_LEVELS = np.array(
 
 @struct.dataclass
 class Quantized:
-    """A kernel `[..., in, out]` in few bits.
+    """Quantised kernel `[..., in, out]`.
 
     Attributes:
-      codes: int8 `[..., in, out]`, or for nf4 uint8 `[..., in/2, out]`, two levels a byte, the
-        first in the low bits.
+      codes: int8 `[..., in, out]`; for nf4 uint8 `[..., in/2, out]`, two levels in a byte, the
+        first one in the low bits.
       scale: float32 `[..., 1, out]` (int8), `[..., in/64, out]` (nf4).
       kind: one of `KINDS`.
     """
@@ -74,8 +77,8 @@ def quantize(kernel: jax.Array, kind: str) -> Quantized:
     return Quantized(packed, scale[..., 0, :], kind)
 
 
-def dequantize(kernel, dtype) -> jax.Array:
-    """The kernel `[..., in, out]` in `dtype`; an array is only cast."""
+def dequantize(kernel: jax.Array | Quantized, dtype: DTypeLike) -> jax.Array:
+    """Returns the kernel `[..., in, out]` in `dtype`; an array is only cast."""
     if not isinstance(kernel, Quantized):
         return kernel.astype(dtype)
     if kernel.kind == "int8":
@@ -87,26 +90,29 @@ def dequantize(kernel, dtype) -> jax.Array:
     return blocks.reshape(*lead, 2 * half, fan_out).astype(dtype)
 
 
-def matmul(x: jax.Array, kernel) -> jax.Array:
-    """`x @ kernel` in the dtype of `x`; every projection goes through here.
+def matmul(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+    """Computes `x @ kernel` in the dtype of `x`; every projection of the decoder calls it.
 
     Args:
       x: `[..., in]`.
-        kernel: `[in, out]`, an array or quantised.
+      kernel: `[in, out]`, an array or quantised.
+
+    Returns:
+      `[..., out]`.
     """
     if isinstance(kernel, Quantized) and kernel.kind == "int8":
-        # A column's scale is applied to the product: codes are exact even in bfloat16.
+        # Each column's scale is applied to the product: codes alone are exact in bfloat16.
         return (x @ kernel.codes.astype(x.dtype)) * kernel.scale[0].astype(x.dtype)
     return x @ dequantize(kernel, x.dtype)
 
 
-def quantize_params(params, kind: str):
-    """Base parameters with every projection's kernel quantised."""
+def quantize_params(params: dict, kind: str) -> dict:
+    """Quantises the kernels of all projections in the base parameters."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: quantize(leaf, kind) if path[-1].key == "kernel" else leaf, params
     )
 
 
-def num_bytes(params) -> int:
-    """Bytes that the arrays of a pytree (or their shapes) take."""
+def num_bytes(params: Any) -> int:
+    """Returns the number of bytes that a pytree of arrays, or of their shapes, takes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,11 +1,14 @@
-"""The loss of a packed row, with the last layer computed for learned tokens alone.
+"""Loss of packed rows, with the last layer computed for target tokens alone.
 
-Of prompts and padding the last layer has to give keys and values; what else it makes of them
-nobody reads. In a row of Dolly five tokens of six are such. The count of learned tokens is data, so
-they are taken in chunks, as many as they fill, and a chunk's gradient is taken along with its loss.
+For prompt and padding tokens only the last layer's keys and values are needed; its queries, MLP
+and logits are not. On the Dolly data set that is five tokens
+in six. The number of target tokens is data, so target tokens are taken in chunks of a fixed size,
+only the chunks that they fill are computed, and a chunk's gradient is computed with its loss.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,121 +16,188 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models import attention
 from fedsafe_jax.models.attention import Rotation, Visibility
-from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, kinds_of_layers, target_nll
+from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
 
-CHUNK_TOKENS = 128  # each chunk makes the row's keys and values anew
+CHUNK_TOKENS = 128  # Each chunk computes the keys and values of all tokens again.
 
 
-def weighted_nll(model: Decoder, adapter, base, batch, weights) -> jax.Array:
-    """The sum over tokens of `weights` times their negative log-likelihood, in nats.
+class _Row(NamedTuple):
+    """All rows end to end as one, in which the segments of different rows stay apart.
+
+    Attributes:
+      rotation: rotary positions, `[tables, 1, tokens, 1, head_dim/2]`.
+      batch: `data.packing.Batch` with fields `[1, tokens]`.
+      weights: float32 `[1, tokens]`, zero on tokens without a loss.
+    """
+
+    rotation: Rotation
+    batch: Any
+    weights: jax.Array
+
+
+def weighted_nll(
+    model: Decoder, factors: dict, base: dict, batch: Any, weights: jax.Array
+) -> jax.Array:
+    """Returns the sum over tokens of `weights` times their negative log-likelihood, in nats.
 
     Args:
       model: the decoder.
-      adapter: LoRA factors.
+      factors: LoRA factors.
       base: base parameters, frozen.
-      batch: `data.packing.Batch` with fields `[rows, seq]`, few tokens in all: the last layer's
-        scores are dense, of a chunk with all of them.
-      weights: float32 `[rows, seq]`, zero where nothing is learned.
+      batch: `data.packing.Batch` with fields `[rows, seq]`. Few tokens in all: the last layer's
+        attention scores are dense, `[chunk, rows * seq]`.
+      weights: float32 `[rows, seq]`, zero on tokens without a loss.
+
+    Returns:
+      float32 scalar.
 
     Raises:
-      TypeError: the gradient to the base is asked for.
+      TypeError: the gradient with respect to the base is asked for.
     """
     rotation = attention.rotation(model.config, batch.positions)
-    x = _before_last(model, adapter, base, batch, rotation)
-    last = jax.tree.map(lambda x: x[-1], adapter["layers"])
-    # One row from here on, in which the segments of different rows stay apart.
+    states = _before_last_layer(model, factors, base, batch, rotation)
+    last_factors = jax.tree.map(lambda x: x[-1], factors["layers"])
     rows, seq = batch.mask.shape
-    apart = batch.segment_ids + (seq + 1) * jnp.arange(rows)[:, None]
-    batch = batch._replace(segment_ids=apart)
+    # Segment ids are at most `seq`, so this offset makes those of different rows different.
+    unique_ids = batch.segment_ids + (seq + 1) * jnp.arange(rows)[:, None]
+    batch = batch._replace(segment_ids=unique_ids)
     batch, weights = jax.tree.map(lambda x: jnp.reshape(x, (1, -1)), (batch, weights))
     rotation = Rotation(*(r.reshape(len(r), 1, rows * seq, *r.shape[3:]) for r in rotation))
-    return _last(model)(last, x.reshape(1, rows * seq, -1), base, rotation, batch, weights)
+    loss = _last_layer_nll(model, min(CHUNK_TOKENS, rows * seq))
+    states = states.reshape(1, rows * seq, -1)
+    return loss(last_factors, states, base, _Row(rotation, batch, weights))
 
 
-def _before_last(model: Decoder, adapter, base, batch, rotation):
-    """What the last layer reads, `[rows, seq, hidden_size]`."""
+def _before_last_layer(model: Decoder, factors, base, batch, rotation: Rotation):
+    """Computes the last layer's input, `[rows, seq, hidden_size]`; arguments of `weighted_nll`."""
     config = model.config
     slots = jnp.arange(batch.tokens.shape[1])
-    sight = attention.sight(config, Visibility(batch.segment_ids, batch.segment_ids, slots))
+    visibility = Visibility(batch.segment_ids, batch.segment_ids, slots)
+    masks_or_segments = attention.attention_inputs(config, visibility)
     layer_fn = Layer(config, model.lora_scale, parent=None)
 
-    def one(x, inputs):
-        layer, lora = inputs
-        # By number, as a slice of all but the last would be a copy of the base.
+    def layer_step(states, inputs):
+        kind, lora = inputs
+        # Indexed, because scanning over a slice of all but the last would copy the base.
         params = jax.tree.map(
-            lambda p: jax.lax.dynamic_index_in_dim(p, layer[0], keepdims=False), base["layers"]
+            lambda p: jax.lax.dynamic_index_in_dim(p, kind.index, keepdims=False), base["layers"]
         )
         variables = {"params": params, "lora": lora}
-        (x, _), _ = layer_fn.apply(variables, (x, None), layer, rotation, sight)
-        return x, None
+        (states, _), _ = layer_fn.apply(
+            variables, (states, None), kind, rotation, masks_or_segments
+        )
+        return states, None
 
-    def kept(primitive, *_, **params):
-        """All that the gradient needs but the layer's own weights, which are read again."""
+    def is_saved(primitive, *_, **params):
+        # The layer's weights are read again from the base; all other residuals are saved.
         return primitive.name not in ("dynamic_slice", "squeeze")
 
-    one = jax.checkpoint(one, prevent_cse=False, policy=None if config.remat else kept)
-    inputs = kinds_of_layers(config), adapter["layers"]
+    layer_step = jax.checkpoint(
+        layer_step, prevent_cse=False, policy=None if config.remat else is_saved
+    )
+    inputs = layer_kinds(config), factors["layers"]
     inputs = jax.tree.map(lambda x: jnp.asarray(x[: config.num_layers - 1]), inputs)
-    x = model.apply({"params": base}, batch.tokens, method="embed")
-    return jax.lax.scan(one, x, inputs)[0]
+    states = model.apply({"params": base}, batch.tokens, method="embed")
+    return jax.lax.scan(layer_step, states, inputs)[0]
 
 
+# Cached, so that a model and chunk size have one function, whose traces jax can reuse.
 @functools.lru_cache(maxsize=16)
-def _last(model: Decoder):
-    """`(last layer's LoRA, states, base, rotation, batch, weights) -> weighted_nll`."""
+def _last_layer_nll(model: Decoder, chunk: int) -> Callable:
+    """Returns the differentiable loss of the last layer's input.
+
+    Returns:
+      `(factors, states, base, row) -> weighted_nll`, float32 scalar: `factors` of the last layer,
+      `{"self_attn": {"q_proj": {"a": [in, rank], ...}}}`, `states` `[1, tokens, hidden_size]`,
+      `base` with stacked layers, `row` a `_Row`.
+    """
+    chunk_nll = functools.partial(_chunk_nll, model)
+    nll = jax.custom_vjp(functools.partial(_last_layer_value, chunk_nll, chunk))
+    forward = functools.partial(_last_layer_forward, chunk_nll, chunk)
+    nll.defvjp(forward, _last_layer_backward, symbolic_zeros=True)
+    return nll
+
+
+def _chunk_nll(model: Decoder, factors, states, slots, weights, params, base, row: _Row):
+    """Computes the weighted loss of a chunk of target tokens.
+
+    Args:
+      model: the decoder.
+      factors, states, base, row: as in `_last_layer_nll`.
+      slots: int32 `[chunk]`, where the target tokens lie among the `tokens`.
+      weights: float32 `[chunk]`.
+      params: the last layer's parameters.
+    """
     config = model.config
-    layer = tuple(x[-1] for x in kinds_of_layers(config))
+    kind = jax.tree.map(lambda x: x[-1], layer_kinds(config))
     layer_fn = Layer(config, model.lora_scale, parent=None)
     norm = RMSNorm(config.rms_norm_eps, config.norm_offset, parent=None)
+    chunk_rotation = Rotation(*(r[:, :, slots] for r in row.rotation))
+    segment_ids = row.batch.segment_ids
+    masks = attention.masks(config, Visibility(segment_ids[:, slots], segment_ids, slots))
+    (hidden, _), _ = layer_fn.apply(
+        {"params": params, "lora": factors},
+        (states[:, slots], None),
+        kind,
+        chunk_rotation,
+        masks,
+        key_value_source=(states, row.rotation),
+    )
+    hidden = norm.apply({"params": base["norm"]}, hidden[0])
+    return jnp.sum(weights * target_nll(model, base, hidden, row.batch.targets[0, slots]))
 
-    def chunk_loss(lora, x, slots, weights, params, base, rotation, batch):
-        turned = Rotation(*(r[:, :, slots] for r in rotation))
-        seen = attention.masks(
-            config, Visibility(batch.segment_ids[:, slots], batch.segment_ids, slots)
-        )
-        variables = {"params": params, "lora": lora}
-        (h, _), _ = layer_fn.apply(
-            variables, (x[:, slots], None), layer, turned, seen, (x, rotation)
-        )
-        h = norm.apply({"params": base["norm"]}, h[0])
-        return jnp.sum(weights * target_nll(model, base, h, batch.targets[0, slots]))
 
-    def by_chunk(function, zero, base, rotation, batch, weights):
-        """The sum of `function(slots, weights, ...)` over the chunks that learned tokens fill."""
-        params = jax.tree.map(lambda p: p[-1], base["layers"])
-        batch, weights = jax.tree.map(jnp.asarray, (batch, weights))  # constants arrive as numpy's
-        on = weights[0] != 0
-        size, chunk = on.size, min(CHUNK_TOKENS, on.size)
-        order = jnp.argsort(~jnp.pad(on, (0, -size % chunk)), stable=True)
+def _sum_over_chunks(function: Callable, zero, chunk: int, base, row: _Row):
+    """Sums `function` over the chunks that target tokens fill.
 
-        def body(i, sums):
-            places = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-            slots = jnp.minimum(places, size - 1)
-            mine = jnp.where(places < size, weights[0, slots], 0)
-            new = function(slots, mine, params, base, rotation, batch)
-            return jax.tree.map(jnp.add, sums, new)
+    Args:
+      function: `(slots int32 [chunk], weights float32 [chunk], params, base, row) -> pytree`.
+      zero: pytree of zeros in the shape of its result.
+      chunk: target tokens of a chunk.
+      base, row: as in `_last_layer_nll`.
+    """
+    params = jax.tree.map(lambda p: p[-1], base["layers"])
+    row = jax.tree.map(jnp.asarray, row)  # Constants arrive as arrays of numpy.
+    has_loss = row.weights[0] != 0
+    size = has_loss.size
+    order = jnp.argsort(~jnp.pad(has_loss, (0, -size % chunk)), stable=True)
 
-        return jax.lax.fori_loop(0, -(-on.sum() // chunk), body, zero)
+    def add_chunk(i, sums):
+        places = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        slots = jnp.minimum(places, size - 1)
+        # A place behind the end is padding of the last chunk.
+        weights = jnp.where(places < size, row.weights[0, slots], 0)
+        return jax.tree.map(jnp.add, sums, function(slots, weights, params, base, row))
 
-    def alone(lora, x, *rest):
-        return by_chunk(functools.partial(chunk_loss, lora, x), jnp.zeros(()), *rest)
+    return jax.lax.fori_loop(0, -(-has_loss.sum() // chunk), add_chunk, zero)
 
-    def forward(*inputs):
-        if any(x.perturbed for x in jax.tree.leaves(inputs[2])):
-            raise TypeError("the base is frozen here; use token_nll to train it")
-        lora, x, *rest = custom_vjp_primal_tree_values(inputs)
 
-        def with_gradient(*chunk):
-            return jax.value_and_grad(chunk_loss, (0, 1))(lora, x, *chunk)
+def _last_layer_value(chunk_nll: Callable, chunk: int, factors, states, base, row: _Row):
+    """Computes the loss alone; arguments as in `_last_layer_nll`."""
+    function = functools.partial(chunk_nll, factors, states)
+    return _sum_over_chunks(function, jnp.zeros(()), chunk, base=base, row=row)
 
-        zero = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (lora, x))
-        value, gradients = by_chunk(with_gradient, zero, *rest)
-        return value, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, (lora, x))
 
-    def backward(gradients, factor):
-        mine = jax.tree.map(lambda g: (factor * g).astype(g.dtype), gradients)
-        return *mine, None, None, None, None
+def _last_layer_forward(chunk_nll: Callable, chunk: int, *inputs):
+    """Forward rule: keeps the gradients with respect to factors and states.
 
-    nll = jax.custom_vjp(alone)
-    nll.defvjp(forward, backward, symbolic_zeros=True)
-    return nll
+    Args:
+      chunk_nll: `_chunk_nll` of a model.
+      chunk: target tokens of a chunk.
+      *inputs: as in `_last_layer_nll`, each leaf with `perturbed`: whether it is differentiated.
+    """
+    if any(x.perturbed for x in jax.tree.leaves(inputs[2])):
+        raise TypeError("the base is frozen here; use token_nll to train it")
+    factors, states, base, row = custom_vjp_primal_tree_values(inputs)
+    function = functools.partial(jax.value_and_grad(chunk_nll, (0, 1)), factors, states)
+    # Chunks are summed in float32 whatever the dtype of the states.
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (factors, states))
+    zero = jnp.zeros(()), zeros
+    value, gradients = _sum_over_chunks(function, zero, chunk, base=base, row=row)
+    return value, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, (factors, states))
+
+
+def _last_layer_backward(gradients, cotangent):
+    """Backward rule: scales the kept gradients by the cotangent, a float32 scalar."""
+    scaled = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return *scaled, None, None

@@ -30,14 +30,14 @@ def plain(query, key, value, segments, window, scale, softcap):
     for b in range(len(query)):
         for q in range(SEQ):
             first = max(0, q - window + 1) if window else 0
-            seen = [k for k in range(first, q + 1) if segments[b, k] == segments[b, q]]
+            visible = [k for k in range(first, q + 1) if segments[b, k] == segments[b, q]]
             for h in range(HEADS):
                 kv = h // (HEADS // KV_HEADS)
-                logits = scale * key[b, seen, kv].astype(float) @ query[b, q, h]
+                logits = scale * key[b, visible, kv].astype(float) @ query[b, q, h]
                 if softcap:
                     logits = softcap * np.tanh(logits / softcap)
                 weights = np.exp(logits - logits.max())
-                out[b, q, h] = weights @ value[b, seen, kv] / weights.sum()
+                out[b, q, h] = weights @ value[b, visible, kv] / weights.sum()
     return out
 
 
@@ -48,10 +48,10 @@ def test_backends_equal_the_formula(arrays, window, softcap):
     expected = plain(*arrays, window, scale, softcap)
     real = segments > 0
     mask = Visibility(segments, segments, jnp.arange(segments.shape[1])).mask(window)
-    found = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
+    out = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
     # float32 sums over at most 256 keys.
-    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
-    found = block_attention.attend(
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-5)
+    out = block_attention.attend(
         query,
         key,
         value,
@@ -60,9 +60,9 @@ def test_backends_equal_the_formula(arrays, window, softcap):
         scale=scale,
         softcap=softcap,
     )
-    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-5)
     # The TPU kernel, interpreted; it sums blocks in another order.
-    found = attention.splash(
+    out = attention.splash(
         query,
         key,
         value,
@@ -71,7 +71,7 @@ def test_backends_equal_the_formula(arrays, window, softcap):
         scale=scale,
         softcap=softcap,
     )
-    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-4)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, None), (50, None), (90, 4.0)])
@@ -94,8 +94,8 @@ def test_gradients_of_blocks_equal_those_of_xla(arrays, window, softcap):
         )
 
     expected = jax.grad(lambda *x: loss(dense, *x), (0, 1, 2))(query, key, value)
-    found = jax.jit(jax.grad(lambda *x: loss(blocks, *x), (0, 1, 2)))(query, key, value)
-    for a, b in zip(found, expected, strict=True):
+    gradients = jax.jit(jax.grad(lambda *x: loss(blocks, *x), (0, 1, 2)))(query, key, value)
+    for a, b in zip(gradients, expected, strict=True):
         # float32 sums over at most 200 keys, of terms up to about ten.
         np.testing.assert_allclose(a, b, atol=2e-4)
 

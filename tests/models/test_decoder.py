@@ -130,11 +130,11 @@ def test_unrolled_layers_go_on_from_packed_rows():
     cache = spread_cache(config, cache, source, valid, length)
     cache = grow_cache(cache, 16)
     assert isinstance(cache.key, tuple) and cache.key[0].shape == (2, 2, 8, 16)
-    apart = {"params": unstack(params, 2)}
+    separate = {"params": unstack(params, 2)}
     new = (np.repeat(tokens[:, 11:], 2, 0), np.full((2, 1), 11), None, cache, np.ones((2, 1), bool))
-    hidden, _ = model.apply(apart, *new)
-    found = model.apply(apart, hidden, method="unembed")[0, 0]
-    np.testing.assert_allclose(found, logits(config, params, tokens)[0, -1], atol=TOLERANCE)
+    hidden, _ = model.apply(separate, *new)
+    last = model.apply(separate, hidden, method="unembed")[0, 0]
+    np.testing.assert_allclose(last, logits(config, params, tokens)[0, -1], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("quantization", ["", "int8"])
@@ -149,8 +149,7 @@ def test_same_logits_on_a_mesh_of_clients_and_model(tmp_path, quantization):
     split = hub.load_params(tmp_path, config, "float32", mesh, quantization)
     kernel = jax.tree.leaves(split["layers"]["self_attn"]["q_proj"]["kernel"])[0]
     assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 4
-    found = logits(config, split, tokens)
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(logits(config, split, tokens), expected, atol=TOLERANCE)
 
 
 def test_parameter_count_is_that_of_the_arrays():

@@ -60,8 +60,8 @@ def test_logits_and_hidden_states_equal_transformers(tmp_path, family):
     with torch.no_grad():
         theirs = reference(**given, output_hidden_states=True)
         body = reference.base_model(**given).last_hidden_state.numpy()
-    found = Classifier(config).apply({"params": params}, tokens, types, valid)
-    np.testing.assert_allclose(found, theirs.logits.numpy(), atol=TOLERANCE)
+    logits = Classifier(config).apply({"params": params}, tokens, types, valid)
+    np.testing.assert_allclose(logits, theirs.logits.numpy(), atol=TOLERANCE)
     hidden = Encoder(config).apply({"params": params["encoder"]}, tokens, types, valid)
     np.testing.assert_allclose(np.asarray(hidden)[valid], body[valid], atol=TOLERANCE)
 
@@ -98,7 +98,7 @@ def test_minilm_reads_real_text_as_in_transformers():
         expected = reference(**{k: torch.tensor(v) for k, v in batch.items()}).last_hidden_state
     config, params = load_classifier(folder)
     valid = batch["attention_mask"] == 1
-    found = Encoder(config).apply(
+    hidden = Encoder(config).apply(
         {"params": params["encoder"]}, batch["input_ids"], batch["token_type_ids"], valid
     )
-    np.testing.assert_allclose(np.asarray(found)[valid], expected.numpy()[valid], atol=TOLERANCE)
+    np.testing.assert_allclose(np.asarray(hidden)[valid], expected.numpy()[valid], atol=TOLERANCE)

@@ -1,5 +1,6 @@
 """Adapters against peft, and against merging by hand."""
 
+import doctest
 import json
 
 import jax
@@ -13,10 +14,10 @@ from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
 
 
-def random_adapter(config, lora_config):
-    adapter = lora.init(jax.random.key(0), config, lora_config)
+def random_factors(config, lora_config):
+    factors = lora.init(jax.random.key(0), config, lora_config)
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), adapter)
+    return jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), factors)
 
 
 def test_fresh_adapter_changes_nothing_and_merging_equals_applying(tmp_path, packaged):
@@ -27,7 +28,7 @@ def test_fresh_adapter_changes_nothing_and_merging_equals_applying(tmp_path, pac
         assert config.scale == (4.0 if stabilized else 2.0)
         fresh = lora.Adapter(lora.init(jax.random.key(0), packaged.config, config), config)
         np.testing.assert_array_equal(packaged.with_adapter(fresh)(tokens), plain)
-        adapter = lora.Adapter(random_adapter(packaged.config, config), config)
+        adapter = lora.Adapter(random_factors(packaged.config, config), config)
         adapted = packaged.with_adapter(adapter)
         applied = adapted(tokens)
         assert np.abs(applied - plain).max() > 0.1
@@ -46,8 +47,8 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
     from fedsafe_jax.pipeline import export
 
     lora_config = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
-    adapter = random_adapter(packaged.config, lora_config)
-    export.export(packaged, adapter, lora_config, tmp_path, "card")
+    factors = random_factors(packaged.config, lora_config)
+    export.export(packaged, factors, lora_config, tmp_path, "card")
     language_model.save_pretrained(packaged, tmp_path / "base")
 
     read = lora.load_adapter(tmp_path / "adapter")
@@ -100,14 +101,14 @@ def test_adapters_made_by_peft_load(tmp_path, family, stabilized):
     lora.check_base(adapter, config)
     params = hub.load_params(tmp_path / "base", config, "float32")
     positions = np.broadcast_to(np.arange(20), tokens.shape)
-    found = Decoder(config, adapter.config.scale).apply(
+    logits = Decoder(config, adapter.config.scale).apply(
         {"params": params, "lora": adapter.factors},
         tokens,
         positions,
         np.ones_like(tokens),
         method="logits",
     )
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def test_adapters_that_do_not_fit_are_named(tmp_path):
@@ -136,3 +137,8 @@ def test_adapters_that_do_not_fit_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(lora.ModelError, match="pickled adapters"):
         lora.load_adapter(tmp_path)
+
+
+def test_examples_of_docstrings_run():
+    results = doctest.testmod(lora)
+    assert results.failed == 0 and results.attempted >= 15

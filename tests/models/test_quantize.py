@@ -20,13 +20,13 @@ def test_int8_equals_rounding_by_column():
     scale = np.abs(values).max(1, keepdims=True) / 127
     safe = np.where(scale == 0, 1, scale)
     expected = np.round(values / safe) * scale
-    found = quantize.quantize(values, "int8")
-    assert found.codes.dtype == jnp.int8
-    np.testing.assert_allclose(quantize.dequantize(found, jnp.float32), expected, atol=1e-6)
+    quantized = quantize.quantize(values, "int8")
+    assert quantized.codes.dtype == jnp.int8
+    np.testing.assert_allclose(quantize.dequantize(quantized, jnp.float32), expected, atol=1e-6)
     x = np.random.default_rng(1).normal(size=(5, 128)).astype(np.float32)
-    one = jax.tree.map(lambda a: a[1], found)
+    layer = jax.tree.map(lambda a: a[1], quantized)
     # A product of 128 terms, scaled after instead of before the sum.
-    np.testing.assert_allclose(quantize.matmul(x, one), x @ expected[1], atol=1e-4)
+    np.testing.assert_allclose(quantize.matmul(x, layer), x @ expected[1], atol=1e-4)
 
 
 def test_nf4_takes_the_nearest_of_the_published_levels():
@@ -36,9 +36,9 @@ def test_nf4_takes_the_nearest_of_the_published_levels():
     unit = blocks / np.where(scale == 0, 1, scale)
     nearest = np.abs(unit[..., None] - quantize.NF4_LEVELS).argmin(-1)
     expected = (quantize.NF4_LEVELS[nearest] * scale).reshape(values.shape)
-    found = quantize.quantize(values, "nf4")
-    assert found.codes.shape == (2, 64, 24) and found.codes.dtype == jnp.uint8
-    np.testing.assert_allclose(quantize.dequantize(found, jnp.float32), expected, atol=1e-6)
+    quantized = quantize.quantize(values, "nf4")
+    assert quantized.codes.shape == (2, 64, 24) and quantized.codes.dtype == jnp.uint8
+    np.testing.assert_allclose(quantize.dequantize(quantized, jnp.float32), expected, atol=1e-6)
     with pytest.raises(ModelError, match="'nf4': input size 72 is no multiple of 64; use int8"):
         quantize.quantize(np.zeros((72, 8), np.float32), "nf4")
 
@@ -75,14 +75,14 @@ def test_adapters_train_under_vmap_over_a_quantised_base(packaged, kind, smaller
     )
     config = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"))
     fresh = lora.init(jax.random.key(0), packaged.config, config)
-    adapters = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), fresh)
+    client_factors = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), fresh)
 
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(packaged.model, adapter, base, batch)
+    def loss_fn(factors, base, batch):
+        return loss.packed_loss(packaged.model, factors, base, batch)
 
     gradient = jax.jit(jax.vmap(jax.value_and_grad(loss_fn), (0, None, 0)))
-    exact, exact_grads = gradient(adapters, packaged.params, batch)
-    rough, rough_grads = gradient(adapters, base, batch)
+    exact, exact_grads = gradient(client_factors, packaged.params, batch)
+    rough, rough_grads = gradient(client_factors, base, batch)
     np.testing.assert_allclose(rough, exact, atol=error)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rough_grads))
     exact_grads, rough_grads = (
