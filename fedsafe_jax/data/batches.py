@@ -40,8 +40,8 @@ def draw_examples(
 
     Args:
       size: examples that the client holds.
-      seed, round_number, client: numbers of the run, the round and the client; the draw depends on
-        nothing else.
+      seed, round_number, client: seed of the run, and numbers of the round and the client; the draw
+        depends on nothing else.
       count: examples wanted.
       order: a name in `ORDERS`.
 
@@ -58,7 +58,7 @@ class RoundBatches:
 
     Args:
       clients: encoded examples of every client of the run.
-      seed, round_number: numbers of the run and the round, from which examples are drawn.
+      seed, round_number: seed of the run and number of the round, from which examples are drawn.
       ids: clients of the round.
       steps: int `[len(ids)]`, steps that each client gets done; the rest of its batches are empty.
       local_steps: steps of the arrays.

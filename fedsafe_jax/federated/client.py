@@ -19,7 +19,8 @@ class LocalTraining(NamedTuple):
     Attributes:
       loss_fn: `(factors, base, batch) -> scalar`, a mean over `batch.mask` (see
         `models.microbatch`).
-      optimizer: built for a learning rate of 1; its updates are scaled by the step's rate.
+      optimizer: optimizer of the clients, built for a learning rate of 1; its updates are scaled by
+        the step's rate.
       accumulation: batches whose gradients are averaged in a step.
       mesh: devices that share the work of all clients that are mapped at once (see
         `models.microbatch`); None: each maps its own.
@@ -81,12 +82,16 @@ def adamw_hf(
     )
 
 
+# Optimizers beside optax's aliases, by name.
+OPTIMIZERS: dict[str, Callable] = {"adamw_hf": adamw_hf}
+
+
 def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTransformation:
     """Returns a client's optimizer for a learning rate of 1, after clipping the global norm.
 
     Args:
       spec: an optax alias with arguments other than the rate, such as "adam",
-        "adamw(weight_decay=0.01)", "sgd(momentum=0.9)"; or `adamw_hf`.
+        "adamw(weight_decay=0.01)", "sgd(momentum=0.9)"; or a name in `OPTIMIZERS`.
       clip: largest global norm of a gradient; 0 for no limit.
 
     Raises:
@@ -104,7 +109,7 @@ def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTrans
         raise OptimizerError(
             f"'{spec}' cannot be read; expected such as adam or adamw(weight_decay=0.01)."
         ) from None
-    alias = adamw_hf if name == "adamw_hf" else getattr(optax, name, None)
+    alias = OPTIMIZERS.get(name) or getattr(optax, name, None)
     takes = inspect.signature(alias).parameters if inspect.isfunction(alias) else {}
     if "learning_rate" not in takes:
         raise OptimizerError(
@@ -159,6 +164,7 @@ def local_training(
         micro, rate = inputs
         loss, gradient = gradients(local, micro)
         active = (micro.mask.sum() > 0).astype(jnp.float32)
+        # The raw gradient, before `adjust`: SCAFFOLD's new control variate is its mean.
         gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradient)
         updates, state = training.optimizer.update(adjust(gradient, local), state, local)
         moved = after(jax.tree.map(lambda p, u: p + rate * u, local, updates), rate)

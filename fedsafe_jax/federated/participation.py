@@ -69,8 +69,7 @@ def _weighted(seed: int, round_number: int, sizes: Sequence[int], count: int):
 
 
 def _poisson(seed: int, round_number: int, sizes: Sequence[int], count: int):
-    """Draws each client on its own, `count` in expectation; of all samplings it costs the least
-    privacy."""
+    """Draws each client independently, `count` in expectation; its privacy bound is tightest."""
     rng = _generator(seed, round_number)
     return _once(np.flatnonzero(rng.random(len(sizes)) < count / len(sizes)))
 
@@ -102,7 +101,7 @@ def sample_ids(
     """Draws a round's clients.
 
     Args:
-      seed, round_number: numbers of the run and the round; the draw depends on nothing else.
+      seed, round_number: seed of the run and number of the round; the draw depends on nothing else.
       sizes: examples of every client.
       count: clients a round; under `poisson` their expected number.
       sampling: a name in `SAMPLINGS`.
