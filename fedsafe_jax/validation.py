@@ -9,14 +9,20 @@ from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.cai.train import LOSSES
 from fedsafe_jax.config import ConfigError, check_override, default_config
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.partition import PARTITIONS
 from fedsafe_jax.data.readers import EVALUATION_ONLY
 from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import TaskError, select
+from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
+from fedsafe_jax.federated.algorithms.moments import FIRST_MOMENTS, SECOND_MOMENTS
+from fedsafe_jax.federated.algorithms.scaffold import CORRECTIONS
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.compression import COMPRESSIONS
-from fedsafe_jax.federated.participation import SAMPLINGS
+from fedsafe_jax.federated.participation import SAMPLINGS, WEIGHTINGS
+from fedsafe_jax.federated.privacy import ACCOUNTANTS
+from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
 from fedsafe_jax.pipeline.arms import ARMS, any_filter
@@ -110,17 +116,17 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
 
 
 def _validate_federated(c: ml_collections.ConfigDict) -> None:
-    """Fields of training, `federated` and `attack`."""
+    """Checks the fields of training, `federated` and `attack`."""
     f = c.federated
-    decays = ("cosine", "linear", "constant")
     for field, value, allowed in (
-        ("schedule", c.schedule, decays),
-        ("step_schedule", c.step_schedule, decays),
+        ("schedule", c.schedule, DECAYS),
+        ("step_schedule", c.step_schedule, DECAYS),
+        ("partition", c.partition, PARTITIONS),
         ("federated.sampling", f.sampling, SAMPLINGS),
-        ("federated.weighting", f.weighting, ("auto", "examples", "uniform")),
-        ("federated.scaffold", f.scaffold, ("gradient", "post_step")),
-        ("federated.second_moment", f.second_moment, ("d2", "m2")),
-        ("federated.first_moment", f.first_moment, ("zero", "copy")),
+        ("federated.weighting", f.weighting, ("auto", *WEIGHTINGS)),
+        ("federated.scaffold", f.scaffold, CORRECTIONS),
+        ("federated.second_moment", f.second_moment, SECOND_MOMENTS),
+        ("federated.first_moment", f.first_moment, FIRST_MOMENTS),
         ("federated.average", f.average, ("factors", "product")),
         ("federated.aggregator", f.aggregator, AGGREGATORS),
         ("federated.compression", f.compression, COMPRESSIONS),
@@ -151,9 +157,9 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
                 f"federated.client_ranks={tuple(f.client_ranks)}: expected 1 to "
                 f"lora_rank={c.lora_rank}."
             )
-    robust = f.aggregator != "mean"
-    need = 2 * f.byzantine + 3
-    if f.aggregator in ("krum", "multi_krum") and c.clients_per_round < need:
+    aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)
+    robust, need = not aggregator.linear, aggregator.min_clients
+    if c.clients_per_round < need:
         raise ConfigError(
             f"federated.aggregator='{f.aggregator}' with byzantine={f.byzantine} needs at least "
             f"{need} clients a round, clients_per_round={c.clients_per_round}."
@@ -174,13 +180,13 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
                 f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "
                 "only updates of bounded length; set federated.clip_norm."
             )
-        if f.sampling not in ("uniform", "poisson") or f.weighting == "examples":
+        if f.sampling not in ACCOUNTANTS or f.weighting not in ("auto", "uniform"):
             raise ConfigError(
-                "federated.noise_multiplier: differential privacy needs sampling uniform or "
-                f"poisson and uniform weights, not sampling='{f.sampling}', "
+                f"federated.noise_multiplier: differential privacy needs sampling "
+                f"{' or '.join(ACCOUNTANTS)} and uniform weights, not sampling='{f.sampling}', "
                 f"weighting='{f.weighting}'."
             )
-    # What the bounds, or the arithmetic, of one method do not cover.
+    # The bounds, or the arithmetic, of one method do not cover the other.
     for a, b, reason in (
         (robust, f.average == "product", "aggregator other than mean and average='product'"),
         (robust, bool(f.client_ranks), "aggregator other than mean and client_ranks"),
@@ -190,11 +196,14 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
             f.average == "product" or bool(f.client_ranks),
             "noise_multiplier and average='product' or client_ranks",
         ),
-        (
-            "scaffold" in c.algorithms,
-            robust or bool(f.client_ranks) or bool(f.noise_multiplier),
-            "algorithm scaffold, whose control variates are averaged, and a robust aggregator, "
-            "client_ranks or noise_multiplier",
+        *(
+            (
+                ALGORITHMS[name].controls,
+                robust or bool(f.client_ranks) or bool(f.noise_multiplier),
+                f"algorithm {name}, whose control variates are averaged, and a robust aggregator, "
+                "client_ranks or noise_multiplier",
+            )
+            for name in c.algorithms
         ),
     ):
         if a and b:

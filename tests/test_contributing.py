@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax.config import default_config
+from fedsafe_jax.federated import algorithms
+from fedsafe_jax.validation import validate
+
 TEXT = (pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_algorithm_takes_nesterov_steps():
+def test_the_algorithm_takes_nesterov_steps(monkeypatch):
     names: dict = {}
+    monkeypatch.setitem(algorithms.ALGORITHMS, "fednag", None)  # Leaves with the test.
     exec(CODE[0], names)
+    config = default_config()
+    config.algorithms = ("fednag",)
+    validate(config)
+    assert algorithms.make("fednag", None, 4).server_update
     method = names["fednag"](None, rate=0.5, momentum=0.9)
     server = method.init({"a": jnp.zeros(2)})
     delta, trace, expected = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)

@@ -1,82 +1,100 @@
-"""The local batches of a round's clients, drawn and packed from (seed, round, client)."""
+"""Local batches of a round's clients, drawn and packed from (seed, round, client)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, bucket, fill
 
-DRAWS = ("shuffle", "openfedllm")
+
+def _shuffled(size: int, seed: int, round_number: int, client: int, count: int) -> list[int]:
+    """Walks through shuffles of all examples, a new one when one ends."""
+    rng = np.random.default_rng([seed, round_number, 1, client])
+    indices: list[int] = []
+    while len(indices) < count:
+        indices.extend(rng.permutation(size).tolist())
+    return indices[:count]
 
 
-def draw(
-    size: int, seed: int, round_number: int, client: int, count: int, how: str = "shuffle"
+def _openfedllm(size: int, seed: int, round_number: int, client: int, count: int) -> list[int]:
+    """Walks through one sample without replacement, drawn from the round number alone.
+
+    The sample is walked through again when it ends; OpenFedLLM (Ye et al., 2024, arXiv 2402.06954)
+    then shuffles it anew.
+    """
+    del seed, client
+    sample = random.Random(round_number).sample(range(size), min(size, count))
+    return [sample[i % len(sample)] for i in range(count)]
+
+
+# `(size, seed, round_number, client, count) -> indices` by name; `size` is at least 1.
+ORDERS: dict[str, Callable] = {"shuffle": _shuffled, "openfedllm": _openfedllm}
+
+
+def draw_examples(
+    size: int, seed: int, round_number: int, client: int, count: int, order: str = "shuffle"
 ) -> list[int]:
-    """Which of a client's `size` examples it takes in a round, `count` in order.
+    """Draws the examples that a client takes in a round.
 
     Args:
       size: examples that the client holds.
-      seed, round_number, client: the draw depends on nothing else.
+      seed, round_number, client: seed of the run, and numbers of the round and the client; the draw
+        depends on nothing else.
       count: examples wanted.
-      how: `shuffle`: walk through shuffles of all examples, a new one when one ends. `openfedllm`:
-        a sample without replacement from the round alone, walked through again when it ends (that
-        package then shuffles it anew).
+      order: a name in `ORDERS`.
+
+    Returns:
+      `count` indices below `size`, in order; none where the client holds nothing.
     """
-    if not size:
-        return []
-    if how == "openfedllm":
-        some = random.Random(round_number).sample(range(size), min(size, count))
-        return [some[i % len(some)] for i in range(count)]
-    rng = np.random.default_rng([seed, round_number, 1, client])
-    draws: list[int] = []
-    while len(draws) < count:
-        draws.extend(rng.permutation(size).tolist())
-    return draws[:count]
+    return ORDERS[order](size, seed, round_number, client, count) if size else []
 
 
 class RoundBatches:
     """Batches of a round, packed when they are asked for, so that many clients need little memory.
 
-    Rows are the bucketed maximum over the round: one shape for all chunks of clients.
+    The number of rows is the bucketed maximum over the round: one shape for all chunks of clients.
 
     Args:
       clients: encoded examples of every client of the run.
-      seed, round_number: of the draws.
-      ids: the round's clients.
-      steps: int `[len(ids)]`, steps that each gets done; the rest of its batches are empty.
+      seed, round_number: seed of the run and number of the round, from which examples are drawn.
+      ids: clients of the round.
+      steps: int `[len(ids)]`, steps that each client gets done; the rest of its batches are empty.
       local_steps: steps of the arrays.
       batch_size: examples a batch.
       seq: tokens a row.
       accumulation: batches a step.
-      how: see `draw`.
+      order: how clients take their examples, a name in `ORDERS`.
+
+    Attributes:
+      rows: rows of a batch.
     """
 
     def __init__(
         self,
-        clients: Sequence[Sequence[Encoded]],
+        clients: Sequence[Sequence[Encoded]] | Mapping[int, Sequence[Encoded]],
         seed: int,
         round_number: int,
-        ids: Sequence[int],
-        steps: Sequence[int],
+        ids: Sequence[int] | np.ndarray,
+        steps: Sequence[int] | np.ndarray,
         local_steps: int,
         batch_size: int,
         seq: int,
         accumulation: int = 1,
-        how: str = "shuffle",
+        order: str = "shuffle",
     ):
         self._seq, self._plans, most = seq, [], 1
         self._batches = local_steps * accumulation
         for client, done in zip(ids, steps, strict=True):
             examples, batches = clients[client], int(done) * accumulation
-            chosen = draw(
+            chosen = draw_examples(
                 len(examples),
                 seed,
                 round_number,
                 client=int(client),
                 count=batches * batch_size,
-                how=how,
+                order=order,
             )
             plan = []
             for b in range(batches if chosen else 0):
@@ -91,8 +109,12 @@ class RoundBatches:
         return len(self._plans)
 
     def chunk(self, start: int, stop: int) -> Batch:
-        """Clients `start` to `stop` of the round, `[stop - start, batches, rows, seq]`; those past
-        the end and batches that are not done are empty."""
+        """Packs the batches of clients `start` to `stop` of the round.
+
+        Returns:
+          Arrays `[stop - start, batches, rows, seq]`; clients past the end of the round, and
+          batches that are not done, are empty.
+        """
         shape = (stop - start, self._batches, self.rows, self._seq)
         whole = Batch(
             *(np.zeros(shape, np.float32 if n == "mask" else np.int32) for n in Batch._fields)

@@ -1,4 +1,4 @@
-"""The examples that readers yield: dialogues with an answer, comparisons of two answers, labels."""
+"""Examples that readers yield: dialogues with an answer, comparisons of two answers, labels."""
 
 from typing import NamedTuple
 
@@ -13,23 +13,23 @@ class Example(NamedTuple):
     """One dialogue that ends in a user turn, and its answer."""
 
     messages: tuple[tuple[str, str], ...]  # (role, text); the last role is "user"
-    response: str  # "" where the source has none
+    response: str  # the answer; "" where the source has none
     label: str = UNKNOWN  # safety of the response in its dialogue: safe, unsafe or unknown
-    source: str = ""
-    user: str = ""  # who holds it, for a partition by user
-    category: str = ""
+    source: str = ""  # name of the reader
+    user: str = ""  # who holds the dialogue, for a partition by user
+    category: str = ""  # topic, or kind of harm, as the source names it
     language: str = ""
 
     @property
     def prompt(self) -> str:
-        """Text of the last user turn."""
+        """The text of the last user turn."""
         return self.messages[-1][1]
 
 
 class Choice(NamedTuple):
     """A comparison of two answers to one dialogue (HHH)."""
 
-    messages: tuple[tuple[str, str], ...]
-    better: str
+    messages: tuple[tuple[str, str], ...]  # (role, text); the last role is "user"
+    better: str  # the answer that should be preferred
     worse: str
-    category: str
+    category: str  # harmless, helpful, honest or other

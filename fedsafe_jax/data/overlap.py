@@ -1,4 +1,4 @@
-"""Removes training prompts that also occur, exactly or nearly, in an evaluation set."""
+"""Removal of training prompts that also occur, exactly or nearly, in an evaluation set."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ NEAR = 0.55
 
 
 def normalise(text: str) -> str:
-    """Lower-cased words with single spaces, punctuation dropped."""
+    """Returns the lower-cased words of a text with single spaces, punctuation dropped."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
@@ -22,7 +22,13 @@ def _bigrams(text: str) -> set[str]:
 
 
 def nearest_similarity(prompts: Sequence[str], evaluation: Sequence[str]) -> np.ndarray:
-    """For each prompt, the largest bigram Jaccard similarity with any evaluation prompt.
+    """Returns each prompt's largest similarity with any evaluation prompt.
+
+    Similarity is that of Jaccard, of the sets of word bigrams.
+
+    Args:
+      prompts: prompts to look at.
+      evaluation: prompts of the evaluation set.
 
     Returns:
       float64 `[len(prompts)]` in [0, 1]; 1 where the normalised texts agree.
@@ -48,7 +54,7 @@ def nearest_similarity(prompts: Sequence[str], evaluation: Sequence[str]) -> np.
     )
     size_a, size_b = a.sum(axis=1), b.sum(axis=1)
     best = np.zeros(a.shape[0])
-    for start in range(0, a.shape[0], 2048):  # bounds the product's memory
+    for start in range(0, a.shape[0], 2048):  # Blocks of rows bound the memory of the product.
         shared = (a[start : start + 2048] @ b.T).tocoo()
         union = size_a[start + shared.row] + size_b[shared.col] - shared.data
         np.maximum.at(best, start + shared.row, shared.data / union)
@@ -59,6 +65,11 @@ def drop_overlap(
     items: Sequence, evaluation: Sequence[str], prompt_of: Callable = lambda item: item.prompt
 ) -> tuple[list, int]:
     """Keeps the items whose prompt is no near-duplicate of an evaluation prompt.
+
+    Args:
+      items: items to look at, such as examples.
+      evaluation: prompts of the evaluation set.
+      prompt_of: `item -> prompt`.
 
     Returns:
       `(kept, dropped_count)`.

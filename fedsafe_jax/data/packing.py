@@ -13,20 +13,20 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32, the next token of the same example
-    mask: np.ndarray  # float32, 1 where the target is learned
+    mask: np.ndarray  # float32, weight of the target in the loss, 0 where it is not learned
     segment_ids: np.ndarray  # int32, 0 is padding, examples count from 1 in each row
     positions: np.ndarray  # int32, from 0 in each example
 
 
 def assign_rows(lengths: Sequence[int], seq: int) -> list[list[int]]:
-    """First-fit-decreasing bin packing.
+    """Assigns examples to rows by first-fit-decreasing bin packing.
 
     Args:
       lengths: token counts, each at most `seq`.
       seq: capacity of a row.
 
     Returns:
-      For each row, the indices of its examples.
+      The indices of the examples in each row.
     """
     rows: list[list[int]] = []
     free: list[int] = []
@@ -43,7 +43,14 @@ def assign_rows(lengths: Sequence[int], seq: int) -> list[list[int]]:
 
 
 def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int, seq: int) -> Batch:
-    """Writes examples into `count` rows of `seq` tokens; rows beyond `rows` stay padding."""
+    """Writes examples into rows.
+
+    Args:
+      examples: encoded examples.
+      rows: indices of the examples in each row, from `assign_rows`.
+      count: rows of the batch, `[count, seq]`; those beyond `rows` stay padding.
+      seq: tokens a row.
+    """
     batch = Batch(
         *(
             np.zeros((count, seq), dtype)
@@ -53,11 +60,11 @@ def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int,
     for r, members in enumerate(rows):
         start = 0
         for segment, index in enumerate(members, 1):
-            ids, learned = examples[index]
+            ids, loss_mask = examples[index]
             end = start + len(ids)
             batch.tokens[r, start:end] = ids
             batch.targets[r, start : end - 1] = ids[1:]
-            batch.mask[r, start : end - 1] = learned[1:]
+            batch.mask[r, start : end - 1] = loss_mask[1:]
             batch.segment_ids[r, start:end] = segment
             batch.positions[r, start:end] = np.arange(len(ids))
             start = end
@@ -65,7 +72,12 @@ def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int,
 
 
 def pack(examples: Sequence[Encoded], seq: int, rows: int | None = None) -> Batch:
-    """Packs examples into as few rows as first fit finds, or into exactly `rows`.
+    """Packs examples into a batch `[rows, seq]`.
+
+    Args:
+      examples: encoded examples.
+      seq: tokens a row.
+      rows: rows of the batch; None for as few as first fit needs.
 
     Raises:
       ValueError: the examples need more than `rows` rows.
@@ -78,7 +90,11 @@ def pack(examples: Sequence[Encoded], seq: int, rows: int | None = None) -> Batc
 
 
 def bucket(count: int) -> int:
-    """Rounds a row count up to 1, 2, 3, 4, 6, 8, 12, ...: few shapes, at most a third unused."""
+    """Rounds a row count up to 1, 2, 3, 4, 6, 8, 12, ...: few shapes, at most a third unused.
+
+    >>> [bucket(count) for count in (1, 5, 9, 13)]
+    [1, 6, 12, 16]
+    """
     size = 1
     while size < count:
         size = (
@@ -90,7 +106,11 @@ def bucket(count: int) -> int:
 
 
 def round_up(length: int, multiple: int = 16) -> int:
-    """Rounds a length up to a multiple of `multiple`, or of an eighth of a power of two for long
-    rows: few shapes are compiled, and little is padding."""
+    """Rounds the length of a row up, so that few shapes are compiled and little is padding.
+
+    Args:
+      length: tokens.
+      multiple: the result is a multiple of it; for long rows, of an eighth of a power of two.
+    """
     multiple = max(multiple, (1 << length.bit_length()) // 8)
     return -(-max(length, 1) // multiple) * multiple

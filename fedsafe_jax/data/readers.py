@@ -1,15 +1,32 @@
-"""Readers by name: the rows of a file in its upstream form become `Example`s."""
+"""Readers by name: the rows of a file in its upstream form become `Example`s.
+
+A reader takes `(place, row)` pairs, `place` to name in an error, and yields examples. The registry
+is `READERS`; a reader from elsewhere is one more entry.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
 
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 
-# Benchmarks: they may be evaluated on, never trained on.
+# Readers of benchmarks, which may be evaluated on and never trained on.
 EVALUATION_ONLY = ("advbench",)
 
 
+Rows = Iterable[tuple[str, dict]]
+
+
 def field(place: str, row: dict, *names: str) -> str:
+    """Returns the first field of a row that is there, as text.
+
+    Args:
+      place: place of the row, named in the error.
+      row: the row.
+      names: names of the field, in order of preference.
+
+    Raises:
+      SourceError: the row has none of the fields.
+    """
     for name in names:
         if row.get(name) is not None:
             return str(row[name])
@@ -20,7 +37,7 @@ def _ask(prompt: str) -> tuple[tuple[str, str], ...]:
     return (("user", prompt.strip()),)
 
 
-def _square(rows, suffixes=("_en", "")) -> Iterable[Example]:
+def _square(rows: Rows, suffixes: tuple[str, ...] = ("_en", "")) -> Iterable[Example]:
     for place, row in rows:
         label = SAFE if field(place, row, "acceptable?") in ("1", "1.0", "True") else UNSAFE
         question = field(place, row, *(f"question{s}" for s in suffixes))
@@ -30,7 +47,7 @@ def _square(rows, suffixes=("_en", "")) -> Iterable[Example]:
         yield Example(_ask(question), answer, label, category=category)
 
 
-def _kosbi(rows, suffixes=("_en", "")) -> Iterable[Example]:
+def _kosbi(rows: Rows, suffixes: tuple[str, ...] = ("_en", "")) -> Iterable[Example]:
     for place, row in rows:
         context = field(place, row, *(f"context{s}" for s in suffixes))
         sentence = field(place, row, *(f"sentence{s}" for s in suffixes))
@@ -49,7 +66,7 @@ def parse_dialogue(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _hh_rlhf(rows) -> Iterable[Example]:
+def _hh_rlhf(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         for side, label in (("chosen", SAFE), ("rejected", UNSAFE)):
             turns = parse_dialogue(field(place, row, side))
@@ -59,14 +76,17 @@ def _hh_rlhf(rows) -> Iterable[Example]:
                 yield Example(turns[:-1], turns[-1][1], label)
 
 
-def _hh_rejected(rows) -> Iterable[Example]:
-    """The rejected answers alone: `chosen` is the better of two, not necessarily safe."""
+def _hh_rejected(rows: Rows) -> Iterable[Example]:
+    """Yields the rejected answers alone: `chosen` is the better of two, not necessarily safe."""
     return (e for e in _hh_rlhf(rows) if e.label == UNSAFE)
 
 
-def _xstest(rows) -> Iterable[Example]:
-    """Completions with human labels: complying with a `contrast_` prompt is unsafe, refusing, or
-    complying with a safe prompt, is safe; partial refusals are unknown."""
+def _xstest(rows: Rows) -> Iterable[Example]:
+    """Yields completions labelled by humans (XSTest, Röttger et al., 2024, arXiv 2308.01263).
+
+    Complying with a `contrast_` prompt is unsafe; refusing, or complying with a safe prompt, is
+    safe; partial refusals are unknown.
+    """
     for place, row in rows:
         judged, kind = field(place, row, "final_label"), field(place, row, "type")
         complied = judged == "1_full_compliance"
@@ -76,7 +96,7 @@ def _xstest(rows) -> Iterable[Example]:
         yield Example(_ask(field(place, row, "prompt")), answer, label, category=kind)
 
 
-def _dolly(rows) -> Iterable[Example]:
+def _dolly(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "instruction")
         if (row.get("context") or "").strip():
@@ -85,7 +105,7 @@ def _dolly(rows) -> Iterable[Example]:
         yield Example(_ask(prompt), response, SAFE, category=row.get("category") or "")
 
 
-def _alpaca(rows) -> Iterable[Example]:
+def _alpaca(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "instruction")
         if (row.get("input") or "").strip():
@@ -93,26 +113,26 @@ def _alpaca(rows) -> Iterable[Example]:
         yield Example(_ask(prompt), str(row.get("output") or ""), SAFE)
 
 
-def _advbench(rows) -> Iterable[Example]:
+def _advbench(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         yield Example(_ask(field(place, row, "goal")), "")
 
 
-def _derta(rows) -> Iterable[Example]:
+def _derta(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prefix", "question")
         prompt = prompt.removeprefix("### Instruction:\n").removesuffix("\n\n### Response:")
         yield Example(_ask(prompt), str(row.get("text", "")).strip(), UNSAFE)
 
 
-def _prompts(rows) -> Iterable[Example]:
+def _prompts(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prompt", "instruction", "question", "goal")
         category = str(row.get("category") or row.get("type") or "")
         yield Example(_ask(prompt), "", category=category)
 
 
-def _chat(rows) -> Iterable[Example]:
+def _chat(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         messages = row.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -139,7 +159,7 @@ def _chat(rows) -> Iterable[Example]:
         )
 
 
-READERS: dict[str, Callable] = {
+READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
     "square": _square,
     "square_ko": functools.partial(_square, suffixes=("",)),
     "kosbi": _kosbi,

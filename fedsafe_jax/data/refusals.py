@@ -1,4 +1,4 @@
-"""The form of refusals: which beginnings of an answer count as one, and the packaged refusal."""
+"""Refusals: the beginnings by which an answer counts as one, and the packaged refusal."""
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -13,5 +13,11 @@ REFUSAL_STARTS = (
 
 
 def start_refusal(answer: str) -> bool:
-    """The stricter rule: the answer begins with a refusal; curly apostrophes count as straight."""
+    """Returns whether an answer begins with a refusal, the stricter of the two refusal rules.
+
+    Case, leading quotes and white space do not matter; curly apostrophes count as straight.
+
+    >>> start_refusal("I\u2019m sorry, but no."), start_refusal("Sure. I cannot wait!")
+    (True, False)
+    """
     return answer.lower().replace("\u2019", "'").lstrip(" \n\"'*").startswith(REFUSAL_STARTS)

@@ -1,4 +1,4 @@
-"""Named readers: a local file in its upstream format, or a Hub id, becomes typed examples.
+"""Sources: a local file in its upstream format, or a Hub data set, becomes typed examples.
 
 A source is written `name:location`, such as `dolly:dolly/databricks_dolly_sample.csv`. A location
 is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip) or, when `data_dir` is
@@ -28,7 +28,14 @@ PARTS = {
 
 
 def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
-    """Rows of a file or Hub dataset, each with the place to name in an error.
+    """Reads the rows of a file or of a Hub data set.
+
+    Args:
+      location: file below `data_dir`, `package/FILE`, or Hub id.
+      data_dir: folder of the files, or `hub`.
+
+    Returns:
+      `(place, row)` pairs, `place` to name in an error.
 
     Raises:
       SourceError: the file is missing, empty, of an unknown kind, or a line does not parse.
@@ -73,7 +80,7 @@ def _read_text(path: pathlib.Path) -> tuple[str, str]:
     return path.name, path.read_text(encoding="utf-8")
 
 
-def _json_rows(path, text):
+def _json_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict]]:
     if text.lstrip().startswith("["):
         try:
             return [(f"{path} item {i}", row) for i, row in enumerate(json.loads(text))]
@@ -86,9 +93,9 @@ def _json_rows(path, text):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            found = line if len(line) <= 60 else line[:57] + "..."
+            start = line if len(line) <= 60 else line[:57] + "..."
             raise SourceError(
-                f"{path} line {number}: not JSON ({error.msg}): {found!r}. "
+                f"{path} line {number}: not JSON ({error.msg}): {start!r}. "
                 "Each line must hold one JSON object."
             ) from error
         if not isinstance(row, dict):
@@ -97,18 +104,22 @@ def _json_rows(path, text):
     return rows
 
 
-def _hub_rows(dataset_id):
+def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
+    """Loads the training split of a Hub data set."""
     import datasets
 
     try:
         data = datasets.load_dataset(dataset_id, split="train")
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # The library raises exceptions of many unrelated types.
         raise SourceError(f"Hub dataset '{dataset_id}' could not be loaded: {error}") from error
     return [(f"{dataset_id} row {i}", dict(row)) for i, row in enumerate(data)]
 
 
 def part_of(prompt: str) -> str:
-    """`heldout` (a tenth), `clients` or `server` (the rest by halves), by a hash of the prompt."""
+    """Returns the part of a prompt: `heldout` (a tenth), `clients` or `server` (half of the rest).
+
+    A hash of the prompt decides, so that the parts stay the same in every run and on every machine.
+    """
     digest = hashlib.sha256(prompt.encode()).digest()
     if digest[0] % 10 == 0:
         return "heldout"
@@ -116,7 +127,11 @@ def part_of(prompt: str) -> str:
 
 
 def parse_source(source: str) -> tuple[str, str, str]:
-    """Splits `name:location#part`, or raises `SourceError` naming what is known."""
+    """Splits `name:location#part` into its three parts, `part` being "" where there is none.
+
+    Raises:
+      SourceError: an unknown name or part; the message lists the known ones.
+    """
     name, _, location = source.partition(":")
     location, _, part = location.partition("#")
     if name not in READERS or not location:
@@ -128,14 +143,14 @@ def parse_source(source: str) -> tuple[str, str, str]:
 
 
 def load(source: str, data_dir: str) -> list[Example]:
-    """Examples of one source, each marked with the reader's name.
+    """Reads the examples of one source, each marked with the reader's name.
 
     Args:
-      source: `name:location`.
+      source: `name:location` or `name:location#part`.
       data_dir: folder of the location, or `hub`.
 
     Raises:
-      SourceError: naming the file, the line or the field at fault.
+      SourceError: the source cannot be read; the message names the file, line or field at fault.
     """
     name, location, part = parse_source(source)
     examples = list(READERS[name](read_rows(location, data_dir)))

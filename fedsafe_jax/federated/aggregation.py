@@ -2,55 +2,68 @@
 
 Updates are flat vectors, one row a client, in a matrix float32 `[clients, params]`; `weights`
 float32 `[clients]` are non-negative, usually the number of examples, and 0 for a client that is to
-be left out (padding, no data, not finite). Everything is jittable, also in who is left out. With
-nobody left the result is zero.
+be left out (padding, no data, not finite). Every rule is jittable, also in who is left out. Where
+every client is left out the result is zero.
+
+The registry is `AGGREGATORS`. An aggregator from elsewhere is one more entry.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-RFA_STEPS, RFA_SMOOTHING = 32, 1e-6  # each step halves an outlier's pull, or better
+RFA_STEPS, RFA_SMOOTHING = 32, 1e-6  # Each step at least halves the pull of an outlier.
 
 
 class Aggregator(NamedTuple):
     """How updates are combined.
 
     Attributes:
-      linear: a weighted sum over clients divided by the sum of weights, so that chunks of clients
-        can be added up without keeping their updates.
       combine: `(updates [clients, params], weights [clients], current [params]) -> [params]`;
-        `current` is the global adapter.
+        `current` is the global factors.
+      linear: whether `combine` is the mean by weight. Chunks of clients are then added up, without
+        keeping their updates, and `combine` is not called.
+      min_clients: smallest cohort for which the bound of the rule holds.
     """
 
-    linear: bool
     combine: Callable
+    linear: bool = False
+    min_clients: int = 1
 
 
 def weighted_mean(updates: jax.Array, weights: jax.Array) -> jax.Array:
-    """McMahan et al. (2017), Algorithm 1."""
+    """Returns the mean by weight, float32 `[params]` (FedAvg, McMahan et al., 2017, arXiv
+    1602.05629, Algorithm 1)."""
     share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
     return share @ jnp.where(weights[:, None] > 0, updates, 0.0)
 
 
-def _ranked(updates, weights):
-    """Every coordinate sorted over the clients that count (others last), and their number."""
+def _ranked(updates: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns each coordinate's values in order, absent clients last, and how many count."""
     present = weights > 0
     return jnp.sort(jnp.where(present[:, None], updates, jnp.inf), axis=0), jnp.sum(present)
 
 
 def median(updates: jax.Array, weights: jax.Array) -> jax.Array:
-    """Coordinate-wise median (Yin et al., 2018, Definition 1); all who count weigh the same."""
+    """Returns the coordinate-wise median, float32 `[params]` (Yin et al., 2018, arXiv 1803.01498,
+    Definition 1); all clients that count weigh the same."""
     ranked, count = _ranked(updates, weights)
     low, high = ranked[jnp.maximum((count - 1) // 2, 0)], ranked[count // 2]
     return jnp.where(count > 0, 0.5 * (low + high), 0.0)
 
 
 def trimmed_mean(updates: jax.Array, weights: jax.Array, share: float) -> jax.Array:
-    """Coordinate-wise mean without the `share` lowest and highest values (Yin et al., 2018,
-    Definition 2), rounded up to whole clients; all who count weigh the same."""
+    """Returns the coordinate-wise mean without the lowest and highest values, float32 `[params]`
+    (Yin et al., 2018, arXiv 1803.01498, Definition 2).
+
+    Args:
+      updates, weights: updates and weights of the clients, as the module says; all clients that
+        count weigh the same.
+      share: share of the values dropped at each end, rounded up to whole clients.
+    """
     ranked, count = _ranked(updates, weights)
     most = jnp.maximum(count - 1, 0) // 2
     cut = jnp.minimum(jnp.ceil(share * count).astype(jnp.int32), most)
@@ -61,11 +74,14 @@ def trimmed_mean(updates: jax.Array, weights: jax.Array, share: float) -> jax.Ar
 
 
 def krum_scores(updates: jax.Array, weights: jax.Array, byzantine: int) -> jax.Array:
-    """Sum of squared distances to the `n - byzantine - 2` nearest others (Blanchard et al., 2017),
-    float32 `[clients]`; infinite for clients that do not count."""
+    """Returns each client's score, float32 `[clients]`; infinite for clients that do not count.
+
+    It is the sum of squared distances to the `n - byzantine - 2` nearest of the other updates
+    (Krum, Blanchard et al., 2017, arXiv 1703.02757).
+    """
     present = weights > 0
     clean = jnp.where(present[:, None], updates, 0.0)
-    # Differences, not inner products: those lose what near-equal updates differ in.
+    # Distances come from differences: inner products cancel in float32 where updates are alike.
     distance = jax.lax.map(lambda row: jnp.sum(jnp.square(clean - row), axis=1), clean)
     itself = jnp.eye(len(weights), dtype=bool)
     distance = jnp.sort(jnp.where(present & ~itself, distance, jnp.inf), axis=1)
@@ -74,12 +90,12 @@ def krum_scores(updates: jax.Array, weights: jax.Array, byzantine: int) -> jax.A
 
 
 def krum(updates: jax.Array, weights: jax.Array, byzantine: int, select: int = 1) -> jax.Array:
-    """The mean of the `select` updates with the best score: Krum for 1, else multi-Krum.
+    """Returns the mean of the updates with the best scores, float32 `[params]`.
 
     Args:
-      updates, weights: see the module.
-      byzantine: clients that may be malicious, f; the bound needs 2 f + 2 < n.
-      select: m; 0 for all but `byzantine`.
+      updates, weights: updates and weights of the clients, as the module says.
+      byzantine: f, clients that may be malicious; the bound needs 2 f + 2 < n.
+      select: m, updates in the mean: 1 is Krum, more is multi-Krum; 0 for all but `byzantine`.
     """
     scores, count = krum_scores(updates, weights, byzantine), jnp.sum(weights > 0)
     wanted = jnp.minimum(select, count) if select else jnp.maximum(count - byzantine, 1)
@@ -89,8 +105,8 @@ def krum(updates: jax.Array, weights: jax.Array, byzantine: int, select: int = 1
 
 
 def geometric_median(updates: jax.Array, weights: jax.Array) -> jax.Array:
-    """Smoothed Weiszfeld iterations for the weighted geometric median (RFA, Pillutla et al.,
-    2022, Algorithm 2)."""
+    """Returns the weighted geometric median, float32 `[params]`, by smoothed Weiszfeld iterations
+    (RFA, Pillutla et al., 2022, arXiv 1912.13445, Algorithm 2)."""
 
     def closer(_, center):
         distance = jnp.sqrt(jnp.sum(jnp.square(updates - center), axis=1))
@@ -100,23 +116,51 @@ def geometric_median(updates: jax.Array, weights: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, RFA_STEPS, closer, weighted_mean(updates, weights))
 
 
+def _entry(rule: Callable, **fields: object) -> Callable:
+    """Returns the entry of a rule without hyperparameters."""
+
+    def make(trim_share: float, byzantine: int) -> Aggregator:
+        del trim_share, byzantine
+        return Aggregator(lambda updates, weights, current: rule(updates, weights), **fields)
+
+    return make
+
+
+def _make_trimmed_mean(trim_share: float, byzantine: int) -> Aggregator:
+    del byzantine
+    return Aggregator(lambda updates, weights, _: trimmed_mean(updates, weights, trim_share))
+
+
+def _make_krum(trim_share: float, byzantine: int, select: int) -> Aggregator:
+    del trim_share
+    return Aggregator(
+        lambda updates, weights, _: krum(updates, weights, byzantine, select),
+        min_clients=2 * byzantine + 3,
+    )
+
+
+# `(trim_share, byzantine) -> Aggregator` by name.
+AGGREGATORS: dict[str, Callable[[float, int], Aggregator]] = {
+    "mean": _entry(weighted_mean, linear=True),
+    "median": _entry(median),
+    "trimmed_mean": _make_trimmed_mean,
+    "krum": functools.partial(_make_krum, select=1),
+    "multi_krum": functools.partial(_make_krum, select=0),
+    "geometric_median": _entry(geometric_median),
+}
+
+
 def make(name: str, trim_share: float = 0.1, byzantine: int = 1) -> Aggregator:
-    """The aggregator of a name in `AGGREGATORS`."""
-    rules = {
-        "mean": weighted_mean,
-        "median": median,
-        "trimmed_mean": lambda u, w: trimmed_mean(u, w, trim_share),
-        "krum": lambda u, w: krum(u, w, byzantine),
-        "multi_krum": lambda u, w: krum(u, w, byzantine, 0),
-        "geometric_median": geometric_median,
-    }
-    rule = rules[name]
-    return Aggregator(name == "mean", lambda updates, weights, current: rule(updates, weights))
+    """Returns the aggregator of a name in `AGGREGATORS`.
 
-
-AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
+    Args:
+      name: a key of `AGGREGATORS`.
+      trim_share: share of the values that the trimmed mean drops at each end.
+      byzantine: malicious clients that Krum expects in a cohort.
+    """
+    return AGGREGATORS[name](trim_share, byzantine)
 
 
 def clip(update: jax.Array, norm: jax.Array, most: float) -> jax.Array:
-    """Shortens a flat update of Euclidean length `norm` to at most `most`."""
+    """Shortens a flat update `[params]` of Euclidean length `norm` to at most `most`."""
     return update * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-12))

@@ -1,4 +1,4 @@
-"""One client's local training, written for one client; `round.py` maps it over many."""
+"""Local training, written for one client; `round_programs` maps it over many."""
 
 import ast
 import inspect
@@ -14,14 +14,16 @@ from fedsafe_jax.models.microbatch import value_and_grad_in_microbatches
 
 
 class LocalTraining(NamedTuple):
-    """What all algorithms share of a client's work.
+    """The part of a client's work that all algorithms share.
 
     Attributes:
-      loss_fn: `(adapter, base, batch) -> scalar`, a mean over `batch.mask` (see `in_passes`).
-      optimizer: built for a learning rate of 1; its updates are scaled by the step's rate.
+      loss_fn: `(factors, base, batch) -> scalar`, a mean over `batch.mask` (see
+        `models.microbatch`).
+      optimizer: optimizer of the clients, built for a learning rate of 1; its updates are scaled by
+        the step's rate.
       accumulation: batches whose gradients are averaged in a step.
-      mesh: devices that share the work of all clients that are mapped at once (see `in_passes`);
-        None: each maps its own.
+      mesh: devices that share the work of all clients that are mapped at once (see
+        `models.microbatch`); None: each maps its own.
     """
 
     loss_fn: Callable
@@ -33,8 +35,8 @@ class LocalTraining(NamedTuple):
 class LocalResult(NamedTuple):
     """The end of a client's round."""
 
-    factors: Any  # pytree of LoRA factors
-    gradient: jax.Array  # pytree, mean raw gradient of the steps
+    factors: Any  # LoRA factors after the last step
+    gradient: Any  # mean raw gradient of the steps, shaped like the factors
     losses: jax.Array  # float32 [steps], 0 in steps without targets
     active: jax.Array  # float32 [steps], 1 where the step had targets
 
@@ -50,8 +52,16 @@ def adamw_hf(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW of transformers 4 (`adamw_hf`): eps is added before the bias is corrected, so that the
-    first steps are shorter where gradients are small."""
+    """Returns AdamW as in transformers 4: eps is added before the bias is corrected.
+
+    The first steps are shorter than those of `optax.adamw` where gradients are small.
+
+    Args:
+      learning_rate: step size.
+      b1, b2: decay of the first and of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: weight decay, scaled by the learning rate.
+    """
 
     def init(params):
         return optax.scale_by_adam().init(params)
@@ -72,16 +82,20 @@ def adamw_hf(
     )
 
 
+# Optimizers beside optax's aliases, by name.
+OPTIMIZERS: dict[str, Callable] = {"adamw_hf": adamw_hf}
+
+
 def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTransformation:
-    """A client's optimizer for a rate of 1, after clipping the gradient's global norm.
+    """Returns a client's optimizer for a learning rate of 1, after clipping the global norm.
 
     Args:
       spec: an optax alias with arguments other than the rate, such as "adam",
-        "adamw(weight_decay=0.01)", "sgd(momentum=0.9)"; or `adamw_hf`.
-      clip: largest norm of a gradient; 0 for none.
+        "adamw(weight_decay=0.01)", "sgd(momentum=0.9)"; or a name in `OPTIMIZERS`.
+      clip: largest global norm of a gradient; 0 for no limit.
 
     Raises:
-      OptimizerError: no such alias, or one that does not take these arguments.
+      OptimizerError: optax has no such alias, or the alias does not take these arguments.
     """
     try:
         call = ast.parse(spec, mode="eval").body
@@ -95,7 +109,7 @@ def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTrans
         raise OptimizerError(
             f"'{spec}' cannot be read; expected such as adam or adamw(weight_decay=0.01)."
         ) from None
-    alias = adamw_hf if name == "adamw_hf" else getattr(optax, name, None)
+    alias = OPTIMIZERS.get(name) or getattr(optax, name, None)
     takes = inspect.signature(alias).parameters if inspect.isfunction(alias) else {}
     if "learning_rate" not in takes:
         raise OptimizerError(
@@ -109,25 +123,26 @@ def make_optimizer(spec: str = "adam", clip: float = 1.0) -> optax.GradientTrans
 
 def local_training(
     training: LocalTraining,
-    start,
-    base,
-    batches,
+    start: Any,
+    base: Any,
+    batches: Any,
     rates: jax.Array,
     adjust: Callable = lambda gradient, local: gradient,
     after: Callable = lambda local, rate: local,
 ) -> LocalResult:
-    """Local steps from `start`, with a fresh optimizer.
+    """Takes local steps from `start`, with a fresh optimizer.
 
-    A step without targets (nothing left of the data, or a straggler's time is up) moves nothing.
+    A step without targets (the data has run out, or a straggler's time is up) moves nothing.
 
     Args:
       training: loss, optimizer, accumulation.
-      start: adapter that the client begins with.
+      start: LoRA factors that the client begins with.
       base: frozen base parameters.
       batches: pytree with leaves `[steps * accumulation, rows, seq]` and a field `mask`.
       rates: float32 `[steps]`, learning rates.
-      adjust: `(gradient, local) -> gradient`, what an algorithm adds to every gradient.
-      after: `(local, rate) -> local`, what it does after every step.
+      adjust: `(gradient, local) -> gradient`, an algorithm's change to every gradient; `local` is
+        the client's current factors.
+      after: `(local, rate) -> local`, an algorithm's change to the factors after every step.
     """
     steps, accumulation = rates.shape[0], training.accumulation
     batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
@@ -149,6 +164,7 @@ def local_training(
         micro, rate = inputs
         loss, gradient = gradients(local, micro)
         active = (micro.mask.sum() > 0).astype(jnp.float32)
+        # The raw gradient, before `adjust`: SCAFFOLD's new control variate is its mean.
         gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradient)
         updates, state = training.optimizer.update(adjust(gradient, local), state, local)
         moved = after(jax.tree.map(lambda p, u: p + rate * u, local, updates), rate)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # values that share an int8 scale
-COMPRESSIONS = ("", "topk", "int8")
 
 
 class Compression(NamedTuple):
@@ -22,8 +21,16 @@ class Compression(NamedTuple):
     num_bytes: Callable
 
 
-def _topk(share: float) -> Compression:
+def topk(share: float) -> Compression:
+    """Returns the code that sends the largest values alone (Aji & Heafield, 2017, arXiv
+    1704.05021).
+
+    Args:
+      share: share of the values that are sent.
+    """
+
     def count(params: int) -> int:
+        # In whole millionths: in floats 100 * 0.55 is above 55, and would be rounded up to 56.
         return max(1, -(-int(params * share * 1e6) // 10**6))
 
     def roundtrip(update):
@@ -33,7 +40,9 @@ def _topk(share: float) -> Compression:
     return Compression(roundtrip, lambda params: 8 * count(params))  # float32 value, int32 place
 
 
-def _int8() -> Compression:
+def int8() -> Compression:
+    """Returns the code that sends 8-bit integers, with a float32 scale a block of 256."""
+
     def roundtrip(update):
         blocks = jnp.pad(update, (0, -update.size % BLOCK)).reshape(-1, BLOCK)
         scale = jnp.max(jnp.abs(blocks), axis=1, keepdims=True) / 127
@@ -43,24 +52,37 @@ def _int8() -> Compression:
     return Compression(roundtrip, lambda params: params + 4 * -(-params // BLOCK))
 
 
+# `topk_share -> Compression` by name; None where updates are sent as they are.
+COMPRESSIONS: dict[str, Callable[[float], Compression | None]] = {
+    "": lambda topk_share: None,
+    "topk": topk,
+    "int8": lambda topk_share: int8(),
+}
+
+
 def make(name: str, topk_share: float = 0.05) -> Compression | None:
-    """`topk`: the largest values alone (Aji & Heafield, 2017); `int8`: 8-bit codes with a scale a
-    block of 256; None for ""."""
-    if not name:
-        return None
-    return _topk(topk_share) if name == "topk" else _int8()
+    """Returns the code of a name in `COMPRESSIONS`.
+
+    Args:
+      name: a key of `COMPRESSIONS`; "" for none.
+      topk_share: share of the values that `topk` sends.
+    """
+    return COMPRESSIONS[name](topk_share)
 
 
-def send(compression: Compression, update: jax.Array, residual: jax.Array):
-    """Compresses an update and what earlier rounds left out (error feedback, Karimireddy et al.,
-    2019, Algorithm 1).
+def send(
+    compression: Compression, update: jax.Array, residual: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compresses an update together with what earlier rounds left out.
+
+    This is error feedback (Karimireddy et al., 2019, arXiv 1901.09847, Algorithm 1).
 
     Args:
       compression: the code.
       update, residual: float32 `[params]`.
 
     Returns:
-      `(what the server decodes, new residual)`.
+      `(what the server decodes, new residual)`, float32 `[params]` each.
     """
     whole = update + residual
     decoded = compression.roundtrip(whole)

@@ -1,8 +1,11 @@
-"""Averages of adapters that respect what they are: products, and of different ranks.
+"""Averages of LoRA factors that respect what they are: products, and of different ranks.
 
 The mean of the factors is not the factors of the mean: mean(a_k) mean(b_k) != mean(a_k b_k).
 Projections are stacked as in `models.lora`, `a` `[layers, in, rank]`, `b` `[layers, rank, out]`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +13,21 @@ import jax.numpy as jnp
 PROBES = 8  # columns of X in `project_products`
 
 
-def _is_pair(node) -> bool:
+def _is_pair(node: Any) -> bool:
     return isinstance(node, dict) and "a" in node
 
 
-def _map(function, *adapters):
-    return jax.tree.map(function, *adapters, is_leaf=_is_pair)
+def _map(function: Callable, *factors: Any) -> Any:
+    return jax.tree.map(function, *factors, is_leaf=_is_pair)
 
 
-def rank_mask(adapter, rank):
-    """1 where a client of `rank` (int scalar, may be traced) has a weight; like `adapter`."""
+def rank_mask(factors: Any, rank: jax.Array | int) -> Any:
+    """Returns float32 1 where a client of `rank` has a weight, else 0; shaped like `factors`.
+
+    Args:
+      factors: LoRA factors of the full rank.
+      rank: rank of the client, an int scalar that may be traced.
+    """
 
     def mask(pair):
         a = jnp.arange(pair["a"].shape[-1]) < rank
@@ -28,26 +36,29 @@ def rank_mask(adapter, rank):
             "b": jnp.broadcast_to(a[:, None], pair["b"].shape).astype(jnp.float32),
         }
 
-    return _map(mask, adapter)
+    return _map(mask, factors)
 
 
-def _stacked(pair, weights):
-    """Factors of the weighted mean product, of rank `clients * rank`."""
+def _stacked(pair: dict, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns factors of the weighted mean product, `[layers, in, clients * rank]` and
+    `[layers, clients * rank, out]`."""
     share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
     a = jnp.moveaxis(pair["a"] * share[:, None, None, None], 0, -2)  # [layers, in, clients, rank]
     b = jnp.moveaxis(pair["b"], 0, 1)  # [layers, clients, rank, out]
     return a.reshape(*a.shape[:-2], -1), b.reshape(b.shape[0], -1, b.shape[-1])
 
 
-def product_mean(adapters, weights: jax.Array):
-    """The mean of the products a_k b_k, refactored to their rank (FlexLoRA, Bai et al., 2024).
+def product_mean(client_factors: Any, weights: jax.Array) -> Any:
+    """Averages the products a_k b_k, and factors the mean again, to the rank of the clients.
+
+    This is FlexLoRA (Bai et al., 2024, arXiv 2402.11505).
 
     Args:
-      adapters: leaves `[clients, layers, ...]`; smaller ranks are filled up with zeros.
+      client_factors: leaves `[clients, layers, ...]`; smaller ranks are filled up with zeros.
       weights: float32 `[clients]`.
 
     Returns:
-      The closest adapter of the same rank, by the singular value decomposition of the mean; the
+      The closest factors of the same rank, by the singular value decomposition of the mean; the
       leading slots matter most, so that a smaller rank is a prefix.
     """
 
@@ -64,55 +75,63 @@ def product_mean(adapters, weights: jax.Array):
             "b": root[..., None] * (vt[..., :rank, :] @ q_b.swapaxes(-1, -2)),
         }
 
-    return _map(one, adapters)
+    return _map(one, client_factors)
 
 
-def project_products(adapter) -> jax.Array:
-    """Random projections `X^T a b` of an adapter's products, float32, flat.
+def project_products(factors: Any) -> jax.Array:
+    """Returns random projections `X^T a b` of the products of LoRA factors, float32, flat.
 
-    They are linear in the products: the mean of the clients' projections is the projection of their
-    mean product, which is too large to send. Lengths are kept within about `1 / sqrt(2 * PROBES *
-    layers * projections)`, 9% for two projections in four layers (Hutchinson, 1989).
+    Projections are linear in the products: the mean of the clients' projections is the projection
+    of their mean product, which is too large to send. Lengths are kept within about
+    `1 / sqrt(2 * PROBES * layers * projections)`, 9% for two projections in four layers
+    (Hutchinson, 1989).
     """
-    pairs, _ = jax.tree.flatten(adapter, is_leaf=_is_pair)
-    found = []
+    pairs, _ = jax.tree.flatten(factors, is_leaf=_is_pair)
+    projections = []
     for i, pair in enumerate(pairs):
         key = jax.random.fold_in(jax.random.key(0), i)
         x = jax.random.rademacher(key, (*pair["a"].shape[:-1], PROBES), jnp.float32)
-        found.append((x.swapaxes(-1, -2) @ pair["a"] @ pair["b"]).ravel())
-    return jnp.concatenate(found)
+        projections.append((x.swapaxes(-1, -2) @ pair["a"] @ pair["b"]).ravel())
+    return jnp.concatenate(projections)
 
 
-def projected_gap(mean_projection: jax.Array, mean) -> jax.Array:
-    """`product_gap` from the mean of the clients' `project_products` and an adapter."""
+def projected_gap(mean_projection: jax.Array, mean: Any) -> jax.Array:
+    """Estimates `product_gap`, float32 `[]`.
+
+    Args:
+      mean_projection: mean of the clients' `project_products`.
+      mean: LoRA factors, such as the mean of the clients' factors.
+    """
     difference = jnp.linalg.norm(project_products(mean) - mean_projection)
     return difference / jnp.maximum(jnp.linalg.norm(mean_projection), 1e-15)
 
 
-def product_gap(adapters, weights: jax.Array, mean) -> jax.Array:
-    """How far an adapter's product is from the mean of the clients' products.
+def product_gap(client_factors: Any, weights: jax.Array, mean: Any) -> jax.Array:
+    """Returns how far the product of LoRA factors is from the mean of the clients' products.
 
     Args:
-      adapters, weights: see `product_mean`.
-      mean: an adapter, such as the mean of the factors.
+      client_factors, weights: see `product_mean`.
+      mean: LoRA factors, such as the mean of the clients' factors.
 
     Returns:
-      Frobenius norm of the difference over that of the mean product, all projections together.
+      Frobenius norm of the difference over that of the mean product, all projections together,
+      float32 `[]`.
     """
 
     def squares(pair, average):
         a, b = _stacked(pair, weights)
-        if a.shape[-1] > min(a.shape[-2], b.shape[-1]):  # many clients: the mean itself is smaller
+        if a.shape[-1] > min(a.shape[-2], b.shape[-1]):  # With many clients the mean is smaller.
             mean_product = a @ b
             difference = average["a"] @ average["b"] - mean_product
             return jnp.sum(jnp.square(difference)), jnp.sum(jnp.square(mean_product))
 
-        def norm(a, b):  # |a b|^2 by Gram matrices of the small side
+        def norm(a, b):  # |a b|^2, by the Gram matrices of the small side.
             return jnp.sum((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2)))
 
         a_diff = jnp.concatenate([average["a"], -a], axis=-1)
         b_diff = jnp.concatenate([average["b"], b], axis=-2)
         return norm(a_diff, b_diff), norm(a, b)
 
-    found = jax.tree.leaves(_map(squares, adapters, mean))
-    return jnp.sqrt(jnp.maximum(sum(found[::2]), 0.0) / jnp.maximum(sum(found[1::2]), 1e-30))
+    pairs = jax.tree.leaves(_map(squares, client_factors, mean))
+    differences, means = pairs[::2], pairs[1::2]
+    return jnp.sqrt(jnp.maximum(sum(differences), 0.0) / jnp.maximum(sum(means), 1e-30))

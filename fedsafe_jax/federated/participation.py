@@ -1,12 +1,10 @@
 """Who takes part in a round: sampling, dropouts and stragglers, all from (seed, round)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-SAMPLINGS = ("uniform", "weighted", "poisson", "openfedllm")
 
 
 class Cohort(NamedTuple):
@@ -14,8 +12,8 @@ class Cohort(NamedTuple):
 
     Attributes:
       ids: int32 `[clients]`, sorted.
-      weights: float32 `[clients]`, of the aggregation.
-      steps: int32 `[clients]`, local steps each gets done.
+      weights: float32 `[clients]`, weights in the aggregation.
+      steps: int32 `[clients]`, local steps that each client gets done.
       dropped_out: ids that were sampled and never answered.
       no_data: ids that were sampled and hold no example.
     """
@@ -27,39 +25,91 @@ class Cohort(NamedTuple):
     no_data: tuple[int, ...]
 
 
+class Sampling(NamedTuple):
+    """A way to sample the clients of a round.
+
+    Attributes:
+      draw: `(seed, round_number, sizes, count) -> (sorted ids int32 [clients], times drawn)`; it
+        depends on nothing else.
+      weigh_by_draws: whether clients weigh in the aggregation as often as they were drawn, in place
+        of their weighting.
+      example_order: how the sampled clients take their examples, a name in `data.batches.ORDERS`.
+    """
+
+    draw: Callable
+    weigh_by_draws: bool = False
+    example_order: str = "shuffle"
+
+
+def _generator(seed: int, round_number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, round_number, 0])
+
+
+def _once(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids.astype(np.int32), np.ones(len(ids), np.int64)
+
+
+def _uniform(seed: int, round_number: int, sizes: Sequence[int], count: int):
+    """Draws `count` clients without replacement."""
+    rng = _generator(seed, round_number)
+    return _once(np.sort(rng.choice(len(sizes), count, replace=False)))
+
+
+def _weighted(seed: int, round_number: int, sizes: Sequence[int], count: int):
+    """Draws with replacement, in proportion to size (Li et al., 2020, arXiv 1907.02189, Scheme I).
+
+    Clients with more data are drawn more often, so that every draw weighs the same.
+    """
+    if not sum(sizes):
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    share = np.asarray(sizes, np.float64) / max(sum(sizes), 1)
+    draws = _generator(seed, round_number).choice(len(sizes), count, p=share)
+    ids, times = np.unique(draws, return_counts=True)
+    return ids.astype(np.int32), times
+
+
+def _poisson(seed: int, round_number: int, sizes: Sequence[int], count: int):
+    """Draws each client independently, `count` in expectation; its privacy bound is tightest."""
+    rng = _generator(seed, round_number)
+    return _once(np.flatnonzero(rng.random(len(sizes)) < count / len(sizes)))
+
+
+def _openfedllm(seed: int, round_number: int, sizes: Sequence[int], count: int):
+    """Draws as OpenFedLLM does (Ye et al., 2024, arXiv 2402.06954): from the round number alone."""
+    del seed
+    chosen = random.Random(round_number).sample(range(len(sizes)), min(count, len(sizes)))
+    return _once(np.sort(np.array(chosen, np.int32)))
+
+
+SAMPLINGS: dict[str, Sampling] = {
+    "uniform": Sampling(_uniform),
+    "weighted": Sampling(_weighted, weigh_by_draws=True),
+    "poisson": Sampling(_poisson),
+    "openfedllm": Sampling(_openfedllm, example_order="openfedllm"),
+}
+
+# `examples held, float32 [clients] -> weights, float32 [clients]` by name.
+WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "examples": lambda held: held,
+    "uniform": np.ones_like,
+}
+
+
 def sample_ids(
     seed: int, round_number: int, sizes: Sequence[int], count: int, sampling: str = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a round's clients.
 
     Args:
-      seed, round_number: the draw depends on nothing else.
+      seed, round_number: seed of the run and number of the round; the draw depends on nothing else.
       sizes: examples of every client.
-      count: clients a round; `poisson` only expects so many.
-      sampling: `uniform`: without replacement. `weighted`: with replacement, in proportion to
-        size, so that draws weigh the same (Li et al., 2020, Scheme I). `poisson`: every client on
-        its own, as privacy accounting likes best. `openfedllm`: as that package, from the round
-        number alone.
+      count: clients a round; under `poisson` their expected number.
+      sampling: a name in `SAMPLINGS`.
 
     Returns:
       Sorted ids int32 `[clients]`, and how often each was drawn.
     """
-    num = len(sizes)
-    if sampling == "openfedllm":
-        chosen = random.Random(round_number).sample(range(num), min(count, num))
-        return np.sort(np.array(chosen, np.int32)), np.ones(len(chosen), np.int64)
-    rng = np.random.default_rng([seed, round_number, 0])
-    if sampling == "weighted":
-        if not sum(sizes):
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        share = np.asarray(sizes, np.float64) / max(sum(sizes), 1)
-        ids, times = np.unique(rng.choice(num, count, p=share), return_counts=True)
-        return ids.astype(np.int32), times
-    if sampling == "poisson":
-        ids = np.flatnonzero(rng.random(num) < count / num)
-    else:
-        ids = np.sort(rng.choice(num, count, replace=False))
-    return ids.astype(np.int32), np.ones(len(ids), np.int64)
+    return SAMPLINGS[sampling].draw(seed, round_number, sizes, count)
 
 
 def draw_cohort(
@@ -73,21 +123,19 @@ def draw_cohort(
     dropout: float = 0.0,
     stragglers: float = 0.0,
 ) -> Cohort:
-    """A round's cohort.
+    """Draws a round's cohort.
 
     Args:
       seed, round_number, sizes, count, sampling: see `sample_ids`.
-      local_steps: of a client that keeps up.
-      weighting: `examples`: by size; `uniform`. Under `weighted` sampling draws count instead.
+      local_steps: steps of a client that keeps up.
+      weighting: a name in `WEIGHTINGS`. Samplings that weigh by draws do not read it.
       dropout: probability that a sampled client never answers.
-      stragglers: probability that one gets only 1 to `local_steps - 1` steps done.
+      stragglers: probability that a client gets only 1 to `local_steps - 1` steps done.
     """
     ids, times = sample_ids(seed, round_number, sizes, count, sampling)
     held = np.array([sizes[i] for i in ids], np.float32)
-    if sampling == "weighted":
-        weights = times.astype(np.float32)
-    else:
-        weights = held if weighting == "examples" else np.ones(len(ids), np.float32)
+    weights = times if SAMPLINGS[sampling].weigh_by_draws else WEIGHTINGS[weighting](held)
+    weights = weights.astype(np.float32)
     rng = np.random.default_rng([seed, round_number, 6])
     gone = rng.random(len(ids)) < dropout
     slow = rng.random(len(ids)) < stragglers
@@ -105,7 +153,7 @@ def draw_cohort(
 
 
 def malicious_clients(seed: int, num_clients: int, share: float) -> tuple[int, ...]:
-    """Ids of the clients that are malicious in a run, the same in every round."""
+    """Returns the ids of the clients that are malicious in a run, the same in every round."""
     rng = np.random.default_rng([seed, 8])
     count = round(share * num_clients)
     return tuple(sorted(rng.choice(num_clients, count, replace=False).tolist()))

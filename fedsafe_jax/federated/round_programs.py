@@ -1,4 +1,4 @@
-"""A federated round on the device: chunks of clients train, their updates are combined.
+"""Programs of a federated round: chunks of clients train, and their updates are combined.
 
 Three jitted programs: `train` maps local training over a chunk of clients, `collect` adds a chunk
 to a weighted sum, `finish` makes the server's step. `simulation.run_round` calls them.
@@ -24,20 +24,20 @@ SKETCH = 4096  # numbers kept of an update, for its angle to the mean
 
 
 class RoundSpec(NamedTuple):
-    """What a round does, static.
+    """A description of what a round does, static.
 
     Attributes:
-      algorithm: FedAvg, SCAFFOLD, ...
-      aggregator: combines the updates.
-      product: average the adapters' products instead (`lora_average.product_mean`); the aggregator
-        is then not used.
-      compression: of the updates, with error feedback; None for none.
+      algorithm: local training and the server's step, from `algorithms.make`.
+      aggregator: rule that combines the updates, from `aggregation.make`.
+      product: whether the products of the factors are averaged instead
+        (`lora_average.product_mean`); the aggregator is then not used.
+      compression: code of the updates, with error feedback; None for none.
       clip_norm: longest update that counts in full; 0 for no limit.
-      noise_multiplier: of differential privacy, see `privacy`; 0 for none.
+      noise_multiplier: noise of differential privacy, see `privacy`; 0 for none.
       cohort: expected clients a round, the denominator under differential privacy.
-      normalize_steps: updates count per local step and the mean is scaled back by the mean number
-        of steps (FedNova, Wang et al., 2020, Eq. 6): for stragglers.
-      ragged_ranks: clients have ranks of their own.
+      normalize_steps: whether updates count per local step, and the mean is scaled back by the mean
+        number of steps (FedNova, Wang et al., 2020, arXiv 2007.07481, Equation 6): for stragglers.
+      ragged_ranks: whether clients have ranks of their own.
     """
 
     algorithm: FederatedAlgorithm
@@ -52,29 +52,31 @@ class RoundSpec(NamedTuple):
 
     @property
     def linear(self) -> bool:
+        """Whether chunks of clients can be added up."""
         return self.aggregator.linear and not self.product
 
 
 class ChunkInputs(NamedTuple):
-    """A chunk of clients; leaves lead with `[clients]`."""
+    """Inputs of `Programs.train` for a chunk of clients; leaves lead with `[clients]`."""
 
     batches: Batch  # [clients, steps * accumulation, rows, seq]
     weights: Any  # float32, 0 for padding
-    update_scales: Any  # float32, what malicious clients multiply their update by; 1 for others
-    ranks: Any  # int32
-    states: Any  # of the algorithm; () without
-    residuals: Any  # float32 [clients, params] of compression; () without
+    update_scales: Any  # float32, factor on the update: 1, unless a client is malicious
+    ranks: Any  # int32, rank of each client's factors
+    states: Any  # what the algorithm keeps of each client; () where it keeps nothing
+    residuals: Any  # float32 [clients, params], errors of compression; () without
 
 
 class ClientUpdates(NamedTuple):
-    """What a chunk of clients sends; leaves lead with `[clients]`.
+    """Messages of a chunk of clients; leaves lead with `[clients]`.
 
     Attributes:
       updates: float32 `[clients, params]`, as the server counts them.
-      masks: float32 `[clients, params]`, coordinates a client has; () unless ranks differ.
-      controls: SCAFFOLD's changes; () without.
-      weights: float32, 0 also for a client whose update is not finite.
-      steps: float32, share of the local steps that were done.
+      masks: float32 `[clients, params]`, 1 where a client has the coordinate; () unless ranks
+        differ.
+      controls: changes of SCAFFOLD's control variates; () without.
+      weights: float32 `[clients]`, 0 also for a client whose update is not finite.
+      steps: float32 `[clients]`, share of the local steps that were done.
       products: float32 `[clients, ...]`, see `lora_average.project_products`.
     """
 
@@ -87,12 +89,12 @@ class ClientUpdates(NamedTuple):
 
 
 class ClientMetrics(NamedTuple):
-    """What is reported of a chunk; leaves lead with `[clients]`."""
+    """Figures of a chunk of clients; leaves lead with `[clients]`."""
 
-    losses: jax.Array  # float32 [clients, steps], nats a learned token
+    losses: jax.Array  # float32 [clients, steps], nats per target token
     active: jax.Array  # float32 [clients, steps], 1 where a step had targets
-    norms: jax.Array  # float32, of the update before clipping
-    finite: jax.Array  # bool
+    norms: jax.Array  # float32 [clients], length of the update before clipping
+    finite: jax.Array  # bool [clients]
     sketches: jax.Array  # float32 [clients, SKETCH]
 
 
@@ -102,32 +104,32 @@ class PartialSum(NamedTuple):
     total: jax.Array  # float32 [params], weighted
     weight: jax.Array  # float32 [], or [params] where ranks differ
     steps: jax.Array  # float32 [], weighted
-    clients: jax.Array  # float32 [], that count
-    controls: Any
+    clients: jax.Array  # float32 [], clients that count
+    controls: Any  # changes of control variates, shaped like the factors; () without
     products: jax.Array  # float32 [...], weighted
 
 
 class RoundMetrics(NamedTuple):
-    """What is reported of the server's step."""
+    """Figures of the server's step."""
 
-    update_norm: jax.Array  # float32 []
-    sketch: jax.Array  # float32 [SKETCH], of the mean
-    mean_norm: jax.Array  # float32 []
+    update_norm: jax.Array  # float32 [], length of the server's step
+    sketch: jax.Array  # float32 [SKETCH], sketch of the mean update
+    mean_norm: jax.Array  # float32 [], length of the mean update
     product_gap: jax.Array  # float32 [], see `lora_average`
-    clients: jax.Array  # float32 [], that counted
+    clients: jax.Array  # float32 [], clients that counted
 
 
 class Programs(NamedTuple):
     """The jitted programs of a round.
 
     Attributes:
-      spec, mesh: what they were built for.
-      layout: of `Inputs` on the mesh.
-      train: `(server, base, Inputs, rates [steps]) -> (Sent, states, residuals, ClientMetrics)`;
-        the number of clients is a multiple of the mesh axis `clients`.
-      collect: `(Collected or None, Sent) -> Collected`, for linear aggregation.
-      finish: `(server, Collected or [Sent, ...], key) -> (server, RoundMetrics)`. With no client
-        that counts the server stays as it was.
+      spec, mesh: description and devices that the programs were built for.
+      layout: layout of `ChunkInputs` on the mesh.
+      train: `(server, base, ChunkInputs, rates [steps]) -> (ClientUpdates, states, residuals,
+        ClientMetrics)`; the number of clients is a multiple of the mesh axis `clients`.
+      collect: `(PartialSum or None, ClientUpdates) -> PartialSum`, for linear aggregation.
+      finish: `(server, PartialSum or [ClientUpdates, ...], key) -> (server, RoundMetrics)`. Where
+        no client counts the server stays as it was.
     """
 
     spec: RoundSpec
@@ -139,21 +141,25 @@ class Programs(NamedTuple):
 
 
 def sketch(update: jax.Array) -> jax.Array:
-    """Random signs, then sums of every 4096th number: inner products of sketches are those of the
-    updates within about 1.6% of the product of their lengths (count sketch, Charikar et al.,
-    2002); exact up to 4096 numbers."""
+    """Returns a sketch of a flat update, float32 `[SKETCH]`, that keeps inner products.
+
+    Signs are flipped at random, then every 4096th number is summed (count sketch, Charikar et al.,
+    2002). Inner products of sketches are those of the updates within about 1.6% of the product of
+    their lengths, and exact up to 4096 numbers.
+    """
     signs = jax.random.rademacher(jax.random.key(0), update.shape, jnp.float32)
     return jnp.pad(update * signs, (0, -update.size % SKETCH)).reshape(-1, SKETCH).sum(0)
 
 
 def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Programs:
-    """Builds the programs.
+    """Builds the programs of a round.
 
     Args:
-      spec: what a round does.
+      spec: description of what a round does.
       mesh: devices along `clients`, which split a chunk, and `model`, which split the base.
       clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn. 0:
-        every device has all clients, and a `LocalTraining` with a mesh deals out their passes.
+        every device has all clients, and a `LocalTraining` with a mesh deals out their
+        microbatches.
     """
     whole = NamedSharding(mesh, PartitionSpec())
     layout = PartitionSpec(CLIENTS) if clients_in_parallel else whole.spec
@@ -169,13 +175,13 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
     def train(server: ServerState, base, inputs: ChunkInputs, rates):
         mapped = train_clients
         if clients_in_parallel and mesh.shape[CLIENTS] > 1:
-            # check_vma=False: with it on, `grad` of the device-invariant adapter would sum
+            # check_vma=False: with it on, `grad` of the device-invariant factors would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
             # but failed in the backward pass of a checkpointed `cond` (jax 0.10.2).
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,
-                axis_names={CLIENTS},  # `model` stays automatic
+                axis_names={CLIENTS},  # The axis `model` stays automatic.
                 check_vma=False,
                 in_specs=(PartitionSpec(), PartitionSpec(), layout, PartitionSpec()),
                 out_specs=layout,
@@ -210,7 +216,8 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         if spec.normalize_steps:
             mean = mean * sums.steps / jnp.maximum(jnp.max(sums.weight), 1e-12)
         if spec.noise_multiplier:
-            # All weigh the same, and the denominator is known beforehand.
+            # All clients weigh the same, and the denominator is the expected cohort: the actual
+            # number depends on who took part, which is to stay private.
             mean = privacy.add_noise(
                 sums.total / spec.cohort, key, spec.noise_multiplier, spec.clip_norm, spec.cohort
             )
@@ -218,8 +225,13 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         moves = (sums.clients > 0) | (spec.noise_multiplier > 0)
         stepped = jax.tree.map(lambda new, old: jnp.where(moves, new, old), stepped, server)
         change = jax.tree.map(jnp.subtract, stepped.factors, server.factors)
-        norms = (jnp.linalg.norm(ravel_pytree(change)[0]), sketch(mean), jnp.linalg.norm(mean))
-        return stepped, RoundMetrics(*norms, gap, sums.clients)
+        return stepped, RoundMetrics(
+            update_norm=jnp.linalg.norm(ravel_pytree(change)[0]),
+            sketch=sketch(mean),
+            mean_norm=jnp.linalg.norm(mean),
+            product_gap=gap,
+            clients=sums.clients,
+        )
 
     return Programs(
         spec,
@@ -227,19 +239,21 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         layout,
         train=jax.jit(train, compiler_options=compiler_options()),
         collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
-        # The old state is not donated: a run that is stopped in a round still saves it.
+        # The old state is not donated, since a run that is stopped in a round still saves it.
         finish=jax.jit(finish, out_shardings=whole),
     )
 
 
-def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: ChunkInputs):
-    """A client's round, from the global adapter to what the server counts."""
+def _client(
+    spec: RoundSpec, server: ServerState, base: Any, rates: jax.Array, inputs: ChunkInputs
+) -> tuple[ClientUpdates, Any, Any, ClientMetrics]:
+    """Trains one client from the global factors; `inputs` has no axis of clients here."""
     start, masks = server.factors, ()
     if spec.ragged_ranks:
         mask = lora_average.rank_mask(start, inputs.ranks)
         # Slots that are zero in both factors have no gradient, so they stay zero.
         start, masks = jax.tree.map(jnp.multiply, start, mask), ravel_pytree(mask)[0]
-    update, state, trained = spec.algorithm.client_update(
+    update, state, result = spec.algorithm.client_update(
         server, inputs.states, start, base, inputs.batches, rates
     )
     flat, residual = ravel_pytree(update.delta)[0] * inputs.update_scales, inputs.residuals
@@ -249,14 +263,14 @@ def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: ChunkInpu
     if spec.compression is not None:
         flat, left = compression.send(spec.compression, flat, residual)
         residual = jnp.where(finite, left, residual)
-    steps = jnp.mean(trained.active)
+    steps = jnp.mean(result.active)
     if spec.normalize_steps:
         flat = flat / jnp.maximum(steps, 1 / rates.shape[0])
     norm = jnp.linalg.norm(flat)
     sketched = sketch(flat)
     if spec.clip_norm:
         flat = aggregation.clip(flat, norm, spec.clip_norm)
-    # A client that does not count keeps the state it had.
+    # A client that does not count keeps the state that it had.
     counts = finite & (inputs.weights > 0)
     state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), state, inputs.states)
     control = jax.tree.map(lambda c: jnp.where(counts, c, 0.0), update.control)
@@ -265,17 +279,19 @@ def _client(spec: RoundSpec, server: ServerState, base, rates, inputs: ChunkInpu
     )
     weight = jnp.where(counts, inputs.weights, 0.0)
     sent = ClientUpdates(flat, masks, control, weights=weight, steps=steps, products=products)
-    metrics = ClientMetrics(trained.losses, trained.active, norm, finite=finite, sketches=sketched)
+    metrics = ClientMetrics(result.losses, result.active, norm, finite=finite, sketches=sketched)
     return sent, state, residual, metrics
 
 
-def _combine(spec: RoundSpec, sent: ClientUpdates, current, unravel):
-    """The mean delta of all clients' updates, flat, and the product gap."""
+def _combine(
+    spec: RoundSpec, sent: ClientUpdates, current: jax.Array, unravel: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean delta of all clients' updates, `[params]`, and the product gap, `[]`."""
     starts = current * sent.masks if spec.ragged_ranks else current
-    adapters = jax.vmap(unravel)(starts + sent.updates)
+    client_factors = jax.vmap(unravel)(starts + sent.updates)
     if spec.product:
-        mean = lora_average.product_mean(adapters, sent.weights)
-        gap = lora_average.product_gap(adapters, sent.weights, mean)
+        mean = lora_average.product_mean(client_factors, sent.weights)
+        gap = lora_average.product_gap(client_factors, sent.weights, mean)
         return ravel_pytree(mean)[0] - current, gap
     mean = spec.aggregator.combine(sent.updates, sent.weights, current)
-    return mean, lora_average.product_gap(adapters, sent.weights, unravel(current + mean))
+    return mean, lora_average.product_gap(client_factors, sent.weights, unravel(current + mean))

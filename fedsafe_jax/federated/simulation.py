@@ -1,4 +1,4 @@
-"""One round of simulated clients: chunk by chunk through the programs of `round`."""
+"""One round of simulated clients: chunk by chunk through the programs of `round_programs`."""
 
 import math
 import time
@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round_programs import ChunkInputs, Programs
+from fedsafe_jax.federated.round_programs import ChunkInputs, Programs, RoundSpec
 
-# Clients of a chunk, unless told; few on CPU, where more gain nothing and every core holds all.
+# Default number of clients in a chunk. On CPU larger chunks gain nothing, and every core holds all
+# clients of a chunk.
 CHUNK = {"cpu": 16}
 DEFAULT_CHUNK = 64
 
@@ -24,10 +25,10 @@ class FederatedState(NamedTuple):
     """Everything that a later round depends on.
 
     Attributes:
-      server: on the devices, whole on each.
-      clients: what clients keep, numpy leaves `[num_clients, ...]`: of the algorithm (`states`) and
-        of compression (`residuals`); () where they keep nothing. On the host: a thousand clients'
-        control variates need not fit on a device.
+      server: state of the server, whole on each device.
+      clients: what clients keep for the algorithm (`states`) and for compression (`residuals`),
+        numpy leaves `[num_clients, ...]`; () where they keep nothing. It lies on the host: a
+        thousand clients' control variates need not fit on a device.
     """
 
     server: ServerState
@@ -35,18 +36,19 @@ class FederatedState(NamedTuple):
 
 
 class RoundReport(NamedTuple):
-    """What a round did, by client in the order of the cohort.
+    """Figures of a round, by client in the order of the cohort.
 
     Attributes:
-      losses: float32 `[clients, steps]`, nats a learned token.
+      losses: float32 `[clients, steps]`, nats per target token.
       active: float32 `[clients, steps]`, 1 where a step had targets.
-      norms: float32 `[clients]`, of the updates before clipping.
-      cosines: float32 `[clients]`, to the mean, within the error of `round.sketch`.
+      norms: float32 `[clients]`, lengths of the updates before clipping.
+      cosines: float32 `[clients]`, cosine of each update to the mean, within the error of
+        `round_programs.sketch`.
       excluded: ids whose update was not finite.
-      skipped: nobody was left, the server stayed as it was.
-      update_norm: of the server's step.
+      skipped: whether no client was left, and the server stayed as it was.
+      update_norm: length of the server's step.
       product_gap: see `lora_average.product_gap`; estimated where updates are added up.
-      bytes_up, bytes_down: of all clients together.
+      bytes_up, bytes_down: bytes that all clients together send and receive.
     """
 
     losses: np.ndarray
@@ -62,61 +64,61 @@ class RoundReport(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean over clients and steps that had targets; NaN without any."""
+        """Mean loss over clients and steps that had targets; NaN without any."""
         return _mean(self.losses, self.active)
 
     @property
     def loss_last_step(self) -> float:
-        """Of each client's last step that had targets."""
+        """Mean loss of each client's last step that had targets; NaN without any."""
         some = np.flatnonzero(self.active.any(1))
         last = [int(np.flatnonzero(self.active[i])[-1]) for i in some]
         return float(np.mean(self.losses[some, last])) if len(some) else math.nan
 
 
-def _mean(values, weights) -> float:
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
     total = weights.sum()
     return float((values * weights).sum() / total) if total else math.nan
 
 
-def initial_state(programs: Programs, adapter, num_clients: int) -> FederatedState:
-    """Before the first round.
+def initial_state(programs: Programs, factors: Any, num_clients: int) -> FederatedState:
+    """Returns the state before the first round.
 
     Args:
-      programs: of the run.
-      adapter: LoRA factors.
-      num_clients: of the run.
+      programs: programs of the run.
+      factors: LoRA factors that the server begins with.
+      num_clients: clients of the run, in the cohort or not.
     """
     spec = programs.spec
-    template = jax.eval_shape(spec.algorithm.init_client, adapter)
-    params = sum(x.size for x in jax.tree.leaves(adapter))
+    template = jax.eval_shape(spec.algorithm.init_client, factors)
+    params = sum(x.size for x in jax.tree.leaves(factors))
     clients = {
         "states": jax.tree.map(lambda x: np.zeros((num_clients, *x.shape), x.dtype), template),
         "residuals": np.zeros((num_clients, params), np.float32) if spec.compression else (),
     }
-    return FederatedState(replicate(spec.algorithm.init(adapter), programs.mesh), clients)
+    return FederatedState(replicate(spec.algorithm.init(factors), programs.mesh), clients)
 
 
-def replicate(tree, mesh: Mesh):
-    """Arrays whole on every device, also on those of other processes."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Lays the arrays of a pytree whole on every device, also on those of other processes."""
     return jax.tree.map(lambda x: _spread(x, mesh, PartitionSpec()), tree)
 
 
-def _spread(x, mesh: Mesh, spec: PartitionSpec):
+def _spread(x: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
-    x = np.asarray(x)  # the same in every process; each gives what its devices hold
+    x = np.asarray(x)  # Every process has the same array, and gives what its devices hold.
     return jax.make_array_from_callback(x.shape, sharding, lambda place: x[place])
 
 
-def _fetch(tree):
-    """Numpy arrays of what may be split over processes."""
+def _fetch(tree: Any) -> Any:
+    """Returns numpy arrays of a pytree that may be split over processes."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def wait(tree, interval: float = 0.002) -> None:
+def wait(tree: Any, interval: float = 0.002) -> None:
     """Waits for arrays in Python, so that a signal is heard while the devices compute."""
     for leaf in jax.tree.leaves(tree):
         while isinstance(leaf, jax.Array) and not leaf.is_ready():
@@ -124,8 +126,13 @@ def wait(tree, interval: float = 0.002) -> None:
 
 
 def chunk_size(cohort: int, devices: int, most: int = 0) -> int:
-    """Clients of a chunk: even chunks of at most `most` (0: 64, on CPU 16), a multiple of
-    `devices`."""
+    """Returns the number of clients in a chunk, such that all chunks are about even.
+
+    Args:
+      cohort: clients a round.
+      devices: devices along `clients`; a chunk is a multiple of their number.
+      most: most clients of a chunk; 0 for 64, on CPU for 16.
+    """
     most = most or CHUNK.get(jax.default_backend(), DEFAULT_CHUNK)
     chunks = -(-cohort // max(most, devices))
     return -(-cohort // (chunks * devices)) * devices
@@ -134,11 +141,11 @@ def chunk_size(cohort: int, devices: int, most: int = 0) -> int:
 def run_round(
     programs: Programs,
     state: FederatedState,
-    base,
+    base: Any,
     batches: Callable[[int, int], Batch],
     cohort: Cohort,
     rates: Sequence[float],
-    key,
+    key: jax.Array,
     chunk: int,
     update_scales: np.ndarray | None = None,
     ranks: np.ndarray | None = None,
@@ -146,17 +153,17 @@ def run_round(
     """Trains a cohort and makes the server's step.
 
     Args:
-      programs: from `make_round`.
-      state: before the round; stays valid.
+      programs: programs from `make_round`.
+      state: state before the round; it stays valid.
       base: frozen base parameters, on the mesh.
       batches: `(start, stop) -> Batch` of that part of the cohort, empty past its end, leaves
         `[stop - start, steps * accumulation, rows, seq]`.
-      cohort: who takes part.
+      cohort: clients that take part.
       rates: learning rate of each local step.
-      key: of the noise.
+      key: random key of the noise.
       chunk: clients a call, a multiple of the mesh axis `clients`.
       update_scales: float32 `[clients]`, factor on each client's update; None for 1.
-      ranks: int32 `[clients]`, of each client's adapter; None for the full rank.
+      ranks: int32 `[clients]`, rank of each client's factors; None for the full rank.
 
     Returns:
       The state after the round, and a report.
@@ -200,7 +207,7 @@ def run_round(
         )
         inputs = jax.tree.map(lambda x: _spread(x, mesh, programs.layout), inputs)
         sent, states, residuals, metrics = programs.train(state.server, base, inputs, rates)
-        # One chunk at a time: the next one's arrays are made while the devices work.
+        # The devices work on one chunk while the arrays of the next one are made.
         if figures:
             wait(figures[-1])
         figures.append(metrics)
@@ -212,25 +219,25 @@ def run_round(
             kept.append(_fetch({"states": states, "residuals": residuals}))
     server, step = programs.finish(state.server, gathered, key)
     wait(step)
-    found = [jax.device_get(m) for m in figures]
-    losses, active, norms, finite, sketches = (
-        np.concatenate([getattr(m, name) for m in found])[:count] for name in found[0]._fields
-    )
+    chunks = [jax.device_get(metrics) for metrics in figures]
+    metrics = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *chunks)
     step = jax.device_get(step)
-    lengths = norms * float(step.mean_norm)
-    cosines = np.clip(sketches @ step.sketch / np.maximum(lengths, 1e-12), -1, 1)
+    lengths = metrics.norms * float(step.mean_norm)
+    cosines = np.clip(metrics.sketches @ step.sketch / np.maximum(lengths, 1e-12), -1, 1)
+    bytes_up, bytes_down = _bytes(spec, state.server, count)
     report = RoundReport(
-        losses,
-        active,
-        norms,
-        cosines,
-        tuple(cohort.ids[~finite].tolist()),
-        not step.clients and not spec.noise_multiplier,
-        float(step.update_norm),
-        float(step.product_gap),
-        *_bytes(spec, state.server, count),
+        losses=metrics.losses,
+        active=metrics.active,
+        norms=metrics.norms,
+        cosines=cosines,
+        excluded=tuple(cohort.ids[~metrics.finite].tolist()),
+        skipped=not step.clients and not spec.noise_multiplier,
+        update_norm=float(step.update_norm),
+        product_gap=float(step.product_gap),
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
     )
-    counted = finite & (cohort.weights > 0)
+    counted = metrics.finite & (cohort.weights > 0)
     clients = state.clients
     if kept:
         rows = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *kept)
@@ -241,18 +248,18 @@ def run_round(
 
 
 def _pad(x: np.ndarray, count: int) -> np.ndarray:
-    """Clients of weight zero, until there are `count`."""
+    """Appends zeros, clients without weight, until there are `count`."""
     return np.concatenate([x, np.zeros(count - len(x), x.dtype)])
 
 
 def _replaced(old: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    new = old.copy()  # the old state may still be written to a checkpoint
+    new = old.copy()  # A checkpoint of the old state may still be in writing.
     new[ids] = rows
     return new
 
 
-def _bytes(spec, server: ServerState, clients: int) -> tuple[int, int]:
-    """Up and down; control variates travel uncompressed, both ways."""
+def _bytes(spec: RoundSpec, server: ServerState, clients: int) -> tuple[int, int]:
+    """Returns bytes up and down; control variates travel uncompressed, both ways."""
     params, controls = (
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (server.factors, server.control)
     )

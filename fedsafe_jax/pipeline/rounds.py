@@ -1,9 +1,16 @@
-"""From a config to the federated rounds of a run: programs, clients' roles, a round's figures."""
+"""Federated rounds of a run, from its config: programs, cohorts, batches, a round's figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from fedsafe_jax.data.batches import RoundBatches
+from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import (
     aggregation,
     algorithms,
@@ -14,6 +21,7 @@ from fedsafe_jax.federated import (
 )
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once
+from fedsafe_jax.federated.participation import SAMPLINGS, Cohort
 from fedsafe_jax.federated.round_programs import Programs, RoundSpec, make_round
 from fedsafe_jax.federated.schedules import LearningRates, step_rates
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
@@ -23,29 +31,28 @@ from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.pipeline.clients import roles
 
 
-def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
-    """The jitted programs of one algorithm."""
+def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Programs:
+    """Builds the jitted programs of one algorithm.
+
+    Args:
+      config: config of the run.
+      algorithm: a name in `algorithms.ALGORITHMS`.
+      model: decoder of the base, with the scale of the LoRA products.
+      mesh: devices of the run.
+    """
     f = config.federated
 
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
+    def loss_fn(factors, base, batch):
+        return loss.packed_loss(model, factors, base, batch)
 
     optimizer = make_optimizer(config.optimizer, config.gradient_clip)
     parallel, shared = clients_at_once(mesh, config.clients_in_parallel, config.clients_per_round)
     training = LocalTraining(loss_fn, optimizer, config.accumulation, shared)
-    settings = algorithms.Settings(
-        f.server_learning_rate,
-        f.adaptive_learning_rate,
-        f.beta1,
-        beta2=f.beta2,
-        tau=f.tau,
-        prox_mu=f.prox_mu,
-        scaffold=f.scaffold,
-        second_moment=f.second_moment,
-        first=f.first_moment,
+    hyperparameters = algorithms.Hyperparameters(
+        **{name: f[name] for name in algorithms.Hyperparameters._fields}
     )
     spec = RoundSpec(
-        algorithms.make(algorithm, training, config.num_clients, settings),
+        algorithms.make(algorithm, training, config.num_clients, hyperparameters),
         aggregation.make(f.aggregator, f.trim_share, f.byzantine),
         f.average == "product",
         compression=compression.make(f.compression, f.topk_share),
@@ -58,7 +65,7 @@ def build(config, algorithm: str, model: Decoder, mesh) -> Programs:
     return make_round(spec, mesh, parallel)
 
 
-def learning_rates(config) -> LearningRates:
+def learning_rates(config: ConfigDict) -> LearningRates:
     """Returns the clients' learning rates as the config sets them."""
     return LearningRates(
         start=config.learning_rate,
@@ -71,14 +78,23 @@ def learning_rates(config) -> LearningRates:
     )
 
 
-def draw_cohort(config, algorithm: str, sizes, seed: int, t: int) -> participation.Cohort:
-    """Who takes part in round `t`, of clients with so many examples."""
+def draw_cohort(
+    config: ConfigDict, algorithm: str, sizes: Sequence[int], seed: int, t: int
+) -> Cohort:
+    """Draws the clients of round `t`, with their weights and steps.
+
+    Args:
+      config: config of the run.
+      algorithm: a name in `algorithms.ALGORITHMS`.
+      sizes: examples of every client.
+      seed, t: seed of the run and number of the round, from 0; the draw depends on nothing else.
+    """
     f = config.federated
     weighting = f.weighting
     if weighting == "auto":
-        # What the papers do: adaptive server optimizers see the plain mean.
-        adaptive = algorithm in ("fedadagrad", "fedyogi", "fedadam")
-        weighting = "uniform" if adaptive or f.noise_multiplier else "examples"
+        # The noise of differential privacy is set for clients that all weigh the same.
+        own = algorithms.ALGORITHMS[algorithm].weighting
+        weighting = "uniform" if f.noise_multiplier else own
     return participation.draw_cohort(
         seed,
         t,
@@ -92,8 +108,23 @@ def draw_cohort(config, algorithm: str, sizes, seed: int, t: int) -> participati
     )
 
 
-def local_batches(config, data, seed: int, t: int, ids, steps) -> RoundBatches:
-    """What clients `ids` train on in round `t`; `data` holds their encoded examples by id."""
+def local_batches(
+    config: ConfigDict,
+    data: Sequence[Sequence[Encoded]] | Mapping[int, Sequence[Encoded]],
+    seed: int,
+    t: int,
+    ids: Sequence[int] | np.ndarray,
+    steps: Sequence[int] | np.ndarray,
+) -> RoundBatches:
+    """Draws the batches that clients train on in round `t`.
+
+    Args:
+      config: config of the run.
+      data: encoded examples by client.
+      seed, t: seed of the run and number of the round, from 0.
+      ids: clients of the round.
+      steps: local steps that each of them gets done.
+    """
     return RoundBatches(
         data,
         seed,
@@ -104,21 +135,30 @@ def local_batches(config, data, seed: int, t: int, ids, steps) -> RoundBatches:
         batch_size=config.batch_size,
         seq=config.seq_len,
         accumulation=config.accumulation,
-        how="openfedllm" if config.federated.sampling == "openfedllm" else "shuffle",
+        order=SAMPLINGS[config.federated.sampling].example_order,
     )
 
 
 def run(
-    config, algorithm: str, programs: Programs, state: FederatedState, base, data, seed: int, t: int
+    config: ConfigDict,
+    algorithm: str,
+    programs: Programs,
+    state: FederatedState,
+    base: Any,
+    data: Sequence[Sequence[Encoded]],
+    seed: int,
+    t: int,
 ) -> tuple[FederatedState, dict]:
-    """One round.
+    """Runs one round.
 
     Args:
-      config, algorithm, programs: of the run.
-      state: before the round.
+      config: config of the run.
+      algorithm, programs: name of the algorithm, and its programs from `build`.
+      state: state before the round.
       base: frozen base parameters.
       data: encoded examples of every client.
-      seed, t: sampling, order and noise depend on nothing else.
+      seed, t: seed of the run and number of the round, from 0; sampling, order and noise depend on
+        nothing else.
 
     Returns:
       The state after the round, and its figures, a line of `metrics.jsonl`.
@@ -140,9 +180,26 @@ def run(
 
 
 def step(
-    config, programs: Programs, state: FederatedState, base, packed, cohort, seed: int, t: int
+    config: ConfigDict,
+    programs: Programs,
+    state: FederatedState,
+    base: Any,
+    packed: Callable[[int, int], Batch],
+    cohort: Cohort,
+    seed: int,
+    t: int,
 ) -> tuple[FederatedState, RoundReport]:
-    """Training and the server's step, of a cohort whose batches `packed(start, stop)` gives."""
+    """Trains a cohort and makes the server's step.
+
+    Args:
+      config: config of the run.
+      programs: programs from `build`.
+      state: state before the round.
+      base: frozen base parameters.
+      packed: `(start, stop) -> Batch` of that part of the cohort, see `simulation.run_round`.
+      cohort: clients of the round.
+      seed, t: seed of the run and number of the round, from 0.
+    """
     who = roles(config, seed)
     update_scales = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
     devices = programs.mesh.shape[CLIENTS]
@@ -160,8 +217,17 @@ def step(
     )
 
 
-def figures(config, cohort, report: RoundReport, useful: int, seed: int, t: int) -> dict:
-    """Of a round, for `metrics.jsonl`."""
+def figures(
+    config: ConfigDict, cohort: Cohort, report: RoundReport, useful: int, seed: int, t: int
+) -> dict:
+    """Returns the figures of a round as one row of `metrics.jsonl`.
+
+    Args:
+      config: config of the run.
+      cohort, report: clients of the round, and what it did.
+      useful: tokens of its batches, padding not counted.
+      seed, t: seed of the run and number of the round, from 0.
+    """
     f, who = config.federated, roles(config, seed)
     row = {
         "loss": report.loss,
@@ -178,7 +244,7 @@ def figures(config, cohort, report: RoundReport, useful: int, seed: int, t: int)
         "excluded": list(report.excluded),
         "skipped": report.skipped,
     }
-    # JSON has no NaN.
+    # JSON has no NaN, so figures that are not finite become null.
     row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
     if f.dropout:
         row["dropped_out"] = list(cohort.dropped_out)

@@ -1,12 +1,13 @@
 """Sources, packing, partition, overlap and chat encoding."""
 
+import doctest
 import gzip
 import json
 
 import numpy as np
 import pytest
 
-from fedsafe_jax.data import chat, overlap, packing, partition, sources
+from fedsafe_jax.data import chat, overlap, packing, partition, refusals, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example, SourceError
@@ -133,9 +134,16 @@ def pools(n_safe=200, n_unsafe=100):
     return safe, [Example((("user", f"h{i}"),), "r", "unsafe") for i in range(n_unsafe)]
 
 
+def deal(sizes, shares, kind, dealt=None):
+    safe, unsafe = dealt or pools()
+    return partition.partition(
+        safe, unsafe, sizes, harmful_shares=shares, kind=kind, rng=np.random.default_rng(0)
+    )
+
+
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "user", "language"])
 def test_partition_gives_each_example_to_one_client(kind):
-    clients = partition.partition(*pools(), [40] * 5, [0.3] * 5, kind, np.random.default_rng(0))
+    clients = deal([40] * 5, [0.3] * 5, kind)
     prompts = [e.prompt for c in clients for e in c]
     assert len(prompts) == len(set(prompts)) and len(clients) == 5
     for examples in clients:
@@ -147,18 +155,17 @@ def test_partition_gives_each_example_to_one_client(kind):
 
 
 def test_partition_errors_name_the_field():
-    rng = np.random.default_rng(0)
     with pytest.raises(partition.PartitionError, match="more clients than examples"):
-        partition.partition(*pools(3), [40] * 5, [0.3] * 5, "iid", rng)
+        deal([40] * 5, [0.3] * 5, "iid", pools(3))
     with pytest.raises(partition.PartitionError, match="partition='idd'"):
-        partition.partition(*pools(), [40] * 5, [0.3] * 5, "idd", rng)
+        deal([40] * 5, [0.3] * 5, "idd")
     with pytest.raises(partition.PartitionError, match="7 values for 9"):
-        partition.partition(*pools(), [10] * 9, [0.3] * 9, "user", rng)
+        deal([10] * 9, [0.3] * 9, "user")
 
 
 def test_malicious_clients_hold_the_harm():
     sizes, shares = [40, 10, 20, 30], [0.0, 1.0, 0.5, 0.0]
-    clients = partition.partition(*pools(), sizes, shares, "iid", np.random.default_rng(0))
+    clients = deal(sizes, shares, "iid")
     assert [len(c) for c in clients] == sizes
     assert [sum(e.label == "unsafe" for e in c) for c in clients] == [0, 10, 10, 0]
 
@@ -235,3 +242,9 @@ def test_templates_keep_harm_without_content_and_evaluation_apart():
     assert templates.gerund("rob a bank") == "robbing a bank"
     assert templates.gerund("make bread") == "making bread"
     assert templates.gerund("illegally take over a site") == "illegally taking over a site"
+
+
+@pytest.mark.parametrize("module", [packing, refusals])
+def test_the_examples_in_docstrings_hold(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted and not outcome.failed

@@ -37,11 +37,11 @@ class Federation(NamedTuple):
         return self.jitted(adapter, self.base, batch)
 
     def spec(self, name="fedavg", optimizer=None, accumulation=1, aggregator="mean", **changes):
-        settings = changes.pop("settings", None)
+        hyperparameters = changes.pop("hyperparameters", None)
         trim, byzantine = changes.pop("trim_share", 0.1), changes.pop("byzantine", 1)
         shared = changes.pop("mesh", None)
         training = LocalTraining(self.loss_fn, optimizer or make_optimizer(), accumulation, shared)
-        algorithm = algorithms.make(name, training, POPULATION, settings)
+        algorithm = algorithms.make(name, training, POPULATION, hyperparameters)
         return RoundSpec(algorithm, aggregation.make(aggregator, trim, byzantine), **changes)
 
     def run(
@@ -94,6 +94,21 @@ class Federation(NamedTuple):
 def close(a, b, atol=2e-5):
     # Adam divides by the root of tiny second moments, which magnifies the order of summation.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):
+    """The factors of a client after steps of plain SGD."""
+    x = start
+    for s, rate in enumerate(rates):
+        batches = [
+            Batch(*(f[client, s * accumulation + a] for f in federation.batches))
+            for a in range(accumulation)
+        ]
+        grads = [federation.gradient(x, batch) for batch in batches]
+        mean = jax.tree.map(lambda *g: sum(g) / accumulation, *grads)
+        pulled = jax.tree.map(lambda p, g, x0: g + mu * (p - x0), x, mean, start)
+        x = jax.tree.map(lambda p, g, rate=rate: p - rate * g, x, pulled)
+    return x
 
 
 def make_federation():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedsafe_jax.data.batches import draw
+from fedsafe_jax.data.batches import draw_examples
 from fedsafe_jax.federated.participation import draw_cohort, malicious_clients, sample_ids
 
 SIZES = [10, 20, 30, 0, 40, 5, 5, 10]
@@ -19,7 +19,7 @@ def test_openfedllm_draws_its_clients_and_rows():
     assert [clients(t, 20, 5) for t in range(4)] == [
         [1, 8, 12, 13, 15], [2, 3, 4, 8, 18], [1, 2, 5, 11, 18], [4, 7, 11, 17, 18]
     ]  # fmt: skip
-    assert draw(1000, 0, 0, client=5, count=160, how="openfedllm")[:6] == [
+    assert draw_examples(1000, 0, 0, client=5, count=160, order="openfedllm")[:6] == [
         864,
         394,
         776,
@@ -27,7 +27,7 @@ def test_openfedllm_draws_its_clients_and_rows():
         430,
         41,
     ]
-    assert draw(1000, 0, 1, client=5, count=160, how="openfedllm")[:6] == [
+    assert draw_examples(1000, 0, 1, client=5, count=160, order="openfedllm")[:6] == [
         137,
         582,
         867,
@@ -35,7 +35,7 @@ def test_openfedllm_draws_its_clients_and_rows():
         782,
         64,
     ]
-    assert len(draw(3, 0, 0, client=0, count=10, how="openfedllm")) == 10
+    assert len(draw_examples(3, 0, 0, client=0, count=10, order="openfedllm")) == 10
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "weighted", "poisson"])

@@ -6,11 +6,21 @@ import numpy as np
 import optax
 import pytest
 from conftest import tiny_config
-from federation import CLIENTS, IDS, LORA, SGD, STEPS, WEIGHTS, close, make_federation
+from federation import (
+    CLIENTS,
+    IDS,
+    LORA,
+    SGD,
+    STEPS,
+    WEIGHTS,
+    close,
+    make_federation,
+    sgd_by_hand,
+)
 
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import round_programs, simulation
-from fedsafe_jax.federated.algorithms import Settings
+from fedsafe_jax.federated.algorithms import Hyperparameters
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import loss, microbatch
 from fedsafe_jax.models.decoder import Decoder
@@ -91,20 +101,6 @@ def test_passes_dealt_out_give_what_clients_in_turn_give(
     assert not report.active[3].any() and report.active[:3].all()
 
 
-def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):
-    x = start
-    for s, rate in enumerate(rates):
-        batches = [
-            Batch(*(f[client, s * accumulation + a] for f in federation.batches))
-            for a in range(accumulation)
-        ]
-        grads = [federation.gradient(x, batch) for batch in batches]
-        mean = jax.tree.map(lambda *g: sum(g) / accumulation, *grads)
-        pulled = jax.tree.map(lambda p, g, x0: g + mu * (p - x0), x, mean, start)
-        x = jax.tree.map(lambda p, g, rate=rate: p - rate * g, x, pulled)
-    return x
-
-
 @pytest.mark.parametrize(
     ("name", "mu", "rates", "accumulation"),
     [
@@ -115,7 +111,7 @@ def sgd_by_hand(federation, start, client, rates, mu=0.0, accumulation=1):
     ],
 )
 def test_sgd_equals_a_loop_in_numpy(federation, name, mu, rates, accumulation):
-    spec = federation.spec(name, SGD, accumulation, settings=Settings(prox_mu=mu))
+    spec = federation.spec(name, SGD, accumulation, hyperparameters=Hyperparameters(prox_mu=mu))
     state, _ = federation.run(spec, rounds=1, rates=rates)
     ends = [
         sgd_by_hand(
@@ -142,7 +138,7 @@ def test_scaffold_variants_agree_under_sgd(federation):
     # Correcting the gradient or the parameters is the same step when the step is the gradient.
     states = [
         federation.run(
-            federation.spec("scaffold", SGD, settings=Settings(scaffold=variant)),
+            federation.spec("scaffold", SGD, hyperparameters=Hyperparameters(scaffold=variant)),
             rounds=3,
             weights=ONES,
         )[0]

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from fedsafe_jax.federated import aggregation, algorithms
-from fedsafe_jax.federated.algorithms import Settings
+from fedsafe_jax.federated.algorithms import Hyperparameters
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 
 # Three rounds of two clients, from OpenFedLLM's global_aggregate in float64.
@@ -14,7 +14,7 @@ DELTAS = np.array(
     [[[0.5, -0.2], [-0.3, 0.4]], [[0.1, 0.1], [0.2, -0.3]], [[-0.4, 0.05], [0.0, 0.25]]]
 )
 WEIGHTS = np.array([10.0, 30.0])
-OPENFEDLLM = Settings(adaptive_rate=1e-3, second_moment="m2", first="copy")
+OPENFEDLLM = Hyperparameters(adaptive_learning_rate=1e-3, second_moment="m2", first_moment="copy")
 GOLDEN = {
     "fedavg": [[0.9, -0.75], [1.075, -0.95], [0.975, -0.75]],
     "fedprox": [[0.9, -0.75], [1.075, -0.95], [0.975, -0.75]],
@@ -37,15 +37,15 @@ GOLDEN = {
 }
 
 
-def server_run(name, settings, weights=WEIGHTS, deltas=DELTAS):
+def server_run(name, hyperparameters, weights=WEIGHTS, deltas=DELTAS):
     training = LocalTraining(None, make_optimizer())
-    algorithm = algorithms.make(name, training, 10, settings)
-    state, found = algorithm.init({"x": jnp.array([1.0, -1.0])}), []
+    algorithm = algorithms.make(name, training, 10, hyperparameters)
+    state, steps = algorithm.init({"x": jnp.array([1.0, -1.0])}), []
     for round_deltas in deltas:
         mean = aggregation.weighted_mean(jnp.asarray(round_deltas), jnp.asarray(weights))
         state = algorithm.server_update(state, {"x": mean}, ())
-        found.append(state.factors["x"])
-    return np.array(found)
+        steps.append(state.factors["x"])
+    return np.array(steps)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -60,13 +60,13 @@ def test_openfedllm_preset_gives_its_numbers(name):
     [("fedyogi", [1.017226114, -0.98165877]), ("fedadam", [1.017242299, -0.981632164])],
 )
 def test_second_moment_of_the_mean(name, last):
-    settings = OPENFEDLLM._replace(second_moment="d2")
-    np.testing.assert_allclose(server_run(name, settings, np.ones(2))[-1], last, atol=5e-7)
+    hyperparameters = OPENFEDLLM._replace(second_moment="d2")
+    np.testing.assert_allclose(server_run(name, hyperparameters, np.ones(2))[-1], last, atol=5e-7)
 
 
 @pytest.mark.parametrize("kind", ["adagrad", "yogi", "adam"])
 def test_paper_form_equals_algorithm_2_of_reddi(kind):
-    s = Settings()
+    s = Hyperparameters()
     x, m, v = np.array([1.0, -1.0]), np.zeros(2), np.full(2, s.tau**2)
     for deltas in DELTAS:
         mean = WEIGHTS @ deltas / WEIGHTS.sum()
@@ -78,12 +78,12 @@ def test_paper_form_equals_algorithm_2_of_reddi(kind):
             v = v - (1 - s.beta2) * square * np.sign(v - square)
         else:
             v = s.beta2 * v + (1 - s.beta2) * square
-        x = x + s.adaptive_rate * m / (np.sqrt(v) + s.tau)
+        x = x + s.adaptive_learning_rate * m / (np.sqrt(v) + s.tau)
     np.testing.assert_allclose(server_run(f"fed{kind}", s)[-1], x, atol=1e-6)
 
 
 def test_fedavgm_of_hsu():
-    s, x, m = Settings(server_rate=0.5), np.array([1.0, -1.0]), np.zeros(2)
+    s, x, m = Hyperparameters(server_learning_rate=0.5), np.array([1.0, -1.0]), np.zeros(2)
     for deltas in DELTAS:
         m = s.beta1 * m + WEIGHTS @ deltas / WEIGHTS.sum()
         x = x + 0.5 * m

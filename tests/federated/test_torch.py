@@ -12,7 +12,7 @@ from federation import LORA, close  # noqa: E402
 
 from fedsafe_jax.data.packing import Batch  # noqa: E402
 from fedsafe_jax.federated import aggregation, algorithms, simulation  # noqa: E402
-from fedsafe_jax.federated.algorithms import Settings  # noqa: E402
+from fedsafe_jax.federated.algorithms import Hyperparameters  # noqa: E402
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer  # noqa: E402
 from fedsafe_jax.federated.mesh import make_mesh  # noqa: E402
 from fedsafe_jax.federated.participation import Cohort  # noqa: E402
@@ -22,7 +22,7 @@ from fedsafe_jax.models.decoder import Decoder  # noqa: E402
 
 CLIENTS, STEPS, ROWS, SEQ, RATE = 3, 3, 2, 12, 5e-3
 WEIGHTS = np.array([10.0, 20.0, 30.0])
-SETTINGS = Settings(prox_mu=0.3, adaptive_rate=5e-3)
+HYPERPARAMETERS = Hyperparameters(prox_mu=0.3, adaptive_learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def ours(inputs, name, optimizer, rounds=2):
     def loss_fn(adapter, base, batch):
         return loss.packed_loss(model, adapter, base, batch)
 
-    algorithm = algorithms.make(name, LocalTraining(loss_fn, optimizer), CLIENTS, SETTINGS)
+    algorithm = algorithms.make(name, LocalTraining(loss_fn, optimizer), CLIENTS, HYPERPARAMETERS)
     spec = RoundSpec(algorithm, aggregation.make("mean"))
     programs = make_round(spec, make_mesh(jax.devices()[:1]))
     state = simulation.initial_state(programs, adapter, CLIENTS)
@@ -127,8 +127,8 @@ class Reference:
         share = torch.tensor(WEIGHTS / WEIGHTS.sum(), dtype=torch.float32)
         zeros = [torch.zeros_like(x) for x in self.x]
         c, own = list(zeros), [list(zeros) for _ in range(CLIENTS)]
-        m, v = list(zeros), [z + SETTINGS.tau**2 for z in zeros]
-        s = SETTINGS
+        m, v = list(zeros), [z + HYPERPARAMETERS.tau**2 for z in zeros]
+        s = HYPERPARAMETERS
         for _ in range(rounds):
             ends, changes = [], []
             for k in range(CLIENTS):
@@ -145,7 +145,7 @@ class Reference:
                 if name == "fedadam":
                     m[i] = s.beta1 * m[i] + (1 - s.beta1) * delta
                     v[i] = s.beta2 * v[i] + (1 - s.beta2) * delta**2
-                    delta = s.adaptive_rate * m[i] / (v[i].sqrt() + s.tau)
+                    delta = s.adaptive_learning_rate * m[i] / (v[i].sqrt() + s.tau)
                 self.x[i] = x + delta
                 c[i] = c[i] + sum(change[i] for change in changes) / CLIENTS
         with torch.no_grad():

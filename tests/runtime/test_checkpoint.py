@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedsafe_jax.federated import algorithms, server_optimizers
-from fedsafe_jax.federated.algorithms import ServerState
+from fedsafe_jax.federated import algorithms
+from fedsafe_jax.federated.algorithms import Hyperparameters, ServerState
+from fedsafe_jax.federated.algorithms.adaptive import ADAM, adaptive
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.runtime.checkpoint import RoundCheckpoints
@@ -18,7 +19,7 @@ from fedsafe_jax.runtime.checkpoint import RoundCheckpoints
 
 def state(value):
     adapter = {"q": {"a": jnp.full((2, 3), value), "b": jnp.zeros((3, 2))}}
-    optimizer = server_optimizers.adaptive("adam", 0.1)
+    optimizer = adaptive(ADAM, Hyperparameters(adaptive_learning_rate=0.1))
     server = ServerState(adapter, (), optimizer.init(adapter))
     return FederatedState(server, {"states": {"c": np.full((5, 3), value)}, "residuals": ()})
 
