@@ -5,8 +5,9 @@ import importlib.util
 
 import ml_collections
 
+from fedsafe_jax.cai.losses import LOSSES
+from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
-from fedsafe_jax.cai.train import LOSSES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.readers import EVALUATION_ONLY
@@ -17,6 +18,7 @@ from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
+from fedsafe_jax.filters.kinds import FILTER_KINDS
 
 ARMS = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
 
@@ -183,12 +185,12 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
 
 
 def _validate_cai(c: ml_collections.ConfigDict) -> None:
-    """Fields of `cai`."""
+    """Checks the fields of `cai`."""
     for field, allowed in (
         ("reviser", ("global", "base")),
         ("revise", ("all", "wrong")),
-        ("check", ("rules", "filter", "both", "none")),
-        ("data", ("on_policy", "cached", "mixed")),
+        ("check", CHECKS),
+        ("data", DATA),
         ("schedule", SCHEDULES),
         ("reference", ("base", "global")),
     ):
@@ -215,11 +217,15 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
 
 
 def validate_filter(f: ml_collections.ConfigDict) -> None:
-    """Fields of `filter`."""
-    _choice("filter.kind", (f.kind,), ("classifier", "guard", "guardian", "simulated"))
+    """Checks the fields of `filter`.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is expected.
+    """
+    _choice("filter.kind", (f.kind,), FILTER_KINDS)
     _choice("filter.action", (f.action,), ACTIONS)
     _choice("filter.target", (f.target,), TARGETS)
-    if f.kind in ("guard", "guardian") and not f.model and not f.load:
+    if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(
             f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."
         )
