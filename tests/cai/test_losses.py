@@ -8,7 +8,9 @@ from cai_examples import Logits
 
 from fedsafe_jax.cai import losses, train
 from fedsafe_jax.cai.losses import Ratios
+from fedsafe_jax.config import default_config
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.validation import validate
 
 VOCABULARY, SIZE, SEQ, BETA = 11, 3, 16, 0.3
 NAMES = ("dpo", "ipo", "kto")
@@ -108,3 +110,16 @@ def test_ipo_rests_at_its_margin():
     assert float(loss(margin)) == 0
     grads = [float(jax.grad(loss)(margin + d)) for d in (-1.0, 1.0)]
     assert grads[0] < 0 < grads[1]
+
+
+def test_a_preference_loss_is_one_entry_of_the_registry(monkeypatch):
+    def hinge(ratios, beta):
+        return jax.nn.relu(1 - beta * (ratios.chosen - ratios.rejected))
+
+    monkeypatch.setitem(losses.LOSSES, "hinge", losses.Loss(hinge))
+    config = default_config()
+    config.cai.losses = ("sft", "hinge")
+    validate(config)
+    ratios, on = jnp.array([1.0, 2.0, 9.0, 0.5, 0.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
+    (value,) = train.preference_losses(ratios, on, ("hinge",), 0.5).values()
+    assert float(value) == pytest.approx((0.75 + 0.0) / 2)  # the third pair fills the batch

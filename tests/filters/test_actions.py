@@ -3,8 +3,10 @@
 import numpy as np
 from filter_examples import pair
 
+from fedsafe_jax.config import default_config
 from fedsafe_jax.data.refusals import REFUSAL
 from fedsafe_jax.filters import actions
+from fedsafe_jax.validation import validate
 
 EXAMPLES = [
     pair("a", "fine", "safe", "x"),
@@ -36,3 +38,17 @@ def test_actions():
     np.testing.assert_allclose(found.weights, [0.9, 0.1, 0.4], rtol=1e-6)
     empty = actions.apply("drop", EXAMPLES[1:2], P[1:2], 0.5)
     assert empty.examples == [] and empty.counts.dropped == 1  # a client that was all unsafe
+
+
+def test_an_action_is_one_entry_of_the_registry(monkeypatch):
+    def shorten(example, p_unsafe, answer=""):
+        return actions.Treated(example._replace(response=example.response[:2]), 0.5, "masked")
+
+    monkeypatch.setitem(actions.ACTIONS, "shorten", actions.Action(shorten))
+    config = default_config()
+    config.filter.action = "shorten"
+    validate(config)
+    found = actions.apply("shorten", EXAMPLES, P, 0.5)
+    assert [e.response for e in found.examples] == ["fine", "ha", "al"]
+    np.testing.assert_array_equal(found.weights, [1, 0.5, 0.5])
+    assert found.counts.masked == 2 and found.counts.kept == 1
