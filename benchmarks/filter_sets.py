@@ -93,7 +93,7 @@ def score(name, kind, config, train, held, seed):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(c.tokenizer))
-    found, _ = filtering.make(
+    found, _ = filtering.build_filter(
         c, train, tokenizer, seed=seed, dtype="float32", targets=("q_proj", "v_proj")
     )
     return found.score(held), found.decision.threshold

@@ -5,8 +5,9 @@ import importlib.util
 
 import ml_collections
 
+from fedsafe_jax.cai.losses import LOSSES
+from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
-from fedsafe_jax.cai.train import LOSSES
 from fedsafe_jax.config import ConfigError, check_override, default_config
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.partition import PARTITIONS
@@ -25,6 +26,7 @@ from fedsafe_jax.federated.privacy import ACCOUNTANTS
 from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
+from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.pipeline.arms import ARMS, any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
 
@@ -57,15 +59,15 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _choice("arms", c.arms, ARMS)
     _choice("algorithms", c.algorithms, ALGORITHMS)
     _validate_cai(c.cai)
+    validate_filter(c.filter)
     if c.cai.check in ("filter", "both"):
-        judging = c.filter.kind != "simulated" and any_filter(c)
+        judging = FILTER_KINDS[c.filter.kind].make is not None and any_filter(c)
         if not judging:
             raise ConfigError(
                 f"cai.check='{c.cai.check}': no filter is trained; add 'fl+filter' or "
                 "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
             )
     _validate_eval(c.eval)
-    validate_filter(c.filter)
     _choice("dtype", (c.dtype,), ("float32", "bfloat16"))
     _choice("quantization", (c.quantization,), ("", "int8", "nf4"))
     for field in (
@@ -211,12 +213,12 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
 
 
 def _validate_cai(c: ml_collections.ConfigDict) -> None:
-    """Fields of `cai`."""
+    """Checks the fields of `cai`."""
     for field, allowed in (
         ("reviser", ("global", "base")),
         ("revise", ("all", "wrong")),
-        ("check", ("rules", "filter", "both", "none")),
-        ("data", ("on_policy", "cached", "mixed")),
+        ("check", CHECKS),
+        ("data", DATA),
         ("schedule", SCHEDULES),
         ("reference", ("base", "global")),
     ):
@@ -243,11 +245,15 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
 
 
 def validate_filter(f: ml_collections.ConfigDict) -> None:
-    """Fields of `filter`."""
-    _choice("filter.kind", (f.kind,), ("classifier", "guard", "guardian", "simulated"))
+    """Checks the fields of `filter`.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is expected.
+    """
+    _choice("filter.kind", (f.kind,), FILTER_KINDS)
     _choice("filter.action", (f.action,), ACTIONS)
     _choice("filter.target", (f.target,), TARGETS)
-    if f.kind in ("guard", "guardian") and not f.model and not f.load:
+    if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(
             f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."
         )

@@ -32,7 +32,9 @@ def tiny_config(**changes) -> DecoderConfig:
 
 
 # Minutes each; begun first, so that two processes that share the files end together.
-LONG = "flower survival filters main launch notebook processes clients constitutional".split()
+LONG = (
+    "flower survival guard classifier main launch notebook processes clients constitutional"
+).split()
 
 
 def pytest_collection_modifyitems(items):

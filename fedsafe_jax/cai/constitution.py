@@ -1,4 +1,4 @@
-"""Principles of Constitutional AI, and example dialogues that show what to do with them."""
+"""Principles of Constitutional AI, and example dialogues that show how to apply them."""
 
 import importlib.resources
 import json
@@ -12,18 +12,18 @@ Turns = tuple[tuple[str, str], ...]  # (role, text), roles as in `forms.LABELS`
 
 
 class Principle(NamedTuple):
-    """One principle, as the two requests that apply it (Bai et al., 2022)."""
+    """One principle, as the two requests that apply it (Bai et al., 2022, arXiv 2212.08073)."""
 
     critique_request: str
     revision_request: str
 
 
 class Constitution(NamedTuple):
-    """What criticism and revision go by.
+    """Principles and examples of critique and revision.
 
     Attributes:
-      principles: at least one.
-      few_shots: dialogues from a question to the revision of its answer.
+      principles: at least one principle.
+      few_shots: example dialogues, each from a question to the revision of its answer.
     """
 
     principles: list[Principle]
@@ -79,8 +79,10 @@ def load(path: str, few_shots: str = "") -> Constitution:
 
 
 def parse_few_shot(text: str) -> Turns:
-    """Turns of a text in Anthropic's form: "Human: ...", "Assistant: ...", "CritiqueRequest: ...",
-    each after an empty line."""
+    """Splits a text in Anthropic's form into turns.
+
+    Each turn begins after an empty line with its label: "Human: ...", "CritiqueRequest: ...".
+    """
     roles = {label: role for role, label in LABELS.items()}
     parts = re.split(rf"\n\n({'|'.join(roles)}):", "\n\n" + text.lstrip())[1:]
     turns = zip(parts[::2], parts[1::2], strict=True)

@@ -1,13 +1,13 @@
-"""Decoupled refusal training, DeRTa (Yuan et al., 2024, arXiv 2407.09121): its rows and labels.
+"""Rows and labels of decoupled refusal training, DeRTa (Yuan et al., 2024, arXiv 2407.09121).
 
-From a harmful answer and a safe one to the same request: (a) the safe answer behind the first words
-of the harmful one, so that a model can turn back after it has begun; (b) along the harmful answer,
-at a random twentieth of its positions, the first token of a refusal, "reinforced transition
-optimisation".
+A harmful and a safe answer to the same request make two rows: (a) the safe answer behind the first
+words of the harmful one, so that a model can turn back after it has begun; (b) the harmful answer,
+where at a random twentieth of its positions the first token of a refusal is learned, "reinforced
+transition optimisation".
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,31 +15,48 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 
-KEPT = 20  # one position in so many becomes a transition
-EVERY = 3  # one row in so many has no harmful prefix
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POSITIONS_PER_TRANSITION = 20  # 1 in 20 positions of a harmful answer gets the transition loss
+ROWS_PER_BARE_ROW = 3  # 1 in 3 safe answers has no harmful prefix
 
 
 class Triple(NamedTuple):
-    """A request with a harmful and a safe answer, tokenised when rows are drawn."""
+    """A request with a harmful and a safe answer, as text."""
 
     prompt: str
     harmful: str
     safe: str
 
 
-def refusal_token(tokenizer, word: str = " Sorry") -> int:
-    """The first token of `word` that says something; the leading blank is part of it."""
+def refusal_token(tokenizer: "PreTrainedTokenizerBase", word: str = " Sorry") -> int:
+    """Returns the first token of `word` that is not blank.
+
+    The word has a leading blank, since the token stands within a sentence.
+
+    Raises:
+      ValueError: the word has no token.
+    """
     for token in tokenizer(word, add_special_tokens=False)["input_ids"]:
         if tokenizer.decode([token]).strip():
             return token
     raise ValueError(f"cai.refusal_word={word!r}: the tokenizer has no token for it.")
 
 
-def prefixed(tokenizer, triple: Triple, words: int, max_length: int) -> Encoded | None:
-    """The safe answer, learned, behind the first `words` words of the harmful one, not learned.
+def prefixed(
+    tokenizer: "PreTrainedTokenizerBase", triple: Triple, words: int, max_length: int
+) -> Encoded | None:
+    """Encodes the safe answer, learned, behind words of the harmful one, not learned.
+
+    Args:
+      tokenizer: a fast tokenizer (it gives offsets) with a chat template.
+      triple: the request and its answers.
+      words: number of words of the harmful answer.
+      max_length: most tokens of the row.
 
     Returns:
-      None when nothing learned is left within `max_length` tokens.
+      None when no learned token is left within `max_length`.
     """
     question = (("user", triple.prompt),)
     prefix, safe = " ".join(triple.harmful.split()[:words]), triple.safe.strip()
@@ -50,63 +67,71 @@ def prefixed(tokenizer, triple: Triple, words: int, max_length: int) -> Encoded 
         chat.to_dicts([*question, ("assistant", answer)]), tokenize=False
     )
     boundary = text.rindex(answer) + len(prefix)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    # A token may hold the blank before the safe answer, and begins at it.
-    learned = np.array([start >= boundary for start, _ in found["offset_mapping"]], bool)
-    ids, learned = np.asarray(found["input_ids"][:max_length], np.int32), learned[:max_length]
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # The first token of the safe answer may begin at the blank before it, which is the boundary.
+    learned = np.array([start >= boundary for start, _ in tokens["offset_mapping"]], bool)
+    ids, learned = np.asarray(tokens["input_ids"][:max_length], np.int32), learned[:max_length]
     return Encoded(ids, learned) if learned.any() else None
 
 
-def transition(tokenizer, triple: Triple, rng, max_length: int) -> Encoded | None:
-    """The harmful answer, a random twentieth (at least one) of whose positions is learned.
+def transition(
+    tokenizer: "PreTrainedTokenizerBase", triple: Triple, rng: np.random.Generator, max_length: int
+) -> Encoded | None:
+    """Encodes the harmful answer; a random twentieth of its positions, at least one, is learned.
 
-    What is learned there is not its own token: see `batch`.
+    The target at these positions is the refusal token, which `batch` puts there.
     """
     question = (("user", triple.prompt),)
     whole = chat.encode(tokenizer, question, triple.harmful, max_length)
     if whole is None:
         return None
     places = np.flatnonzero(whole.loss_mask)
-    kept = rng.choice(places, size=-(-len(places) // KEPT), replace=False)
+    kept = rng.choice(places, size=-(-len(places) // POSITIONS_PER_TRANSITION), replace=False)
     learned = np.zeros(len(whole.ids), bool)
     learned[kept] = True
     return Encoded(whole.ids, learned)
 
 
 def batch(
-    tokenizer, triples: Sequence[Triple], numbers: Sequence[int], refusal: int, seq: int, rng
+    tokenizer: "PreTrainedTokenizerBase",
+    triples: Sequence[Triple],
+    numbers: Sequence[int],
+    refusal: int,
+    seq: int,
+    rng: np.random.Generator,
 ) -> Batch:
-    """One step's rows of both kinds, packed.
+    """Packs one step's rows of both kinds.
 
     Args:
-      tokenizer: with a chat template, and offsets (a "fast" one).
-      triples: of this step.
-      numbers: of the triples in the order drawn, as many or more; every third has no prefix.
-      refusal: see `refusal_token`.
+      tokenizer: a fast tokenizer (it gives offsets) with a chat template.
+      triples: triples of this step.
+      numbers: number of each triple in the order drawn, at least as many as triples; every third
+        triple has no prefix.
+      refusal: refusal token, see `refusal_token`.
       seq: tokens of a row.
-      rng: numpy generator of prefix lengths and positions.
+      rng: generator of prefix lengths and positions.
 
     Returns:
       Packed rows whose mask is on at the learned positions and whose targets there are the safe
       answer's tokens, or `refusal` along harmful answers.
     """
-    encoded, turns = [], []
+    encoded, is_transition = [], []
     for number, triple in zip(numbers, triples, strict=False):
         words = len(triple.harmful.split())
         # Upstream draws 1 to len - 2 and leaves every third row without a prefix.
-        length = int(rng.integers(1, words - 1)) if number % EVERY and words > 2 else 0
-        for found, turn in (
+        length = int(rng.integers(1, words - 1)) if number % ROWS_PER_BARE_ROW and words > 2 else 0
+        for row, turns in (
             (prefixed(tokenizer, triple, length, seq), False),
             (transition(tokenizer, triple, rng, seq), True),
         ):
-            if found is not None:
-                encoded.append(found)
-                turns.append(turn)
+            if row is not None:
+                encoded.append(row)
+                is_transition.append(turns)
     rows = assign_rows([len(e.ids) for e in encoded], seq)
     out = fill(encoded, rows, max(len(rows), 1), seq)
     for r, members in enumerate(rows):
         for segment, index in enumerate(members, 1):
-            if turns[index]:
-                mine = (out.segment_ids[r] == segment) & (out.mask[r] > 0)
-                out.targets[r, mine] = refusal
+            if is_transition[index]:
+                learned = (out.segment_ids[r] == segment) & (out.mask[r] > 0)
+                out.targets[r, learned] = refusal
     return out

@@ -1,8 +1,8 @@
-"""How critique and revision are put to a model, and how its text is read back.
+"""Forms in which a model is asked for critique and revision, and in which its text is read back.
 
 Threads are (role, text) turns whose roles are the keys of `LABELS`. An instruct model sees them as
-a chat of user and assistant; a base model as one text in the form of Bai et al. (2022), which
-`DIALOGUE` writes as a chat template.
+a chat of user and assistant; a base model as one text in the form of Bai et al. (2022, arXiv
+2212.08073), which `DIALOGUE` writes as a chat template.
 """
 
 import re
@@ -43,20 +43,21 @@ _QUOTES = {'"': '"', "“": "”"}
 
 
 def as_chat(thread: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A thread as turns of user and assistant."""
+    """Rewrites a thread as turns of user and assistant."""
     spoken = {"critique_request": "user", "revision_request": "user"}
     spoken |= {"critique": "assistant", "revision": "assistant"}
     return [(spoken.get(role, role), text) for role, text in thread]
 
 
 def clean(text: str) -> tuple[str, bool]:
-    """What a model said, without what it said for others.
+    """Removes from a model's text whatever is not the answer itself.
 
-    Removes a label or a sentence that announces the text ("Here is the revised response:"), quotes
+    That is a label or a sentence that announces the text ("Here is the revised response:"), quotes
     around it, and everything from where the model goes on as another speaker.
 
     Returns:
-      `(text, ended)`: ended when it went on, so that the text itself is complete.
+      `(text, ended)`: ended when the model went on as another speaker, so that the
+      text is complete.
     """
     text = text.strip()
     text = _LEAD.sub("", text, count=1)

@@ -1,23 +1,27 @@
-"""Generate, critique, revise: the data of Constitutional AI (Bai et al., 2022, section 3)."""
+"""Generate, critique, revise: the data of Constitutional AI.
+
+The loop is that of Bai et al. (2022, arXiv 2212.08073, section 3).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fedsafe_jax.cai.constitution import Constitution
+from fedsafe_jax.cai.constitution import Constitution, Principle
 from fedsafe_jax.cai.forms import clean
 
 
 class Record(NamedTuple):
-    """One prompt's way through the loop.
+    """Record of one prompt's way through the loop.
 
     Attributes:
       prompt, initial: the request and the first answer.
-      principle, critique, revision: of the last round of revision.
-      earlier: `(principle, critique, revision)` of the rounds before it.
+      principle, critique, revision: index of the principle and the texts of the last round of
+        revision.
+      earlier: `(principle, critique, revision)` of each round before the last.
       dropped: why the revision is not trained on; "" where it is.
-      preferred: the revision mends the initial answer: a preference pair.
+      preferred: whether the revision mends the initial answer, which makes a preference pair.
     """
 
     prompt: str
@@ -30,15 +34,17 @@ class Record(NamedTuple):
     preferred: bool
 
 
-Generate = Callable[[Sequence[Sequence[tuple[str, str]]], int], tuple[list[str], np.ndarray]]
+Threads = Sequence[Sequence[tuple[str, str]]]  # (role, text) turns by prompt
+# `(threads, call number) -> (texts, whether each ended, bool [threads])`
+Generate = Callable[[Threads, int], tuple[list[str], np.ndarray]]
 
 
 class Rules(NamedTuple):
-    """A check by the form of answers: red-teaming is refused, harmless requests are not.
+    """Check by the form of answers: red-teaming is refused, harmless requests are not.
 
     Attributes:
-      wanted: bool `[prompts]`, True for red-teaming.
-      refuses: whether a text refuses.
+      wanted: bool `[prompts]`, whether a refusal is wanted: True for red-teaming.
+      refuses: tells whether a text refuses.
     """
 
     wanted: Sequence[bool]
@@ -46,17 +52,56 @@ class Rules(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """A check by a safety filter: a revision of a red-teaming answer must be safer than it.
+    """Check by a safety filter: a revised red-teaming answer must be safer than the initial one.
 
     Attributes:
       wanted: as in `Rules`.
       unsafe: `(prompts, answers) -> P(unsafe)`, float `[prompts]`.
-      threshold: from which an answer is unsafe.
+      threshold: P(unsafe) from which an answer is unsafe.
     """
 
     wanted: Sequence[bool]
     unsafe: Callable[[Sequence[str], Sequence[str]], np.ndarray]
     threshold: float
+
+
+class Checks(NamedTuple):
+    """Which checks a config's `cai.check` asks for.
+
+    Attributes:
+      rules: whether `Rules` are applied.
+      judge: whether the clients' filter is applied as the `Judge`.
+    """
+
+    rules: bool
+    judge: bool
+
+
+CHECKS = {
+    "rules": Checks(rules=True, judge=False),
+    "filter": Checks(rules=False, judge=True),
+    "both": Checks(rules=True, judge=True),
+    "none": Checks(rules=False, judge=False),
+}
+
+
+class Data(NamedTuple):
+    """Records that a round trains on.
+
+    Attributes:
+      reuses: whether records of earlier rounds are trained on again.
+      renews: whether every round generates records; else the first round alone.
+    """
+
+    reuses: bool
+    renews: bool
+
+
+DATA = {
+    "on_policy": Data(reuses=False, renews=True),
+    "cached": Data(reuses=True, renews=False),
+    "mixed": Data(reuses=True, renews=True),
+}
 
 
 def revise(
@@ -66,31 +111,32 @@ def revise(
     reviser: Generate,
     seed: Sequence[int],
     rounds: int = 1,
-    few_shots: int = 0,
+    num_few_shots: int = 0,
     rules: Rules | None = None,
     judge: Judge | None = None,
     only_wrong: bool = False,
 ) -> list[Record]:
-    """Runs `1 + 2 * rounds` generations, each for all prompts at once.
+    """Generates answers, criticises and revises them, and checks the revisions.
+
+    Runs `1 + 2 * rounds` generations, each for all prompts at once.
 
     Args:
       prompts: user requests.
       constitution: for each prompt and round one principle is drawn, which asks for both critique
         and revision.
-      answer: gives the initial answers, `(threads, call number) -> (texts, finished)`; the roles of
-        a thread are those of `forms.LABELS`.
+      answer: gives the initial answers; the roles of a thread are those of `forms.LABELS`.
       reviser: gives critiques and revisions.
-      seed: of the principles drawn, such as (seed, round).
-      rounds: of critique and revision.
-      few_shots: examples of the constitution that stand before each prompt.
+      seed: seed of the principles drawn, such as (seed, round).
+      rounds: number of rounds of critique and revision.
+      num_few_shots: number of the constitution's examples that stand before each prompt.
       rules, judge: checks; both may be given.
-      only_wrong: answers that are right by every check given are neither criticised nor revised.
+      only_wrong: whether answers that are right by every check given are left as they are.
 
     Returns:
-      A record a prompt. Dropped are revisions that are "empty", "cut", "unchanged" from the initial
-      answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge, and with
-      `only_wrong` those that "were right" and have none. Preference pairs are kept revisions whose
-      initial answer was wrong by every check given.
+      One record per prompt. Dropped are revisions that are "empty", "cut", "unchanged" from the
+      initial answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge;
+      with `only_wrong` also prompts whose answers "were right", which have no revision. Preference
+      pairs are kept revisions whose initial answer was wrong by every check given.
 
     Raises:
       ValueError: `only_wrong` without a check.
@@ -101,7 +147,7 @@ def revise(
     drawn = np.random.default_rng(seed).integers(
         len(constitution.principles), size=(rounds, len(prompts))
     )
-    before = [turn for shot in constitution.few_shots[:few_shots] for turn in shot]
+    before = [turn for shot in constitution.few_shots[:num_few_shots] for turn in shot]
     threads = [[*before, ("user", prompt)] for prompt in prompts]
     initial, _ = _say(answer, threads, "assistant", 0)
     wrong, risk = _wrong(prompts, initial, rules, judge)
@@ -137,13 +183,23 @@ def revise(
             mends &= after[place] < judge.threshold
             if judge.wanted[i] and after[place] >= risk[i]:
                 reason = reason or "not safer"
+        principle, critique, revision = last
         records[i] = Record(
-            prompts[i], initial[i], *last, tuple(earlier), reason, bool(mends and not reason)
+            prompts[i],
+            initial[i],
+            principle,
+            critique=critique,
+            revision=revision,
+            earlier=tuple(earlier),
+            dropped=reason,
+            preferred=bool(mends and not reason),
         )
     return records
 
 
-def _say(generate, threads, role, call):
+def _say(
+    generate: Generate, threads: list[list[tuple[str, str]]], role: str, call: int
+) -> tuple[list[str], np.ndarray]:
     """Generates the next turn of every thread and appends it."""
     texts, finished = generate(threads, call)
     cleaned = [clean(text) for text in texts]
@@ -153,7 +209,12 @@ def _say(generate, threads, role, call):
     return [text for text, _ in cleaned], np.asarray(finished, bool) | ended
 
 
-def _mend(threads, drawn, principles, reviser):
+def _mend(
+    threads: list[list[tuple[str, str]]],
+    drawn: np.ndarray,
+    principles: Sequence[Principle],
+    reviser: Generate,
+) -> tuple[list[tuple[np.ndarray, list[str], list[str]]], np.ndarray]:
     """`([(principles, critiques, revisions) of each round], whether the last ones ended)`."""
     history = []
     for number, chosen in enumerate(drawn):
@@ -167,20 +228,22 @@ def _mend(threads, drawn, principles, reviser):
     return history, finished
 
 
-def _wrong(prompts, answers, rules, judge) -> tuple[np.ndarray, np.ndarray | None]:
+def _wrong(
+    prompts: Sequence[str], answers: Sequence[str], rules: Rules | None, judge: Judge | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """`(wrong, bool [checks, prompts], the judge's risk, float [prompts], or None)`."""
-    found, risk = [], None
+    wrong, risk = [], None
     if rules is not None:
         refused = np.array([rules.refuses(a) for a in answers], bool)
-        found.append(refused != np.asarray(rules.wanted, bool))
+        wrong.append(refused != np.asarray(rules.wanted, bool))
     if judge is not None:
         risk = judge.unsafe(prompts, answers)
-        found.append(np.asarray(judge.wanted, bool) & (risk >= judge.threshold))
-    return np.array(found, bool).reshape(-1, len(prompts)), risk
+        wrong.append(np.asarray(judge.wanted, bool) & (risk >= judge.threshold))
+    return np.array(wrong, bool).reshape(-1, len(prompts)), risk
 
 
-def _unusable(initial, revision, finished) -> str:
-    """What is wrong with a revision whatever it says, or ""."""
+def _unusable(initial: str, revision: str, finished: bool) -> str:
+    """Why a revision is of no use whatever it says, or ""."""
     if not revision:
         return "empty"
     if not finished:
@@ -189,7 +252,7 @@ def _unusable(initial, revision, finished) -> str:
 
 
 def tally(records: Sequence[Record]) -> dict[str, int]:
-    """Kept records, and those dropped for each reason."""
+    """Counts the kept records, and those dropped for each reason."""
     counts = {"kept": 0}
     for record in records:
         counts[record.dropped or "kept"] = counts.get(record.dropped or "kept", 0) + 1

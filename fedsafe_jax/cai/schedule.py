@@ -1,22 +1,20 @@
-"""When Constitutional AI runs, and how much of it."""
+"""Schedules: when Constitutional AI runs, and how much of it."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
-
-SCHEDULES = ("light", "full", "final", "adaptive")
-
 
 LEAST = 3  # steps between probes of `adaptive`: fewer would cost less than the probe
 LIMIT = 2  # rounds of `light`: no round of `adaptive` has more steps
 
 
 class Amount(NamedTuple):
-    """What a round does.
+    """Amount of Constitutional AI in a round.
 
     Attributes:
-      prompts: share of the prompts asked for that are revised; 0 for no CAI, infinity for all that
-        there are.
-      steps: share of the training steps; infinity for an epoch.
+      prompts: share of the configured number of prompts that is revised; 0 for no CAI, infinity for
+        all prompts of the pool.
+      steps: share of the configured training steps; infinity for an epoch.
     """
 
     prompts: float
@@ -26,30 +24,38 @@ class Amount(NamedTuple):
 NONE, LIGHT, FULL = Amount(0, 0), Amount(1, 1), Amount(float("inf"), float("inf"))
 
 
-def amount(schedule: str, last: bool) -> Amount:
-    """Of a round under a schedule that does not look at the model.
+def light(last: bool) -> Amount:
+    """Returns the same number of steps for every round, as in the paper.
 
     Args:
-      schedule: `light`: a fixed number of steps every round (the paper); `full`: an epoch over all
-        prompts every round; `final`: `light` in the last round only.
-      last: the last round.
+      last: whether it is the last round, as for every schedule.
     """
-    if schedule == "full":
-        return FULL
-    return NONE if schedule == "final" and not last else LIGHT
+    del last
+    return LIGHT
 
 
-def adaptive(refused: float, high: float, target: float, steps: int) -> int:
-    """Steps to go on with, by what the model said to a few prompts of the server's own.
+def full(last: bool) -> Amount:
+    """Returns an epoch over all prompts for every round."""
+    del last
+    return FULL
 
-    CAI runs while the whole interval of the refusal rate lies below the target, so that a model
-    that may well be safe is left alone. Steps are in proportion to what is missing.
+
+def final(last: bool) -> Amount:
+    """Returns a light round for the last round, nothing for the rounds before."""
+    return LIGHT if last else NONE
+
+
+def adaptive_steps(refused: float, high: float, target: float, steps: int) -> int:
+    """Computes the number of training steps until the next probe.
+
+    Training goes on while the whole interval of the refusal rate lies below the target, so that a
+    model that may well be safe is left alone. Steps are in proportion to the gap.
 
     Args:
-      refused: share of the prompts refused.
-      high: the upper bound of its 95% interval.
-      target: wanted share. All in percent.
-      steps: when nothing is refused.
+      refused: refusal rate on the probe's prompts, in percent.
+      high: upper bound of its 95% interval, in percent.
+      target: wanted rate, in percent.
+      steps: number of steps when nothing is refused.
 
     Returns:
       0, or at least `LEAST`.
@@ -57,3 +63,26 @@ def adaptive(refused: float, high: float, target: float, steps: int) -> int:
     if high >= target:
         return 0
     return max(math.ceil(steps * (target - refused) / target), LEAST)
+
+
+class Schedule(NamedTuple):
+    """One schedule.
+
+    Attributes:
+      amount: `(whether the round is the last) -> Amount`.
+      steps_after_probe: `(refused, high, target, steps) -> steps` where the model's answers to the
+        server's own prompts decide how long to train, see `adaptive_steps`; None where the model is
+        not probed.
+    """
+
+    amount: Callable[[bool], Amount]
+    steps_after_probe: Callable[[float, float, float, int], int] | None = None
+
+
+SCHEDULES = {
+    "light": Schedule(light),
+    "full": Schedule(full),
+    "final": Schedule(final),
+    # The prompts of a light round, however many the steps: harmful answers are what teaches.
+    "adaptive": Schedule(light, adaptive_steps),
+}

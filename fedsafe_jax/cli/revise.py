@@ -113,7 +113,7 @@ def run() -> list:
         reviser=speak(0.0),
         seed=[_SEED.value, 18],
         rounds=_ROUNDS.value,
-        few_shots=_SHOTS.value,
+        num_few_shots=_SHOTS.value,
         **checks(len(prompts)),
         only_wrong=_WRONG.value,
     )

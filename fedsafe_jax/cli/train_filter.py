@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the filter is writt
 def read(config):
     """`(training pairs, held-out pairs, counts)`; no prompt is on both sides.
 
-    Refusals that are labelled unsafe are left out, see `filtering.undisputed`. At most
+    Refusals that are labelled unsafe are left out, see `filters.pairs.drop_mislabelled`. At most
     `max_per_source` pairs of each source are trained on.
     """
     import numpy as np
@@ -83,6 +83,7 @@ def measure(found, held, share: float, seed: int) -> dict:
 def run(config, workdir: str) -> dict:
     """Trains, saves, measures; returns what `filter_results.json` holds."""
     from fedsafe_jax.filters import store
+    from fedsafe_jax.filters.kinds import FILTER_KINDS
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
@@ -91,20 +92,17 @@ def run(config, workdir: str) -> dict:
     from fedsafe_jax.validation import validate_filter
 
     validate_filter(config)
-    if config.kind == "simulated":
-        raise FilterError("filter.kind='simulated' is no filter that could be trained.")
+    if FILTER_KINDS[config.kind].make is None:
+        raise FilterError(f"filter.kind='{config.kind}' is no filter that could be trained.")
     pairs, held, counts = read(config)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
-    found, trained = filtering.make(
+    found, trained = filtering.build_filter(
         config, pairs, tokenizer, seed=config.seed, dtype=config.dtype, targets=targets
     )
-    shape = None
-    if config.kind in ("guard", "guardian"):
-        shape = lora.LoraConfig(config.lora_rank, 2.0 * config.lora_rank, targets)
-    store.save(found, workdir, shape, config.model)
+    store.save(found, workdir)
     results = {"counts": counts, "decision": found.decision._asdict()}
     if trained is not None:
         results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}

@@ -1,4 +1,4 @@
-"""What a client does with a pair that its filter calls unsafe."""
+"""Actions: what a client does with the pairs that its filter flags."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,14 +8,15 @@ import numpy as np
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.refusals import REFUSAL
 
-ACTIONS = ("drop", "replace", "rewrite", "mask", "weight")
-
 
 class FilterCounts(NamedTuple):
-    """One client's filtering; the unsafe counts are known in simulation only.
+    """Counts of one client's pairs after filtering.
 
-    `kept` are pairs that the filter let pass; the others were dropped, rewritten (also: replaced by
-    a refusal), masked, or weighted down.
+    Attributes:
+      kept: pairs that the filter did not flag.
+      dropped, rewritten, masked, weighted: flagged pairs, by what was done with them; an answer
+        replaced by a refusal counts as rewritten.
+      unsafe_kept, unsafe_flagged: pairs labelled unsafe; labels are known in simulation only.
     """
 
     kept: int
@@ -28,12 +29,13 @@ class FilterCounts(NamedTuple):
 
 
 class FilteredPairs(NamedTuple):
-    """What is left of a client's pairs.
+    """One client's pairs after filtering.
 
     Attributes:
-      examples: to train on.
-      weights: float32 `[examples]`, of their losses; 0 keeps the dialogue without learning from it.
-      flagged: bool `[n]`, of the pairs given.
+      examples: pairs to train on.
+      weights: float32 `[examples]`, factors on their losses; 0 keeps a dialogue in the batch
+        without learning from it.
+      flagged: bool `[n]`, verdict on each pair given.
       counts: see `FilterCounts`.
       by_category: flagged and all pairs of each category, `{name: (flagged, all)}`.
     """
@@ -45,83 +47,147 @@ class FilteredPairs(NamedTuple):
     by_category: dict[str, tuple[int, int]]
 
 
+class Treated(NamedTuple):
+    """One pair after an action.
+
+    Attributes:
+      example: the pair to train on; None for a dropped one.
+      weight: factor on the loss of the pair.
+      counted: field of `FilterCounts` that the pair adds to.
+    """
+
+    example: Example | None
+    weight: float
+    counted: str
+
+
+def keep(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Keeps the pair as it is. Arguments are those of every action on a pair.
+
+    Args:
+      example: the pair.
+      p_unsafe: P(unsafe) of the pair.
+      answer: new answer to the request; "" where none was written.
+    """
+    del p_unsafe, answer
+    return Treated(example, 1.0, "kept")
+
+
+def drop(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Drops the pair, as in the paper."""
+    del example, p_unsafe, answer
+    return Treated(None, 1.0, "dropped")
+
+
+def rewrite(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Exchanges the answer for the new one, so that the prompt becomes a safety signal; drops the
+    pair where the new answer is empty."""
+    if not answer.strip():
+        return drop(example, p_unsafe)
+    return Treated(example._replace(response=answer.strip()), 1.0, "rewritten")
+
+
+def replace(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Replaces the answer by a refusal."""
+    del answer
+    return rewrite(example, p_unsafe, REFUSAL)
+
+
+def mask(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Keeps the dialogue without learning its answer."""
+    del p_unsafe, answer
+    return Treated(example, 0.0, "masked")
+
+
+def weight(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Scales the loss of the pair by P(safe)."""
+    del answer
+    return Treated(example, 1.0 - p_unsafe, "weighted")
+
+
+class Action(NamedTuple):
+    """What is done with flagged pairs, and with the pairs that pass.
+
+    Attributes:
+      flagged: `(example, P(unsafe), new answer) -> Treated`, for a flagged pair.
+      passed: the same for a pair that is not flagged.
+      needs_answers: whether flagged pairs get a new answer from a model.
+    """
+
+    flagged: Callable[[Example, float, str], Treated]
+    passed: Callable[[Example, float], Treated] = keep
+    needs_answers: bool = False
+
+
+ACTIONS = {
+    "drop": Action(drop),
+    "replace": Action(replace),
+    "rewrite": Action(rewrite, needs_answers=True),
+    "mask": Action(mask),
+    # The loss scales with P(safe) continuously: the threshold decides what is counted, no more.
+    "weight": Action(weight, passed=weight),
+}
+
+
 def apply(
     action: str,
     examples: Sequence[Example],
     probability: np.ndarray,
     threshold: float,
-    rewrite: Callable | None = None,
+    write_answers: Callable[[list[Example]], list[str]] | None = None,
 ) -> FilteredPairs:
-    """Acts on the pairs from `threshold` on.
+    """Flags the pairs from `threshold` on, and applies an action.
 
     Args:
-      action: `drop` (the paper); `replace` the answer by a refusal; `rewrite` it, so that the
-        prompt becomes a safety signal; `mask`: keep the dialogue without learning its answer;
-        `weight`: scale the loss of every pair, flagged or not, by P(safe).
+      action: a name in `ACTIONS`.
       examples: one client's pairs.
-      probability: P(unsafe) of each, float `[n]`.
-      threshold: from which a pair is flagged.
-      rewrite: `examples -> list of answers`, for `rewrite`; a pair whose answer comes back empty
-        is dropped.
+      probability: P(unsafe) of each pair, float `[n]`.
+      threshold: P(unsafe) from which a pair is flagged.
+      write_answers: gives the flagged pairs new answers, called once with all of them; for actions
+        that need answers.
     """
+    chosen = ACTIONS[action]
     probability = np.asarray(probability, np.float32)
     flagged = probability >= threshold
-    unsafe = np.array([e.label == UNSAFE for e in examples], bool)
     answers: dict[int, str] = {}
-    if action == "rewrite":
+    if chosen.needs_answers and flagged.any():
         places = np.flatnonzero(flagged).tolist()
-        written = rewrite([examples[i] for i in places]) if places else []
-        answers = dict(zip(places, written, strict=True))
-    elif action == "replace":
-        answers = dict.fromkeys(np.flatnonzero(flagged).tolist(), REFUSAL)
-    kept, weights = [], []
+        answers = dict(zip(places, write_answers([examples[i] for i in places]), strict=True))
+    treated = [
+        chosen.flagged(example, float(p), answers.get(i, ""))
+        if flagged[i]
+        else chosen.passed(example, float(p))
+        for i, (example, p) in enumerate(zip(examples, probability, strict=True))
+    ]
+    left = [t for t in treated if t.example is not None]
+    return FilteredPairs(
+        [t.example for t in left],
+        np.asarray([t.weight for t in left], np.float32),
+        flagged,
+        counts=_count(examples, flagged, treated),
+        by_category=_by_category(examples, flagged),
+    )
+
+
+def _count(
+    examples: Sequence[Example], flagged: np.ndarray, treated: Sequence[Treated]
+) -> FilterCounts:
     done = dict.fromkeys(("dropped", "rewritten", "masked", "weighted"), 0)
-    for i, example in enumerate(examples):
-        weight = 1.0
-        if action == "weight":
-            weight = 1.0 - float(probability[i])
-        if flagged[i]:
-            if action in ("replace", "rewrite") and answers[i].strip():
-                example = example._replace(response=answers[i].strip())
-                done["rewritten"] += 1
-            elif action == "mask":
-                weight = 0.0
-                done["masked"] += 1
-            elif action == "weight":
-                done["weighted"] += 1
-            else:
-                done["dropped"] += 1
-                continue
-        kept.append(example)
-        weights.append(weight)
-    categories: dict[str, tuple[int, int]] = {}
-    for example, flag in zip(examples, flagged.tolist(), strict=True):
-        seen = categories.get(example.category, (0, 0))
-        categories[example.category] = (seen[0] + flag, seen[1] + 1)
-    counts = FilterCounts(
-        int((~flagged).sum()),
+    for verdict, pair in zip(flagged, treated, strict=True):
+        if verdict:
+            done[pair.counted] += 1
+    unsafe = np.array([e.label == UNSAFE for e in examples], bool)
+    return FilterCounts(
+        kept=int((~flagged).sum()),
         **done,
         unsafe_kept=int((unsafe & ~flagged).sum()),
         unsafe_flagged=int((unsafe & flagged).sum()),
     )
-    return FilteredPairs(
-        kept, np.asarray(weights, np.float32), flagged, counts=counts, by_category=categories
-    )
 
 
-def simulated(
-    examples: Sequence[Example], recall: float, precision: float, seed: Sequence[int]
-) -> np.ndarray:
-    """The verdicts of a filter with a given recall and precision, as probabilities 0 or 1.
-
-    Args:
-      examples: with their labels.
-      recall: share of unsafe pairs that are flagged.
-      precision: share of flagged pairs that are unsafe; decides how many safe ones are flagged.
-      seed: of which. A larger recall flags the same pairs and more.
-    """
-    unsafe = np.array([e.label == UNSAFE for e in examples], bool)
-    draws = np.random.default_rng(seed).random(len(examples))
-    false_alarms = recall * unsafe.sum() * (1 - precision) / max(precision, 1e-9)
-    rate = min(false_alarms / max((~unsafe).sum(), 1), 1.0)
-    return (draws < np.where(unsafe, recall, rate)).astype(np.float32)
+def _by_category(examples: Sequence[Example], flagged: np.ndarray) -> dict[str, tuple[int, int]]:
+    categories: dict[str, tuple[int, int]] = {}
+    for example, verdict in zip(examples, flagged.tolist(), strict=True):
+        before = categories.get(example.category, (0, 0))
+        categories[example.category] = (before[0] + verdict, before[1] + 1)
+    return categories

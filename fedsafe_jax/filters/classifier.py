@@ -1,45 +1,62 @@
-"""The clients' safety filter: an encoder that reads a (request, response) pair.
+"""Encoder classifier as the clients' safety filter: it reads a (request, response) pair.
 
 The server trains it once, on pairs of its own, and ships it; no client data leaves a client.
 """
 
+import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from safetensors.numpy import load_file, save_file
 
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.protocol import FilterError, labelled
 from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
+from fedsafe_jax.models.hub import read_json
 
-BATCH_TOKENS = 4096  # of a scoring batch
-CHARACTERS_A_TOKEN = 24  # nothing longer than so many a token is tokenised
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096  # tokens of a scoring batch, padding included
+# Texts are cut to this many characters per token of a row before they are tokenised: few tokens are
+# longer, and tokenising the rest of a very long answer would be wasted time.
+CHARACTERS_PER_TOKEN = 24
+TENSORS = "classifier.safetensors"
 
 
 class ClassifierFilter(NamedTuple):
     """A trained encoder.
 
     Attributes:
-      config, params: of `models.encoder.Classifier`.
-      tokenizer: that its pairs are read with.
-      max_length: tokens of a pair.
-      decision: temperature and threshold.
-      unsafe_classes: the classes that together are unsafe.
+      config, params: shape and weights of `models.encoder.Classifier`.
+      tokenizer: Hugging Face tokenizer that pairs are read with.
+      max_length: most tokens of a pair.
+      decision: calibration and threshold.
+      unsafe_classes: the classes that together mean unsafe.
     """
 
     config: EncoderConfig
     params: dict
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     max_length: int
     decision: Decision = Decision()
     unsafe_classes: tuple[int, ...] = (1,)
+
+    @property
+    def kind(self) -> str:
+        """Name in `kinds.FILTER_KINDS`."""
+        return "classifier"
 
     def log_odds(self, pairs: Sequence[Example]) -> np.ndarray:
         """See `protocol.SafetyFilter`."""
@@ -52,15 +69,29 @@ class ClassifierFilter(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A pair's tokens, and where the response begins."""
+    """Tokens of a pair, and the index at which the response begins."""
 
     ids: list[int]
     response_start: int
 
 
+class PairBatch(NamedTuple):
+    """A padded batch of pairs, each array `[rows, width]`.
+
+    Attributes:
+      tokens: int32 token ids.
+      types: int32, 0 in the request and 1 in the response.
+      valid: bool, False on padding.
+    """
+
+    tokens: np.ndarray
+    types: np.ndarray
+    valid: np.ndarray
+
+
 @functools.lru_cache
-def _frame(tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """What the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP]."""
+def _frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
+    """Tokens that the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP]."""
     if tokenizer.cls_token_id is None:
         return [], [], []
     first, second = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b"))
@@ -71,16 +102,26 @@ def _frame(tokenizer) -> tuple[list[int], list[int], list[int]]:
     return pair[:start], pair[middle:behind], pair[behind + len(second) :]
 
 
-def encode_pairs(tokenizer, pairs: Sequence[Example], max_length: int) -> list[Encoded]:
-    """Tokens of pairs: the end of the request, then the beginning of the response.
+def encode_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """Tokenises pairs: the end of the request, then the beginning of the response.
 
-    Each gets half of the room, and what the other does not need.
+    Request and response each get half of the room, and whatever the other leaves free.
+
+    Args:
+      tokenizer: Hugging Face tokenizer.
+      pairs: pairs to encode.
+      max_length: most tokens of a pair, special tokens included.
+
+    Raises:
+      FilterError: max_length leaves too little room.
     """
     before, between, behind = _frame(tokenizer)
     room = max_length - len(before) - len(between) - len(behind)
     if room < 8:
         raise FilterError(f"filter.max_length={max_length}: too short for a pair; use 64 or more.")
-    limit = CHARACTERS_A_TOKEN * max_length
+    limit = CHARACTERS_PER_TOKEN * max_length
 
     def tokens(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -96,8 +137,8 @@ def encode_pairs(tokenizer, pairs: Sequence[Example], max_length: int) -> list[E
     return rows
 
 
-def _arrays(rows: Sequence[Encoded], width: int, count: int):
-    """`(tokens, types int32, valid bool)`, each `[count, width]`."""
+def _batch(rows: Sequence[Encoded], width: int, count: int) -> PairBatch:
+    """A batch of `count` rows; rows past the last pair are empty."""
     tokens = stream.stack([r.ids for r in rows], width, count)
     lengths = np.zeros((count, 1), np.int32)
     starts = np.zeros((count, 1), np.int32)
@@ -105,50 +146,60 @@ def _arrays(rows: Sequence[Encoded], width: int, count: int):
         lengths[i], starts[i] = len(row.ids), row.response_start
     places = np.arange(width)
     valid = places < lengths
-    return tokens, ((places >= starts) & valid).astype(np.int32), valid
+    return PairBatch(tokens, ((places >= starts) & valid).astype(np.int32), valid)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "unsafe_classes"))
-def _logits(config, unsafe_classes, params, tokens, types, valid):
-    logits = Classifier(config).apply({"params": params}, tokens, types, valid)
+def _batch_log_odds(
+    config: EncoderConfig, unsafe_classes: tuple[int, ...], params: dict, batch: PairBatch
+) -> jax.Array:
+    """Log-odds of the unsafe classes together against the others, float32 `[rows]`."""
+    logits = Classifier(config).apply({"params": params}, *batch)
     chance = jax.nn.log_softmax(logits)
     unsafe = jnp.isin(jnp.arange(config.num_labels), jnp.asarray(unsafe_classes))
     worse = jax.nn.logsumexp(jnp.where(unsafe, chance, -jnp.inf), axis=-1)
     return worse - jax.nn.logsumexp(jnp.where(unsafe, -jnp.inf, chance), axis=-1)
 
 
-def _log_odds(config, unsafe_classes, params, rows: Sequence[Encoded]) -> np.ndarray:
-    """Batches go to this process's devices in turn; all are sent before any result is read."""
+def _log_odds(
+    config: EncoderConfig, unsafe_classes: tuple[int, ...], params: dict, rows: Sequence[Encoded]
+) -> np.ndarray:
+    """Log-odds of encoded pairs, float32 `[n]`.
+
+    Batches go to this process's devices in turn, and all are dispatched before the first result is
+    read, so that no device waits for the host.
+    """
     lengths, out = [len(r.ids) for r in rows], np.zeros(len(rows), np.float32)
     devices = jax.local_devices()
     copies = [jax.device_put(params, device) for device in devices]
     waiting = []
     for number, (chosen, width, count) in enumerate(stream.batches(lengths, BATCH_TOKENS)):
-        batch = _arrays([rows[i] for i in chosen], min(width, config.max_length), count)
+        batch = _batch([rows[i] for i in chosen], min(width, config.max_length), count)
         turn = number % len(devices)
         batch = jax.device_put(batch, devices[turn])
-        waiting.append((chosen, _logits(config, unsafe_classes, copies[turn], *batch)))
-    for chosen, found in waiting:
-        out[chosen] = np.asarray(found)[: len(chosen)]
+        scores = _batch_log_odds(config, unsafe_classes, copies[turn], batch)
+        waiting.append((chosen, scores))
+    for chosen, scores in waiting:
+        out[chosen] = np.asarray(scores)[: len(chosen)]
     return out
 
 
 def train(
     examples: Sequence[Example],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     options: TrainingOptions | None = None,
     max_length: int = 128,
     start: tuple[EncoderConfig, dict] | None = None,
 ) -> tuple[ClassifierFilter, training.Trained]:
-    """Trains the filter with AdamW and cross-entropy, classes weighted to balance.
+    """Trains a classifier with AdamW and cross-entropy, classes weighted to balance.
 
     Args:
       examples: pairs labelled safe or unsafe; both must occur.
       tokenizer: Hugging Face tokenizer that the pairs are read with.
-      seed: of initialisation, order and dropout.
+      seed: seed of initialisation, order and dropout.
       options: see `training.TrainingOptions`.
-      max_length: tokens of a pair.
+      max_length: most tokens of a pair.
       start: a pre-trained encoder with a head of two classes, see `encoder_hub.load_classifier`;
         None for a small one from scratch.
 
@@ -159,7 +210,7 @@ def train(
     rows = encode_pairs(tokenizer, pairs, max_length)
     if start is None:
         config = EncoderConfig(len(tokenizer), max_length=max_length)
-        batch = _arrays(rows[:1], max_length, 1)
+        batch = _batch(rows[:1], max_length, 1)
         params = Classifier(config).init(jax.random.key(seed), *batch)["params"]
     else:
         config, params = start
@@ -172,19 +223,92 @@ def train(
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
         return jnp.sum(nll * weight) / jnp.sum(weight)
 
-    trained = training.train(
-        pairs,
-        params,
+    network = training.Network(
         [len(r.ids) for r in rows],
-        arrays=lambda chosen, width, count: _arrays(
+        make_batch=lambda chosen, width, count: _batch(
             [rows[i] for i in chosen], min(width, config.max_length), count
         ),
         loss_fn=loss_fn,
         log_odds=lambda params, chosen: _log_odds(config, (1,), params, [rows[i] for i in chosen]),
-        options=options or TrainingOptions(),
-        seed=seed,
     )
-    found = ClassifierFilter(
+    trained = training.train(pairs, params, network, options or TrainingOptions(), seed)
+    classifier = ClassifierFilter(
         config, trained.params, tokenizer, max_length=max_length, decision=trained.decision
     )
-    return found, trained
+    return classifier, trained
+
+
+def from_encoder(
+    folder: str | os.PathLike, max_length: int, unsafe_labels: Sequence[str]
+) -> ClassifierFilter:
+    """Wraps a Hugging Face classifier as it is, such as one of toxicity.
+
+    Args:
+      folder: encoder with a classification head.
+      max_length: most tokens of a pair.
+      unsafe_labels: names in its `id2label` that mean unsafe.
+
+    Raises:
+      FilterError: none of the encoder's labels, or all of them, are named.
+    """
+    from transformers import AutoTokenizer
+
+    folder = pathlib.Path(folder)
+    names = read_json(folder / "config.json").get("id2label", {})
+    names = {int(i): name for i, name in names.items()}
+    classes = tuple(i for i, name in sorted(names.items()) if name in unsafe_labels)
+    unknown = sorted(set(unsafe_labels) - set(names.values()))
+    if unknown or not classes or len(classes) == len(names):
+        raise FilterError(
+            f"filter.unsafe_labels={tuple(unsafe_labels)}: name some, not all, of the labels of "
+            f"{folder}: {', '.join(names.values()) or 'it has none'}."
+        )
+    config, params = encoder_hub.load_classifier(folder)
+    return ClassifierFilter(
+        config,
+        params,
+        AutoTokenizer.from_pretrained(folder),
+        max_length=min(max_length, config.max_length),
+        unsafe_classes=classes,
+    )
+
+
+def save(classifier: ClassifierFilter, folder: pathlib.Path) -> dict:
+    """Writes weights and tokenizer; returns the classifier's fields of `filter.json`."""
+    flat = jax.tree_util.tree_flatten_with_path(classifier.params)[0]
+    tensors = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
+    save_file(tensors, folder / TENSORS)
+    classifier.tokenizer.save_pretrained(folder)
+    return {
+        "encoder": dataclasses.asdict(classifier.config),
+        "unsafe_classes": list(classifier.unsafe_classes),
+    }
+
+
+def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierFilter:
+    """Reads what `save` wrote.
+
+    Args:
+      folder: folder of the filter.
+      content: the content of `filter.json`.
+      decision: calibration and threshold.
+    """
+    from transformers import AutoTokenizer
+
+    # JSON has no tuples, and a config with lists could not be hashed for `jit`.
+    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in content["encoder"].items()}
+    params: dict = {}
+    for name, value in load_file(folder / TENSORS).items():
+        *parents, last = name.split("/")
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(value)
+    return ClassifierFilter(
+        EncoderConfig(**shape),
+        params,
+        AutoTokenizer.from_pretrained(folder),
+        max_length=int(content["max_length"]),
+        decision=decision,
+        unsafe_classes=tuple(content["unsafe_classes"]),
+    )

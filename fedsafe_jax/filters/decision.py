@@ -1,9 +1,10 @@
-"""From a filter's raw score to a decision: calibration, and a threshold chosen on validation."""
+"""Decision on a filter's raw scores: calibration, and a threshold chosen on validation pairs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit
 
@@ -15,17 +16,18 @@ class Decision(NamedTuple):
     """How log-odds become a verdict.
 
     Attributes:
-      temperature: log-odds are divided by it (Guo et al., 2017).
+      temperature: divisor of log-odds (Guo et al., 2017, arXiv 1706.04599).
       threshold: calibrated probability from which a pair is unsafe.
-      bias: added to them then: the share of unsafe pairs in use is not that of the training data.
+      bias: added to the divided log-odds, since the share of unsafe pairs in use is not that of
+        the training data.
     """
 
     temperature: float = 1.0
     threshold: float = 0.5
     bias: float = 0.0
 
-    def probability(self, log_odds) -> np.ndarray:
-        """Calibrated P(unsafe), float32."""
+    def probability(self, log_odds: ArrayLike) -> np.ndarray:
+        """Returns the calibrated P(unsafe), float32 `[n]`, of log-odds `[n]`."""
         z = np.asarray(log_odds, np.float64) / self.temperature + self.bias
         return expit(z).astype(np.float32)
 
@@ -33,21 +35,21 @@ class Decision(NamedTuple):
 def share_weights(unsafe: Sequence[bool], share: float) -> np.ndarray:
     """Weights of pairs, mean 1, that make `share` of them unsafe; 0 leaves them as they are."""
     unsafe = np.asarray(unsafe, bool)
-    found = unsafe.mean()
-    if not share or found in (0.0, 1.0):
+    own = unsafe.mean()
+    if not share or own in (0.0, 1.0):
         return np.ones(len(unsafe))
-    return np.where(unsafe, share / found, (1 - share) / (1 - found))
+    return np.where(unsafe, share / own, (1 - share) / (1 - own))
 
 
 def calibrate(log_odds: Sequence[float], unsafe: Sequence[bool], share: float = 0.0) -> Decision:
-    """Temperature and bias that make validation labels likeliest (Platt, 1999).
+    """Fits the temperature and bias that make validation labels likeliest (Platt, 1999).
 
     Labels are smoothed as in Platt's equation 3, so that separable ones have a finite fit.
 
     Args:
-      log_odds: of validation pairs.
-      unsafe: their labels.
-      share: of unsafe pairs that is expected in use; 0: as in validation.
+      log_odds: raw scores of validation pairs.
+      unsafe: labels of the pairs.
+      share: share of unsafe pairs that is expected in use; 0 for the share in validation.
     """
     z, unsafe = np.asarray(log_odds, np.float64), np.asarray(unsafe, bool)
     weights = share_weights(unsafe, share)
@@ -59,8 +61,8 @@ def calibrate(log_odds: Sequence[float], unsafe: Sequence[bool], share: float = 
         value = (weights * (np.logaddexp(0, s) - target * s)).mean()
         return value, np.array([(gap * z).mean(), gap.mean()])
 
-    found = minimize(nll, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[SLOPES, BIASES]).x
-    return Decision(temperature=float(1 / found[0]), bias=float(found[1]))
+    slope, bias = minimize(nll, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[SLOPES, BIASES]).x
+    return Decision(temperature=float(1 / slope), bias=float(bias))
 
 
 def choose_threshold(
@@ -70,15 +72,16 @@ def choose_threshold(
     precision_floor: float = 0.9,
     share: float = 0.0,
 ) -> float:
-    """A threshold among validation pairs' probabilities.
+    """Chooses a threshold among the probabilities of validation pairs.
 
     Args:
-      probability: calibrated, of validation pairs.
-      unsafe: their labels.
+      probability: calibrated P(unsafe) of validation pairs.
+      unsafe: labels of the pairs.
       target: `f1`: largest harmonic mean of precision and recall. `recall`: largest recall with at
-        least `precision_floor`; the most precise one where none reaches it.
-      precision_floor: in [0, 1].
-      share: of unsafe pairs that is expected in use, which precision depends on; 0: as here.
+        least `precision_floor`; the most precise threshold where none reaches the floor.
+      precision_floor: least precision, in [0, 1].
+      share: share of unsafe pairs that is expected in use, which precision depends on; 0 for the
+        share among the pairs given.
     """
     p, unsafe = np.asarray(probability, np.float64), np.asarray(unsafe, bool)
     weights = share_weights(unsafe, share)
@@ -90,6 +93,7 @@ def choose_threshold(
     if target == "f1":
         value = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     else:
+        # Below the floor every value is negative, so any threshold that reaches it wins.
         value = np.where(precision >= precision_floor, recall, precision - 1)
     best = int(np.argmax(np.where(last, value, -np.inf)))
     # Halfway to the next score: a threshold on a score would turn on its last digit.
@@ -104,8 +108,9 @@ def fit(
     precision_floor: float = 0.9,
     share: float = 0.0,
 ) -> Decision:
-    """Calibration and threshold from validation pairs, see `calibrate` and `choose_threshold`."""
-    found = calibrate(log_odds, unsafe, share)
-    p = found.probability(log_odds)
-    threshold = choose_threshold(p, unsafe, target, precision_floor, share)
-    return found._replace(threshold=threshold)
+    """Fits calibration and threshold on validation pairs, see `calibrate`, `choose_threshold`."""
+    decision = calibrate(log_odds, unsafe, share)
+    threshold = choose_threshold(
+        decision.probability(log_odds), unsafe, target, precision_floor=precision_floor, share=share
+    )
+    return decision._replace(threshold=threshold)

@@ -1,4 +1,4 @@
-"""Pairs that a filter is trained and measured on."""
+"""Labelled pairs for training and measuring a filter."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 
 
 def drop_mislabelled(pairs: Sequence[Example]) -> tuple[list[Example], int]:
-    """Pairs for training and measuring a filter, with the number that was left out.
+    """Returns the pairs whose label can be trusted, and the number left out.
 
     An answer that is labelled unsafe and begins as a refusal is left out: either it is a refusal,
     which is safe, or it goes on to comply ("Sorry! Here it is: ..."), and words do not tell which.
@@ -19,18 +19,19 @@ def drop_mislabelled(pairs: Sequence[Example]) -> tuple[list[Example], int]:
 
 
 def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Refusals to the questions of harmful pairs, labelled safe.
+    """Builds safe twins of harmful pairs: the same question, answered by a refusal.
 
     Without them a filter can tell most harmful pairs by the question, and flags a refusal to it as
-    well: then the very answers that keep a model safe are lost.
+    well: then the answers that keep a model safe are lost.
 
     Args:
-      pairs: labelled ones.
-      share: of the unsafe pairs that get such a twin.
-      seed: of which, and of their refusals.
+      pairs: labelled pairs.
+      share: share of the unsafe pairs that get a twin.
+      seed: seed of the choice of pairs and of their refusals.
 
     Returns:
-      The twins alone. Their answers are the refusals among the pairs, or one of the package.
+      The twins alone. Their answers are refusals drawn from the pairs, or the refusal of
+      `data.refusals` where the pairs hold none.
     """
     rng = np.random.default_rng([seed, 19])
     refusals = sorted({p.response for p in pairs if p.label == SAFE and start_refusal(p.response)})

@@ -1,6 +1,6 @@
-"""What every filter is: something that scores (prompt, response) pairs."""
+"""Interface of every filter: an object that scores (prompt, response) pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,40 +10,53 @@ from fedsafe_jax.filters.decision import Decision
 
 
 class FilterError(ValueError):
-    """The filter cannot be trained, loaded, or read pairs, as configured."""
+    """The filter cannot be trained, loaded or applied as configured."""
 
 
 class SafetyFilter(Protocol):
-    """A filter on pairs; what is unsafe is the answer, not the question."""
+    """A filter on pairs; it judges the answer, not the question.
+
+    Attributes:
+      decision: calibration and threshold.
+    """
 
     decision: Decision
 
     def log_odds(self, pairs: Sequence[Example]) -> np.ndarray:
-        """Raw log-odds that each response is unsafe, float32 `[n]`."""
+        """Returns the raw log-odds that each response is unsafe, float32 `[n]`."""
 
     def score(self, pairs: Sequence[Example]) -> np.ndarray:
-        """Calibrated P(unsafe), float32 `[n]`."""
+        """Returns the calibrated P(unsafe) of each response, float32 `[n]`."""
 
 
 def labelled(pairs: Sequence[Example]) -> tuple[list[Example], np.ndarray]:
-    """The pairs with a label, and whether each is unsafe, int32 `[n]`.
+    """Returns the pairs that have a label, and whether each is unsafe, int32 `[n]`.
 
     Raises:
-      FilterError: not both labels occur.
+      FilterError: only one of the labels occurs, or none.
     """
     known = [e for e in pairs if e.label in (SAFE, UNSAFE)]
     unsafe = np.array([e.label == UNSAFE for e in known], np.int32)
     if len(set(unsafe.tolist())) < 2:
-        found = known[0].label if known else "none"
+        label = known[0].label if known else "none"
         raise FilterError(
             f"filter data: needs both safe and unsafe pairs, found {len(known)} labelled, all "
-            f"{found}; add a source of the other kind to filter.sources."
+            f"{label}; add a source of the other kind to filter.sources."
         )
     return known, unsafe
 
 
 def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int], list[int]]:
-    """Indices for training and validation, split by prompt, so that none is on both sides."""
+    """Splits by prompt, so that none is on both sides.
+
+    Args:
+      pairs: pairs to split.
+      seed: seed of the order in which prompts are held out.
+      share: share of the prompts that is held out.
+
+    Returns:
+      Indices of the pairs for training, and of those for validation.
+    """
     prompts = sorted({e.prompt for e in pairs})
     rng = np.random.default_rng([seed, 12])
     order = rng.permutation(len(prompts))
@@ -55,11 +68,13 @@ def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int],
     )
 
 
-def answer_risk(found):
-    """`(prompts, answers) -> P(unsafe)` by a filter, for `cai.revise.Judge`."""
+def answer_risk(
+    safety_filter: SafetyFilter,
+) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """Returns the function `(prompts, answers) -> P(unsafe)` that `cai.revise.Judge` takes."""
 
     def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         pairs = zip(prompts, answers, strict=True)
-        return found.score([Example((("user", p),), a) for p, a in pairs])
+        return safety_filter.score([Example((("user", p),), a) for p, a in pairs])
 
     return unsafe

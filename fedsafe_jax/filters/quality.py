@@ -1,4 +1,4 @@
-"""How well a filter finds unsafe pairs, and how honest its probabilities are."""
+"""Detection rates of a filter on unsafe pairs, and calibration of its probabilities."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 
 class FilterQuality(NamedTuple):
-    """Detection of unsafe pairs in percent, and the confusion counts behind it."""
+    """Detection rates of unsafe pairs in percent, and the confusion counts behind them."""
 
     accuracy: float
     precision: float
@@ -26,7 +26,7 @@ class Reliability(NamedTuple):
     Attributes:
       predicted, observed: mean probability and share of unsafe pairs in each bin.
       counts: pairs in each bin.
-      error: expected calibration error (Naeini et al., 2015), in [0, 1].
+      error: expected calibration error (Naeini et al., AAAI 2015), in [0, 1].
     """
 
     predicted: list[float]
@@ -36,7 +36,12 @@ class Reliability(NamedTuple):
 
 
 def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
-    """Accuracy, precision, recall and their harmonic mean, for finding unsafe pairs."""
+    """Computes accuracy, precision, recall and the harmonic mean of the latter two.
+
+    Args:
+      unsafe: labels `[n]`.
+      flagged: verdicts `[n]`.
+    """
     unsafe, flagged = np.asarray(unsafe, bool), np.asarray(flagged, bool)
     tp, fp = int((unsafe & flagged).sum()), int((~unsafe & flagged).sum())
     tn, fn = int((~unsafe & ~flagged).sum()), int((unsafe & ~flagged).sum())
@@ -56,8 +61,10 @@ def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
 
 
 def auroc(unsafe: Sequence[bool], scores: Sequence[float]) -> float:
-    """Chance that an unsafe pair scores higher than a safe one, ties counting half; NaN without
-    both kinds."""
+    """Computes the chance that an unsafe pair scores higher than a safe one, ties counting half.
+
+    NaN where one of the labels is missing.
+    """
     unsafe = np.asarray(unsafe, bool)
     positive, negative = int(unsafe.sum()), int((~unsafe).sum())
     if not positive or not negative:
@@ -69,21 +76,28 @@ def auroc(unsafe: Sequence[bool], scores: Sequence[float]) -> float:
 def reliability(
     unsafe: Sequence[bool], probability: Sequence[float], bins: int = 10
 ) -> Reliability:
-    """How often pairs of each predicted probability are unsafe."""
+    """Compares predicted probabilities with the share of unsafe pairs, bin by bin.
+
+    Args:
+      unsafe: labels `[n]`.
+      probability: calibrated P(unsafe) `[n]`.
+      bins: number of bins over [0, 1].
+    """
     unsafe, probability = np.asarray(unsafe, float), np.asarray(probability, float)
     place = np.minimum((probability * bins).astype(int), bins - 1)
-    found = [place == b for b in range(bins) if (place == b).any()]
-    predicted = [float(probability[b].mean()) for b in found]
-    observed = [float(unsafe[b].mean()) for b in found]
-    counts = [int(b.sum()) for b in found]
+    members = [place == b for b in range(bins) if (place == b).any()]
+    predicted = [float(probability[b].mean()) for b in members]
+    observed = [float(unsafe[b].mean()) for b in members]
+    counts = [int(b.sum()) for b in members]
     gaps = np.abs(np.subtract(predicted, observed))
     return Reliability(predicted, observed, counts, float(gaps @ counts / max(sum(counts), 1)))
 
 
 def resample(unsafe: Sequence[bool], share: float, seed: int) -> np.ndarray:
-    """Indices of a subset in which `share` of the pairs are unsafe, as large as can be.
+    """Returns indices of the largest subset in which `share` of the pairs are unsafe.
 
-    Rates such as precision depend on the share: the paper's is 30%.
+    Rates that depend on the share, precision first, are comparable only at the same share: the
+    paper's is 30%.
     """
     unsafe = np.asarray(unsafe, bool)
     rng = np.random.default_rng([seed, 11])

@@ -1,4 +1,4 @@
-"""Pairs of many clients as one stream of batches, sorted by length so that little is padding."""
+"""Batches over the pairs of many clients, sorted by length so that little is padding."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,15 +8,15 @@ from fedsafe_jax.data.packing import round_up
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Batches of like length, the longest first.
+    """Groups rows of similar length into batches, the longest first.
 
     Args:
-      lengths: of every row.
-      tokens: of a batch, padding included, at least one row.
+      lengths: tokens of every row.
+      tokens: most tokens of a batch, padding included; a longer row is a batch by itself.
 
     Yields:
-      `(indices int [<= rows], width, rows)`: the shape is full but for the last batch, whose rows
-      are the next power of two, so that few shapes are compiled.
+      `(indices int [<= rows], width, rows)`. Every batch but the last is full; the last has the
+      next power of two as its number of rows, so that few shapes are compiled.
     """
     order = np.argsort(-np.asarray(lengths, int), kind="stable")
     start = 0
@@ -29,7 +29,7 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[tuple[np.ndarray, i
 
 
 def stack(rows: Sequence[Sequence[int]], width: int, count: int) -> np.ndarray:
-    """Right-padded rows, int32 `[count, width]`; rows past the end are empty."""
+    """Pads rows on the right, int32 `[count, width]`; rows past the last one are empty."""
     out = np.zeros((count, width), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

@@ -1,6 +1,6 @@
-"""The server's training of any filter: warm-up, class weights, early stopping, calibration."""
+"""Training of any filter by the server: warm-up, class weights, early stopping, calibration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,14 +19,16 @@ class TrainingOptions(NamedTuple):
 
     Attributes:
       epochs: most passes over the data (the paper uses 5).
-      batch_size: pairs a step.
-      learning_rate: peak, after a tenth of the steps; then falls as a cosine.
-      weight_decay: of AdamW.
+      batch_size: pairs per step.
+      learning_rate: peak rate, reached after a tenth of the steps; falls as a cosine afterwards.
+      weight_decay: decay of AdamW (arXiv 1711.05101).
       patience: epochs without a better validation loss before training ends; the best epoch's
         weights are kept.
-      validation_share: of the prompts; 0 trains on all, for all epochs, without calibration.
-      target, precision_floor: of the threshold, see `decision.choose_threshold`.
-      unsafe_share: expected in use, for calibration and threshold; 0: as in validation.
+      validation_share: share of the prompts that is held out; with 0 all pairs are trained on for
+        all epochs, without calibration.
+      target, precision_floor: how the threshold is chosen, see `decision.choose_threshold`.
+      unsafe_share: share of unsafe pairs expected in use, for calibration and threshold; 0 for the
+        share in validation.
     """
 
     epochs: int = 5
@@ -41,117 +43,149 @@ class TrainingOptions(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Validation after an epoch."""
+    """Validation results after an epoch."""
 
     loss: float  # nats, classes weighted
     auroc: float
 
 
 class Trained(NamedTuple):
-    """What training gives."""
+    """Outcome of training.
+
+    Attributes:
+      params: weights of the best epoch.
+      decision: calibration and threshold.
+      epochs: validation results after each epoch; [] without validation pairs.
+      best: index of the epoch kept; -1 for the start.
+    """
 
     params: dict
     decision: decision.Decision
     epochs: list[Epoch]
-    best: int  # index of the epoch kept; -1 for the start
+    best: int
 
 
-def train(
-    pairs: Sequence[Example],
-    params,
-    lengths: Sequence[int],
-    arrays: Callable,
-    loss_fn: Callable,
-    log_odds: Callable,
-    options: TrainingOptions,
-    seed: int,
-    frozen=(),
-) -> Trained:
-    """Trains, stops early, calibrates.
+class Network(NamedTuple):
+    """What `train` needs to know of a filter's network and of its tokenised pairs.
 
-    Args:
-      pairs: labelled ones.
-      params: trained from here.
+    Attributes:
       lengths: tokens of each pair.
-      arrays: `(indices, width, rows) -> pytree` of a batch, rows past the end empty.
+      make_batch: `(indices, width, rows) -> pytree` of padded arrays, rows past the last index
+        empty.
       loss_fn: `(params, frozen, batch, unsafe int32 [rows], weights float32 [rows], key) ->
         scalar`.
       log_odds: `(params, indices) -> float32 [n]`.
+      frozen: parameters that are not trained: a guard's base model.
+    """
+
+    lengths: Sequence[int]
+    make_batch: Callable
+    loss_fn: Callable
+    log_odds: Callable
+    frozen: dict | tuple = ()
+
+
+def train(
+    pairs: Sequence[Example], params: dict, network: Network, options: TrainingOptions, seed: int
+) -> Trained:
+    """Trains with AdamW, stops early, calibrates.
+
+    Args:
+      pairs: labelled pairs.
+      params: weights that training starts from.
+      network: loss and scores of the filter.
       options: see `TrainingOptions`.
-      seed: of order, split and dropout.
-      frozen: what is not trained, such as a guard's base.
+      seed: seed of order, split and dropout.
 
     Raises:
       FilterError: one of the labels is missing, or no epoch gave a finite validation loss.
     """
     _, unsafe = protocol.labelled(pairs)
-    learned, held = protocol.split(pairs, seed, options.validation_share)
-    both = [len(set(unsafe[side].tolist())) == 2 for side in (learned, held)]
-    if not all(both):  # too few prompts to hold any out
-        learned, held = list(range(len(pairs))), []
-    learned, held = np.array(learned), np.array(held, int)
+    learned, held = _split(pairs, unsafe, options.validation_share, seed)
     balance = (len(learned) / (2 * np.bincount(unsafe[learned]))).astype(np.float32)
-    steps_an_epoch = -(-len(learned) // options.batch_size)
-    total = max(options.epochs * steps_an_epoch, 2)
-    warmup = max(total // 10, 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, total)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=options.weight_decay)
-    )
+    optimizer = _optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
     state, key = optimizer.init(params), jax.random.key(seed)
 
     @jax.jit
-    def step(params, state, frozen, batch, target, weight, key):
-        grads = jax.grad(loss_fn)(params, frozen, batch, target, weight, key)
+    def step(params, state, frozen, data, key):
+        grads = jax.grad(network.loss_fn)(params, frozen, *data, key)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    best, kept, history = np.inf, params, []
-    chosen = -1
+    best_loss, best_params, best = np.inf, params, -1
+    history: list[Epoch] = []
     for epoch in range(options.epochs):
-        for number, rows in enumerate(_epoch(learned, lengths, options.batch_size, seed, epoch)):
-            width = round_up(max(lengths[i] for i in rows))
+        order = _epoch(learned, network.lengths, options.batch_size, seed=seed, epoch=epoch)
+        for number, rows in enumerate(order):
+            width = round_up(max(network.lengths[i] for i in rows))
             weight = np.zeros(options.batch_size, np.float32)
             weight[: len(rows)] = balance[unsafe[rows]]
             target = np.zeros(options.batch_size, np.int32)
             target[: len(rows)] = unsafe[rows]
             step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
-            batch = arrays(rows, width, options.batch_size)
-            params, state = step(
-                params, state, frozen, batch=batch, target=target, weight=weight, key=step_key
-            )
+            batch = network.make_batch(rows, width, options.batch_size)
+            data = (batch, target, weight)
+            params, state = step(params, state, network.frozen, data, step_key)
         if not len(held):
-            kept, chosen = params, epoch
+            best_params, best = params, epoch
             continue
-        z = log_odds(params, held)
-        sign = np.where(unsafe[held] == 1, 1.0, -1.0)
-        weights = balance[unsafe[held]]
-        loss = float((weights * np.logaddexp(0, -sign * z)).sum() / weights.sum())
-        history.append(Epoch(loss, quality.auroc(unsafe[held], z)))
-        if loss < best:
-            best, kept, chosen = loss, params, epoch
-        elif epoch - chosen >= options.patience:
+        history.append(_validate(network.log_odds(params, held), unsafe[held], balance))
+        if history[-1].loss < best_loss:
+            best_loss, best_params, best = history[-1].loss, params, epoch
+        elif epoch - best >= options.patience:
             break
-    if options.epochs and chosen < 0:
+    if options.epochs and best < 0:
         raise protocol.FilterError(
             "the filter's validation loss was never finite; lower filter.learning_rate "
             f"({options.learning_rate})."
         )
-    found = decision.Decision()
+    fitted = decision.Decision()
     if len(held):
-        found = decision.fit(
-            log_odds(kept, held), unsafe[held], options.target, options.precision_floor,
-            options.unsafe_share,
-        )  # fmt: skip
-    return Trained(kept, found, history, chosen)
+        fitted = decision.fit(
+            network.log_odds(best_params, held),
+            unsafe[held],
+            options.target,
+            precision_floor=options.precision_floor,
+            share=options.unsafe_share,
+        )
+    return Trained(best_params, fitted, history, best)
 
 
-def _epoch(indices, lengths, batch_size: int, seed: int, epoch: int):
-    """Shuffled batches whose rows are of like length."""
+def _split(
+    pairs: Sequence[Example], unsafe: np.ndarray, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the pairs to train on, and of those to validate on."""
+    learned, held = protocol.split(pairs, seed, share)
+    both = [len(set(unsafe[side].tolist())) == 2 for side in (learned, held)]
+    if not all(both):  # too few prompts to hold any out
+        learned, held = list(range(len(pairs))), []
+    return np.array(learned), np.array(held, int)
+
+
+def _optimizer(options: TrainingOptions, steps_per_epoch: int) -> optax.GradientTransformation:
+    total = max(options.epochs * steps_per_epoch, 2)
+    warmup = max(total // 10, 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, total)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=options.weight_decay)
+    )
+
+
+def _epoch(
+    indices: np.ndarray, lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> Iterator[np.ndarray]:
+    """Shuffled batches whose rows are of similar length."""
     rng = np.random.default_rng([seed, epoch])
     order = indices[rng.permutation(len(indices))]
-    made = []
+    batches: list[np.ndarray] = []
     for start in range(0, len(order), batch_size * BUCKET):
-        some = sorted(order[start : start + batch_size * BUCKET], key=lambda i: lengths[i])
-        made += [np.array(some[b : b + batch_size]) for b in range(0, len(some), batch_size)]
-    return [made[i] for i in rng.permutation(len(made))]
+        bucket = sorted(order[start : start + batch_size * BUCKET], key=lambda i: lengths[i])
+        batches += [np.array(bucket[b : b + batch_size]) for b in range(0, len(bucket), batch_size)]
+    return (batches[i] for i in rng.permutation(len(batches)))
+
+
+def _validate(log_odds: np.ndarray, unsafe: np.ndarray, balance: np.ndarray) -> Epoch:
+    sign = np.where(unsafe == 1, 1.0, -1.0)
+    weights = balance[unsafe]
+    loss = float((weights * np.logaddexp(0, -sign * log_odds)).sum() / weights.sum())
+    return Epoch(loss, quality.auroc(unsafe, log_odds))

@@ -123,7 +123,7 @@ class Site:
         if arm.filter:
             note(filtering.describe(config.filter, len(self.inputs.filter_pairs)))
             scores = self.folder / "filter_scores"
-            scored = filtering.score(config, self.inputs, pairs, self.seed, scores)
+            scored = filtering.score_pairs(config, self.inputs, pairs, self.seed, scores)
             (left,) = apply_action(config, self.inputs, [pairs], scored, self.seed)
             pairs, weights, self.counts = left.examples, left.weights, left.counts
         else:

@@ -1,208 +1,223 @@
 """Constitutional AI on the aggregated model: probe, generate, criticise, revise, train."""
 
-import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from fedsafe_jax.cai import derta, forms, schedule
-from fedsafe_jax.cai import revise as revise_lib
-from fedsafe_jax.cai import train as train_lib
+from fedsafe_jax.cai import derta, forms
+from fedsafe_jax.cai.revise import CHECKS, DATA, Generate, Judge, Record, Rules, revise, tally
+from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
+from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
 from fedsafe_jax.data import chat
+from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.schedules import round_rate
 from fedsafe_jax.inference.chat_session import ChatSession
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.pipeline.clients import Clients
+from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.rounds import learning_rates
 from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime.progress import PhaseTimer
 
 BATCH = 32  # dialogues generated at once
 PROBED = 64  # prompts of a probe asked at once; no more where these show that CAI is needed
-PROBE_TOKENS = 10  # of an answer: a refusal shows in its first words
-
-
-def decay(config, t: int) -> float:
-    """The clients' rate as a share of its start. CAI follows it: at a constant rate its last
-    rounds outweigh what the clients still learn, and over-refusal grows."""
-    return round_rate(learning_rates(config), t) / config.learning_rate
-
-
-def recipe(config) -> train_lib.Recipe:
-    """How the config trains."""
-    c = config.cai
-    return train_lib.Recipe(
-        tuple(c.losses),
-        tuple(c.weights),
-        c.beta,
-        batch_size=c.batch_size,
-        pairs_per_step=c.pairs_per_step,
-        seq=config.seq_len,
-    )
+PROBE_TOKENS = 10  # tokens of a probe's answer: a refusal shows in its first words
 
 
 class ConstitutionalStage:
-    """The server's CAI for one arm and seed.
+    """The server's Constitutional AI for one arm and seed.
 
     Args:
-      config, inputs: of the run.
+      config, inputs: config and inputs of the run.
       model: the decoder that adapters belong to.
-      clients: of the seed; their filter judges revisions where the config says so.
-      folder: of the records, `cai/`.
-      mine: `row -> bool`, whether a record is of this arm and seed.
-      seed: what is drawn depends on it and the round alone.
+      clients: clients of the seed; their filter judges revisions where the config says so.
+      folder: folder of the records, `cai/`.
+      mine: tells whether a row of the records is of this arm and seed.
+      seed: seed of the run; what is drawn depends on it and the round alone.
     """
 
-    def __init__(self, config, inputs, model, clients, folder: epath.Path, mine, seed: int):
+    def __init__(
+        self,
+        config: ConfigDict,
+        inputs: RunInputs,
+        model: Decoder,
+        *,
+        clients: Clients,
+        folder: epath.Path,
+        mine: Callable[[dict], bool],
+        seed: int,
+    ):
         self.config, self.inputs, self.clients, self.seed = config, inputs, clients, seed
         self.folder, self.mine = folder, mine
-        self.recipe = recipe(config)
-        self.start, self.step = train_lib.make_step(model, self.recipe)
         self.tokenizer = inputs.lm.tokenizer
-        self._past: list[tuple[int, revise_lib.Record]] | None = None
-        self.red_team, self.probes = inputs.red_team, []
-        if config.cai.schedule == "adaptive":
+        self.schedule = SCHEDULES[config.cai.schedule]
+        self.recipe = read_recipe(config)
+        self.init_optimizer, self.step = make_step(model, self.recipe)
+        self._past: list[tuple[int, Record]] | None = None
+        self.red_team, self.probe_prompts = inputs.red_team, []
+        if self.schedule.steps_after_probe:
             # The estimate must not be of prompts that were trained on.
-            self.probes = subset(inputs.red_team, config.cai.probe_prompts)
-            asked = {e.prompt for e in self.probes}
-            self.red_team = [e for e in inputs.red_team if e.prompt not in asked]
+            probes = subset(inputs.red_team, config.cai.probe_prompts)
+            self.probe_prompts = [e.prompt for e in probes]
+            probed = set(self.probe_prompts)
+            self.red_team = [e for e in inputs.red_team if e.prompt not in probed]
 
-    def run(self, current, base, t: int, clock):
-        """One round.
+    def run(
+        self, current: LanguageModel, base: LanguageModel, t: int, clock: PhaseTimer
+    ) -> tuple[dict, dict, list[Record]]:
+        """Runs one round.
 
         Args:
-          current, base: the global model, and the model without an adapter.
-          t: the round.
-          clock: has a `lap`.
+          current: the global model.
+          base: the model without an adapter.
+          t: number of the round, from 0.
+          clock: told which phase has ended.
 
         Returns:
-          `(new adapter, counts for the metrics, new records)`.
+          The new LoRA factors, counts for the metrics, and the new records.
         """
-        c, config = self.config.cai, self.config
-        probe, share = None, decay(config, t)
-        # A light round's prompts, however few steps: what teaches are answers that are harmful.
-        amount = schedule.amount(c.schedule, t == config.rounds - 1)
-        steps = c.steps * amount.steps
-        if c.schedule == "adaptive":
-            probe, share = Probe(self, clock), 1.0
-            steps = probe(current)
+        c = self.config.cai
+        amount = self.schedule.amount(t == self.config.rounds - 1)
+        if self.schedule.steps_after_probe:
+            probe, share = self._probe(clock), 1.0
+            num_steps = probe(current)
+        else:
+            probe, share = None, learning_rate_share(self.config, t)
+            num_steps = c.steps * amount.steps
         counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
-        adapter, found = current.factors, []
-        if steps:
+        factors, records = current.factors, []
+        if num_steps:
             rng = np.random.default_rng([self.seed, t, 2])
-            earlier = self._earlier(t) if c.data != "on_policy" else []
-            if c.data != "cached" or not earlier:
-                found = self._revise(current, base, amount, rng, t)
-                self._past = [*(self._past or []), *((t, r) for r in found)]
+            earlier = self._earlier(t) if DATA[c.data].reuses else []
+            if DATA[c.data].renews or not earlier:
+                records = self._revise(current, base, amount, rng, t)
+                self._past = [*(self._past or []), *((t, r) for r in records)]
                 clock.mark("cai_generate")
-            said = [text for r in found for text in (r.initial, r.critique, r.revision)]
-            said += [text for r in found for _, *pair in r.earlier for text in pair]
-            kept = [r for r in [*earlier, *found] if not r.dropped]
-            replay = _some(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
-            counts |= {"reused": len(earlier), "replay": len(replay)} | revise_lib.tally(found)
-            counts["tokens_generated"] = self.tokens(said)
-            adapter, trained = self._train(
-                current, kept, replay, steps=steps, t=t, share=share, probe=probe
-            )
-            counts |= trained
+            kept = [r for r in [*earlier, *records] if not r.dropped]
+            replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
+            counts |= {"reused": len(earlier), "replay": len(replay)} | tally(records)
+            counts["tokens_generated"] = self._count_tokens(_generated(records))
+            imitation, triples = self._imitation(kept, replay), _triples(kept)
+            counts |= {"pairs": len(triples)}
+            if imitation:  # else the adapter stays as it is
+                if math.isinf(num_steps):
+                    num_steps = math.ceil(len(imitation) / c.batch_size)
+                limit = LIMIT * c.steps if probe else int(num_steps)
+                data = self._data(limit, imitation, triples, t)
+                learning_rate = jnp.float32(c.learning_rate * share)
+                factors, losses = self._train(current, data, int(num_steps), learning_rate, probe)
+                counts |= _training_counts(data[: len(losses)], losses)
             clock.mark("cai_train")
         if probe is not None:
-            counts["probes"] = probe.found
+            counts["probes"] = probe.results
             counts["tokens_generated"] = counts.get("tokens_generated", 0) + probe.tokens
-        return adapter, counts, found
+        return factors, counts, records
 
-    def _earlier(self, t: int) -> list[revise_lib.Record]:
-        """Records of the rounds before: a resumed run's from disk, then as they come."""
+    def _probe(self, clock: PhaseTimer) -> "Probe":
+        c = self.config.cai
+
+        def decide(refused: float, high: float) -> int:
+            return self.schedule.steps_after_probe(refused, high, c.target, c.steps)
+
+        return Probe(self.probe_prompts, decide, self._count_tokens, clock)
+
+    def _earlier(self, t: int) -> list[Record]:
+        """Records of earlier rounds: after a resume from disk, then as they are made."""
         if self._past is None:
             self._past = []
             for path in sorted(self.folder.glob("round_*.jsonl")):
                 for row in filter(self.mine, run_files.read_lines(path)):
-                    found = revise_lib.Record(**{f: row[f] for f in revise_lib.Record._fields})
-                    if row["round"] < t:  # others are of a round that is repeated now
-                        self._past.append((row["round"], found))
+                    if row["round"] < t:  # later ones are of rounds that are repeated now
+                        record = Record(**{f: row[f] for f in Record._fields})
+                        self._past.append((row["round"], record))
         return [record for _, record in self._past]
 
-    def _count(self, asked: int, share: float, pool: int) -> int:
-        return pool if math.isinf(share) else min(math.ceil(asked * share), pool)
-
-    def _replay_count(self, amount, kept: int) -> int:
+    def _replay_count(self, amount: Amount, kept: int) -> int:
         c = self.config.cai
         if math.isinf(amount.prompts):  # as many for each revision as in a light round
             return round(kept * c.replay_examples / max(c.red_team_prompts + c.benign_prompts, 1))
         return c.replay_examples
 
-    def _revise(self, current, base, amount, rng, t: int) -> list[revise_lib.Record]:
+    def _revise(
+        self,
+        current: LanguageModel,
+        base: LanguageModel,
+        amount: Amount,
+        rng: np.random.Generator,
+        t: int,
+    ) -> list[Record]:
+        """Draws prompts, and has them answered, criticised and revised."""
         c = self.config.cai
-        red = self._count(c.red_team_prompts, amount.prompts, len(self.red_team))
-        share = red / c.red_team_prompts
-        harmful = [e.prompt for e in _some(self.red_team, red, rng)]
-        benign = [
-            e.prompt for e in _some(self.inputs.replay, math.ceil(c.benign_prompts * share), rng)
-        ]
+        num_red = len(self.red_team)
+        if not math.isinf(amount.prompts):
+            num_red = min(math.ceil(c.red_team_prompts * amount.prompts), num_red)
+        # Benign prompts keep their proportion to the red-team prompts, whose pool may be too small.
+        num_benign = math.ceil(c.benign_prompts * (num_red / c.red_team_prompts))
+        harmful = [e.prompt for e in _sample(self.red_team, num_red, rng)]
+        benign = [e.prompt for e in _sample(self.inputs.replay, num_benign, rng)]
         wanted = [True] * len(harmful) + [False] * len(benign)
         checks = {}
-        if c.check in ("rules", "both"):
-            checks["rules"] = revise_lib.Rules(wanted, start_refusal)
-        if c.check in ("filter", "both"):
-            checks["judge"] = revise_lib.Judge(wanted, *self.clients.judge())
-        speak = functools.partial(make_generate_fn, c.max_new_tokens, [self.seed, t, 3])
-        talk = reviser = ChatSession(current, BATCH)
-        if c.reviser == "base":
-            reviser = ChatSession(base, BATCH)
-        return revise_lib.revise(
+        if CHECKS[c.check].rules:
+            checks["rules"] = Rules(wanted, start_refusal)
+        if CHECKS[c.check].judge:
+            checks["judge"] = Judge(wanted, *self.clients.judge())
+        session = ChatSession(current, BATCH)
+        # One session for both where the model is the same: its cache holds what was read before.
+        revising = ChatSession(base, BATCH) if c.reviser == "base" else session
+        seed = [self.seed, t, 3]
+        return revise(
             harmful + benign,
             self.inputs.constitution,
-            speak(talk, c.temperature),
-            reviser=speak(reviser, 0.0),
+            make_generate_fn(c.max_new_tokens, seed, session, c.temperature),
+            reviser=make_generate_fn(c.max_new_tokens, seed, revising, 0.0),
             seed=(self.seed, t, 4),
             rounds=c.revision_rounds,
-            few_shots=c.few_shots,
+            num_few_shots=c.few_shots,
             **checks,
             only_wrong=c.revise == "wrong",
         )
 
-    def tokens(self, texts) -> int:
-        """As the tokenizer counts them."""
+    def _count_tokens(self, texts: Sequence[str]) -> int:
         if not texts:
             return 0
         return sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
-    def _encode(self, prompt: str, response: str):
+    def _encode(self, prompt: str, response: str) -> Encoded | None:
         return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
 
-    def _train(self, current, kept, replay, steps: float, t: int, share: float, probe):
-        """`(adapter, counts)`; without anything to imitate the adapter stays as it is.
-
-        Args:
-          current: the global model.
-          kept, replay: what is learned.
-          steps: infinity for an epoch; with a probe, until that asks for no more.
-          t: the round.
-          share: of the learning rate.
-          probe: a `Probe` or None.
-        """
-        c = self.config.cai
-        imitation = [
+    def _imitation(self, kept: Sequence[Record], replay: Sequence[Example]) -> list[Encoded]:
+        """Dialogues to imitate: the replay, and revisions where the losses ask for them."""
+        encoded = [
             chat.encode(self.tokenizer, e.messages, e.response, self.config.seq_len) for e in replay
         ]
-        if "sft" in self.recipe.losses:
-            imitation += [self._encode(r.prompt, r.revision) for r in kept]
-        imitation = [e for e in imitation if e is not None]
-        triples = [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
-        if not imitation:
-            return current.factors, {"pairs": len(triples), "steps": 0}
-        # Until the next probe, if there is one.
-        leg = math.ceil(len(imitation) / c.batch_size) if math.isinf(steps) else int(steps)
+        if self.recipe.imitates_revisions:
+            encoded += [self._encode(r.prompt, r.revision) for r in kept]
+        return [e for e in encoded if e is not None]
+
+    def _data(
+        self,
+        count: int,
+        imitation: Sequence[Encoded],
+        triples: Sequence[derta.Triple],
+        t: int,
+    ) -> list[Step]:
+        """Packed data of `count` steps."""
         refusal = 0
-        if "derta" in self.recipe.losses:
-            refusal = derta.refusal_token(self.tokenizer, c.refusal_word)
-        data = train_lib.steps(
+        if self.recipe.own_rows:
+            refusal = derta.refusal_token(self.tokenizer, self.config.cai.refusal_word)
+        return steps(
             self.recipe,
-            schedule.LIMIT * c.steps if probe else leg,
+            count,
             imitation,
             triples=triples,
             encode=self._encode,
@@ -210,92 +225,166 @@ class ConstitutionalStage:
             tokenizer=self.tokenizer,
             refusal=refusal,
         )
+
+    def _train(
+        self,
+        current: LanguageModel,
+        data: Sequence[Step],
+        num_steps: int,
+        learning_rate: jax.Array,
+        probe: "Probe | None",
+    ) -> tuple[dict, list[dict]]:
+        """`(LoRA factors, losses of each step taken)`.
+
+        Without a probe `num_steps` steps are taken. With one it is asked again after these, for the
+        number of steps to go on with, until it says 0 or the data end.
+        """
         local = current.on_one_device()
-        reference = local.factors if c.reference == "global" else None
-        adapter, state = local.factors, self.start(local.factors)
-        learning_rate = jnp.float32(c.learning_rate * share)
-        found = []
-        while leg and len(found) < len(data):
-            for step in data[len(found) : len(found) + leg]:
-                adapter, state, losses = self.step(
-                    adapter, state, reference, local.params, step, learning_rate
+        reference = local.factors if self.config.cai.reference == "global" else None
+        factors, state = local.factors, self.init_optimizer(local.factors)
+        losses: list[dict] = []
+        while num_steps and len(losses) < len(data):
+            for step in data[len(losses) : len(losses) + num_steps]:
+                factors, state, values = self.step(
+                    factors, state, reference, local.params, step, learning_rate
                 )
-                found.append(losses)
-            leg = probe(current, adapter) if probe else 0
-        used = data[: len(found)]
-        rows = [r for s in used for r in (s.imitation, s.pairs and s.pairs.rows, s.derta) if r]
-        names = sorted({name for losses in found for name in losses})
-        return adapter, {
-            "pairs": len(triples),
-            "steps": len(found),
-            "tokens_trained": int(sum((r.segment_ids > 0).sum() for r in rows)),
-        } | {
-            f"{name}_loss": float(np.mean([losses[name] for losses in found if name in losses]))
-            for name in names
-        }
+                losses.append(values)
+            num_steps = probe(current, factors) if probe else 0
+        return factors, losses
+
+
+def read_recipe(config: ConfigDict) -> Recipe:
+    """Reads from the config how a round trains."""
+    c = config.cai
+    return Recipe(
+        losses=tuple(c.losses),
+        weights=tuple(c.weights),
+        beta=c.beta,
+        batch_size=c.batch_size,
+        pairs_per_step=c.pairs_per_step,
+        seq=config.seq_len,
+    )
+
+
+def learning_rate_share(config: ConfigDict, t: int) -> float:
+    """Computes the clients' learning rate in round `t` as a share of its start.
+
+    The rate of CAI decays with it: at a constant rate the last rounds outweigh what the clients
+    still learn, and over-refusal grows.
+    """
+    return round_rate(learning_rates(config), t) / config.learning_rate
 
 
 class Probe:
-    """Asks the model the server's own prompts, and says how many steps their answers call for.
+    """Probe of the refusal rate on the server's own prompts.
+
+    Args:
+      prompts: prompts that are not trained on.
+      decide: `(refused, upper bound of its 95% interval) -> steps to train`, both in percent.
+      count_tokens: counts the tokens of texts.
+      clock: told which phase has ended.
 
     Attributes:
-      found: of each time, share refused and its 95% interval, in percent, and prompts asked.
-      tokens: generated.
+      results: one row per probe: share refused and its 95% interval in percent, prompts asked.
+      tokens: number of tokens generated.
     """
 
-    def __init__(self, server: ConstitutionalStage, clock):
-        self.server, self.clock = server, clock
-        self.found: list[dict] = []
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        decide: Callable[[float, float], int],
+        count_tokens: Callable[[Sequence[str]], int],
+        clock: PhaseTimer,
+    ):
+        self.prompts, self.decide = prompts, decide
+        self.count_tokens, self.clock = count_tokens, clock
+        self.results: list[dict] = []
         self.tokens = 0
 
-    def __call__(self, current, adapter=None) -> int:
-        """Steps to go on with; `adapter` (on one device) takes the place of the model's own."""
-        if adapter is not None:
-            where = jax.tree.map(lambda x: x.sharding, current.factors)
-            adapter = jax.block_until_ready(jax.device_put(adapter, where))
-            current = current.with_adapter(current.adapter._replace(factors=adapter))
+    def __call__(self, current: LanguageModel, factors: dict | None = None) -> int:
+        """Asks the model, and returns the number of steps to go on with.
+
+        Args:
+          current: the model.
+          factors: LoRA factors on one device that take the place of the model's own.
+        """
+        if factors is not None:
+            shardings = jax.tree.map(lambda x: x.sharding, current.factors)
+            factors = jax.block_until_ready(jax.device_put(factors, shardings))
+            current = current.with_adapter(current.adapter._replace(factors=factors))
             self.clock.mark("cai_train")
-        c, steps, refused = self.server.config.cai, 0, []
-        prompts = [e.prompt for e in self.server.probes]
-        for start in range(0, len(prompts), PROBED):
+        num_steps, refused = 0, []
+        for start in range(0, len(self.prompts), PROBED):
             answers = current.generate(
-                prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, truncate=True
+                self.prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, truncate=True
             )
-            self.tokens += self.server.tokens(answers)
+            self.tokens += self.count_tokens(answers)
             refused += [start_refusal(a) for a in answers]
             mean, interval = float(np.mean(refused)), wilson(sum(refused), len(refused))
-            steps = schedule.adaptive(100 * mean, 100 * interval[1], c.target, c.steps)
-            if steps:
+            num_steps = self.decide(100 * mean, 100 * interval[1])
+            if num_steps:
                 break
-        self.found.append(
+        self.results.append(
             {"refused": 100 * mean, "ci95": [100 * x for x in interval], "asked": len(refused)}
         )
         self.clock.mark("cai_probe")
-        return steps
+        return num_steps
 
 
 def make_generate_fn(
-    max_new_tokens: int, seed, talk: ChatSession, temperature: float, chat_form=True
-) -> revise_lib.Generate:
-    """How a model answers threads, for `cai.revise`; what is sampled depends on the call.
+    max_new_tokens: int,
+    seed: Sequence[int],
+    session: ChatSession,
+    temperature: float,
+    chat_form: bool = True,
+) -> Generate:
+    """Builds the function by which a model answers threads in `cai.revise.revise`.
 
     Args:
-      max_new_tokens: of an answer, critique or revision.
-      seed: of the samples.
-      talk: with a chat model, or one whose template is `forms.DIALOGUE`.
-      temperature: 0 for greedy.
-      chat_form: threads become chats of user and assistant.
+      max_new_tokens: most tokens of an answer, critique or revision.
+      seed: seed of the samples, which also depend on the number of the call.
+      session: session with a chat model, or with one whose template is `forms.DIALOGUE`.
+      temperature: temperature of sampling; 0 for greedy.
+      chat_form: whether threads become chats of user and assistant.
     """
 
-    def say(threads, call):
+    def generate(
+        threads: Sequence[Sequence[tuple[str, str]]], call: int
+    ) -> tuple[list[str], np.ndarray]:
         call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
-        return talk.answer_dialogues(
+        return session.answer_dialogues(
             [forms.as_chat(thread) if chat_form else thread for thread in threads],
-            max_new_tokens, temperature, seed=call_seed, truncate=True,
-        )  # fmt: skip
+            max_new_tokens,
+            temperature,
+            seed=call_seed,
+            truncate=True,
+        )
 
-    return say
+    return generate
 
 
-def _some(pool: list[Example], count: int, rng) -> list[Example]:
+def _sample(pool: Sequence[Example], count: int, rng: np.random.Generator) -> list[Example]:
     return [pool[i] for i in rng.permutation(len(pool))[:count]]
+
+
+def _triples(kept: Sequence[Record]) -> list[derta.Triple]:
+    return [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
+
+
+def _generated(records: Sequence[Record]) -> list[str]:
+    """All texts that were generated for the records."""
+    texts = [text for r in records for text in (r.initial, r.critique, r.revision)]
+    return texts + [text for r in records for _, *pair in r.earlier for text in pair]
+
+
+def _training_counts(taken: Sequence[Step], losses: Sequence[dict]) -> dict:
+    """Steps and tokens of a round's training, and the mean of each loss."""
+    batches = [b for s in taken for b in (s.imitation, *s.rows.values())]
+    batches += [s.pairs.rows for s in taken if s.pairs]
+    tokens = int(sum((b.segment_ids > 0).sum() for b in batches))
+    names = sorted({name for values in losses for name in values})
+    means = {
+        f"{name}_loss": float(np.mean([values[name] for values in losses if name in values]))
+        for name in names
+    }
+    return {"steps": len(losses), "tokens_trained": tokens} | means

@@ -1,50 +1,64 @@
-"""From a config to a trained filter, to clients' scores, and to what writes replacements."""
+"""Filtering of the clients' pairs: makes the filter, scores the pairs, applies the action."""
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import forms
-from fedsafe_jax.cai import revise as revise_lib
+from fedsafe_jax.cai.constitution import Constitution
+from fedsafe_jax.cai.revise import Rules, Threads, revise
 from fedsafe_jax.data.examples import UNSAFE, Example
-from fedsafe_jax.data.refusals import REFUSAL, start_refusal
-from fedsafe_jax.filters import actions, cache, classifier, guard, quality, store
+from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.filters import cache, quality, store
+from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
 from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.guard import GuardFilter
+from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
+from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter, FilterSpec
 from fedsafe_jax.filters.pairs import hard_negatives
-from fedsafe_jax.filters.store import check_folders
-from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.filters.training import Trained, TrainingOptions
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
-from fedsafe_jax.models import encoder_hub, lora
+from fedsafe_jax.models import lora
 from fedsafe_jax.pipeline.clients import Clients, encode
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.runtime import multihost
+from fedsafe_jax.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class Scored(NamedTuple):
-    """Verdicts on pairs.
+class Verdicts(NamedTuple):
+    """Verdicts of the filter on pairs.
 
     Attributes:
       probability: calibrated P(unsafe), float32 `[n]`.
-      threshold: from which a pair is flagged.
-      make_filter: `() -> filter`, trains it when it was not needed so far.
+      threshold: P(unsafe) from which a pair is flagged.
+      make_filter: returns the filter, trained when it was not needed so far; None for a simulated
+        one.
     """
 
     probability: np.ndarray
     threshold: float
-    make_filter: object
+    make_filter: Callable[[], Filter] | None
 
 
 def filter_clients(
-    config, inputs: RunInputs, clients: Clients, seed: int, workdir: epath.Path, progress
+    config: ConfigDict,
+    inputs: RunInputs,
+    clients: Clients,
+    seed: int,
+    workdir: epath.Path,
+    progress: Progress,
 ) -> Clients:
-    """Trains the filter once, and filters every client's pairs.
+    """Makes the filter once, and filters every client's pairs.
 
     Args:
       config, inputs: config and inputs of the run.
@@ -59,9 +73,9 @@ def filter_clients(
     pairs = inputs.clients[seed]
     progress.note(f"seed {seed}: {describe(config.filter, len(inputs.filter_pairs))}")
     everything = [e for examples in pairs for e in examples]
-    scored = score(config, inputs, everything, seed, workdir / "filter_scores")
+    verdicts = score_pairs(config, inputs, everything, seed, workdir / "filter_scores")
     filtered, counts, categories = [], [], {}
-    for left in apply_action(config, inputs, pairs, scored, seed):
+    for left in apply_action(config, inputs, pairs, verdicts, seed):
         encoded, _ = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
         filtered.append(encoded)
         counts.append(left.counts)
@@ -69,10 +83,10 @@ def filter_clients(
             before = categories.get(name, (0, 0))
             categories[name] = (before[0] + flagged, before[1] + seen)
     unsafe = [e.label == UNSAFE for e in everything]
-    measured = quality.quality(unsafe, scored.probability >= scored.threshold)
+    measured = quality.quality(unsafe, verdicts.probability >= verdicts.threshold)
     progress.note(
         f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
-        f"threshold {scored.threshold:.2f}"
+        f"threshold {verdicts.threshold:.2f}"
     )
     return dataclasses.replace(
         clients,
@@ -80,154 +94,191 @@ def filter_clients(
         counts=counts,
         categories=categories,
         quality=measured,
-        reliability=quality.reliability(unsafe, scored.probability),
-        auroc=quality.auroc(unsafe, scored.probability),
-        threshold=scored.threshold,
-        make_filter=scored.make_filter,
+        reliability=quality.reliability(unsafe, verdicts.probability),
+        auroc=quality.auroc(unsafe, verdicts.probability),
+        threshold=verdicts.threshold,
+        make_filter=verdicts.make_filter,
     )
 
 
-def apply_action(config, inputs, pairs, scored: Scored, seed: int) -> list[actions.FilteredPairs]:
-    """Applies the action to each client's pairs, which `scored` holds one after another."""
-    action = config.filter.action
-    rewrite = rewriter(config, inputs, scored, seed) if action == "rewrite" else None
-    stops = np.cumsum([len(examples) for examples in pairs])
-    by_client = np.split(scored.probability, stops[:-1])
-    return [
-        actions.apply(action, examples, probability, scored.threshold, rewrite)
-        for examples, probability in zip(pairs, by_client, strict=True)
-    ]
-
-
-def describe(f, pairs: int) -> str:
-    """What filtering is about to do, for the terminal."""
-    if f.kind == "simulated":
-        return "simulating a safety filter"
-    if f.load or f.unsafe_labels:
-        return f"loading the safety filter {f.load or f.encoder}"
-    return f"training the safety filter on {pairs} pairs"
-
-
-def options(f) -> TrainingOptions:
-    """Of a config's `filter`."""
-    return TrainingOptions(
-        f.epochs,
-        f.batch_size,
-        f.learning_rate,
-        patience=f.patience,
-        validation_share=f.validation_share,
-        target=f.target,
-        precision_floor=f.precision_floor,
-        unsafe_share=f.unsafe_share,
-    )
-
-
-def make(f, pairs: Sequence[Example], tokenizer, seed: int, dtype: str, targets: Sequence[str]):
-    """The filter that a config's `filter` asks for, trained on the server's pairs.
+def describe(section: ConfigDict, num_pairs: int) -> str:
+    """Says what filtering is about to do, for the terminal.
 
     Args:
-      f: the section of the config.
-      pairs: labelled; `hard_negatives` are added.
-      tokenizer: that a classifier from scratch reads with.
-      seed: of training.
-      dtype: of a guard's base.
+      section: the config's `filter`.
+      num_pairs: number of the server's pairs to train on.
+    """
+    if FILTER_KINDS[section.kind].simulate:
+        return "simulating a safety filter"
+    if section.load or section.unsafe_labels:
+        return f"loading the safety filter {section.load or section.encoder}"
+    return f"training the safety filter on {num_pairs} pairs"
+
+
+def build_filter(
+    section: ConfigDict,
+    pairs: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    dtype: str,
+    targets: Sequence[str],
+) -> tuple[Filter, Trained | None]:
+    """Builds the filter that a config's `filter` asks for, trained on the server's pairs.
+
+    Args:
+      section: the config's `filter`.
+      pairs: labelled pairs; `hard_negatives` are added.
+      tokenizer: tokenizer of a classifier from scratch.
+      seed: seed of the training.
+      dtype: type of a guard's base parameters.
       targets: projections that a guard's adapter changes.
 
     Returns:
-      `(filter, training.Trained or None)`.
+      The filter, and what its training gave; None where it was not trained.
 
     Raises:
       FilterError, ModelError: it cannot be loaded or trained.
     """
-    check_folders(f)
-    if f.load:
-        return store.load(f.load, functools.partial(load_pretrained, dtype=dtype)), None
-    pairs = [*pairs, *hard_negatives(pairs, f.hard_negatives, seed)]
-    if f.kind in ("guard", "guardian"):
-        # Loaded here and let go after filtering: it may be as large as the model itself.
-        lm = load_pretrained(f.model, dtype)
-        shape = lora.LoraConfig(f.lora_rank, 2.0 * f.lora_rank, tuple(targets))
-        replies = None
-        if f.kind == "guardian":
-            replies = guard.safe_replies(pairs, REFUSAL)
-        return guard.train(
-            pairs,
-            lm,
-            shape,
-            seed=seed,
-            options=options(f),
-            max_length=f.max_length,
-            replies=replies,
-        )
-    if f.encoder and f.unsafe_labels:
-        return store.from_encoder(f.encoder, f.max_length, tuple(f.unsafe_labels)), None
-    start = None
-    if f.encoder:
-        from transformers import AutoTokenizer
+    load_model = functools.partial(load_pretrained, dtype=dtype)
+    store.check_folders(section.load, section.encoder)
+    if section.load:
+        return store.load(section.load, load_model), None
+    spec = FilterSpec(
+        options=training_options(section),
+        seed=seed,
+        max_length=section.max_length,
+        tokenizer=tokenizer,
+        encoder=section.encoder,
+        unsafe_labels=tuple(section.unsafe_labels),
+        model=section.model,
+        load_model=load_model,
+        lora=lora.LoraConfig(section.lora_rank, 2.0 * section.lora_rank, tuple(targets)),
+    )
+    pairs = [*pairs, *hard_negatives(pairs, section.hard_negatives, seed)]
+    return FILTER_KINDS[section.kind].make(pairs, spec)
 
-        folder = pathlib.Path(f.encoder)
-        config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=seed)
-        start = dataclasses.replace(config, dropout=0.1), params
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return classifier.train(
-        pairs, tokenizer, seed, options=options(f), max_length=f.max_length, start=start
+
+def training_options(section: ConfigDict) -> TrainingOptions:
+    """Reads the training options of a config's `filter`."""
+    return TrainingOptions(
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        patience=section.patience,
+        validation_share=section.validation_share,
+        target=section.target,
+        precision_floor=section.precision_floor,
+        unsafe_share=section.unsafe_share,
     )
 
 
-def score(config, inputs, pairs: Sequence[Example], seed: int, folder: epath.Path) -> Scored:
-    """All clients' pairs in one stream; what was scored before is read from `folder`."""
-    f = config.filter
-    if f.kind == "simulated":
-        found = actions.simulated(pairs, f.simulated_recall, f.simulated_precision, [seed, 13])
-        return Scored(found, 0.5, None)
+def score_pairs(
+    config: ConfigDict, inputs: RunInputs, pairs: Sequence[Example], seed: int, folder: epath.Path
+) -> Verdicts:
+    """Scores all clients' pairs as one stream.
+
+    Args:
+      config, inputs: config and inputs of the run.
+      pairs: pairs of all clients.
+      seed: seed of the run.
+      folder: scores are kept here, and pairs whose score is here are not scored again.
+    """
+    section = config.filter
+    kind = FILTER_KINDS[section.kind]
+    if kind.simulate:
+        probability = kind.simulate(
+            pairs, section.simulated_recall, section.simulated_precision, [seed, 13]
+        )
+        return Verdicts(probability, 0.5, None)
 
     @functools.lru_cache(maxsize=1)
-    def make_filter():
-        targets = inputs.lora.targets
-        return make(
-            f,
+    def make_filter() -> Filter:
+        safety_filter, _ = build_filter(
+            section,
             inputs.filter_pairs,
             inputs.lm.tokenizer,
             seed=seed,
             dtype=config.dtype,
-            targets=targets,
-        )[0]
+            targets=inputs.lora.targets,
+        )
+        return safety_filter
 
-    if f.load or f.unsafe_labels:
-        known = cache.folder_hash(f.load or f.encoder)
-    else:
-        known = [(cache.pair_hash(p), p.label) for p in inputs.filter_pairs]
-    trained = {k: v for k, v in f.to_dict().items() if k not in ("action", "threshold")}
-    fingerprint = cache.content_hash(trained, seed, config.dtype, known)
+    fingerprint = _fingerprint(config, inputs, seed)
     scores = cache.ScoreCache(folder, fingerprint, multihost.is_primary())
     log_odds = scores.log_odds(pairs, make_filter)
     decision = Decision(*scores.decision)
-    threshold = f.threshold or decision.threshold
-    return Scored(decision.probability(log_odds), threshold, make_filter)
+    threshold = section.threshold or decision.threshold
+    return Verdicts(decision.probability(log_odds), threshold, make_filter)
 
 
-def rewriter(config, inputs, scored: Scored, seed: int):
-    """What writes new answers for flagged pairs, `examples -> list of answers`.
+def _fingerprint(config: ConfigDict, inputs: RunInputs, seed: int) -> str:
+    """Hash of everything that a filter's scores depend on."""
+    section = config.filter
+    if section.load or section.unsafe_labels:
+        source = cache.folder_hash(section.load or section.encoder)
+    else:
+        source = [(cache.pair_hash(p), p.label) for p in inputs.filter_pairs]
+    # Raw scores are stored, so what is decided from them later may change.
+    fields = {k: v for k, v in section.to_dict().items() if k not in ("action", "threshold")}
+    return cache.content_hash(fields, seed, config.dtype, source)
 
-    A guardian writes them itself; else the frozen base model criticises and revises the answer it
-    was given, as in Constitutional AI.
+
+def apply_action(
+    config: ConfigDict,
+    inputs: RunInputs,
+    pairs: Sequence[Sequence[Example]],
+    verdicts: Verdicts,
+    seed: int,
+) -> list[FilteredPairs]:
+    """Applies the action to each client's pairs.
+
+    Args:
+      config, inputs: config and inputs of the run.
+      pairs: pairs by client.
+      verdicts: verdicts on the pairs of all clients, one client after another.
+      seed: seed of the run.
     """
-    if config.filter.kind == "guardian":
-        return functools.partial(guardian_replies, scored.make_filter())
-    lm = dataclasses.replace(inputs.lm, adapter=None)
-    return functools.partial(revised, lm, inputs.constitution, config.cai.max_new_tokens, seed)
+    action, write_answers = config.filter.action, None
+    if ACTIONS[action].needs_answers:
+        write_answers = answer_writer(config, inputs, verdicts, seed)
+    stops = np.cumsum([len(examples) for examples in pairs])
+    by_client = np.split(verdicts.probability, stops[:-1])
+    return [
+        apply(action, examples, probability, verdicts.threshold, write_answers)
+        for examples, probability in zip(pairs, by_client, strict=True)
+    ]
 
 
-def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
-    """What a guardian says behind a verdict of "unsafe", which it is made to give."""
-    tokenizer = found.tokenizer
-    lead = [guard.verdict_ids(tokenizer)[1]]
+def answer_writer(
+    config: ConfigDict, inputs: RunInputs, verdicts: Verdicts, seed: int
+) -> Callable[[list[Example]], list[str]]:
+    """Returns the function that writes new answers for flagged pairs.
+
+    A guardian writes them itself; else the frozen base model criticises and revises the answer of
+    each pair, as in Constitutional AI.
+    """
+    if FILTER_KINDS[config.filter.kind].writes_answers:
+        return functools.partial(guardian_replies, verdicts.make_filter())
+    base = dataclasses.replace(inputs.lm, adapter=None)
+    max_new_tokens = config.cai.max_new_tokens
+    return functools.partial(revise_answers, base, inputs.constitution, max_new_tokens, seed)
+
+
+def guardian_replies(
+    guardian: GuardFilter, pairs: Sequence[Example], max_new_tokens: int = 64
+) -> list[str]:
+    """Generates a guardian's answers; "" where an answer does not end in time.
+
+    The verdict "unsafe" is put in front, since a guardian answers behind its verdict.
+    """
+    tokenizer = guardian.tokenizer
+    lead = [verdict_ids(tokenizer)[1]]
     lead += tokenizer("\n", add_special_tokens=False)["input_ids"]
-    rows = guard.render_pairs(tokenizer, pairs, found.max_length, found.template)
+    rows = render_pairs(tokenizer, pairs, guardian.max_length, guardian.template)
     (answers,) = generation.generate_ids(
-        found.model,
-        found.params,
-        found.adapter,
+        guardian.model,
+        guardian.params,
+        guardian.factors,
         prompts=[[*row, *lead] for row in rows],
         stop_ids=(tokenizer.eos_token_id,),
         max_new_tokens=max_new_tokens,
@@ -238,29 +289,39 @@ def guardian_replies(found, pairs: Sequence[Example], max_new_tokens: int = 64) 
     ]
 
 
-def revised(
-    lm: LanguageModel, constitution, max_new_tokens: int, seed: int, pairs: Sequence[Example]
+def revise_answers(
+    lm: LanguageModel,
+    constitution: Constitution,
+    max_new_tokens: int,
+    seed: int,
+    pairs: Sequence[Example],
 ) -> list[str]:
-    """Revisions of the pairs' answers by a model; "" where a revision is of no use."""
+    """Revises the pairs' answers by a model; "" where a revision is of no use.
 
-    def answer(threads, call):
+    Args:
+      lm: model that criticises and revises.
+      constitution: principles of the revision.
+      max_new_tokens: most tokens of a critique or revision.
+      seed: seed of the principles drawn.
+      pairs: pairs to revise, all of them flagged.
+    """
+    session = ChatSession(lm)
+
+    def given_answers(threads: Threads, call: int) -> tuple[list[str], np.ndarray]:
         del threads, call
         return [p.response for p in pairs], np.ones(len(pairs), bool)
 
-    talk = ChatSession(lm)
-
-    def reviser(threads, call):
+    def reviser(threads: Threads, call: int) -> tuple[list[str], np.ndarray]:
         del call
-        return talk.answer_dialogues(
-            [forms.as_chat(t) for t in threads], max_new_tokens, truncate=True
-        )
+        dialogues = [forms.as_chat(thread) for thread in threads]
+        return session.answer_dialogues(dialogues, max_new_tokens, truncate=True)
 
-    records = revise_lib.revise(
+    records = revise(
         [p.prompt for p in pairs],
         constitution,
-        answer,
+        given_answers,
         reviser=reviser,
         seed=[seed, 14],
-        rules=revise_lib.Rules([True] * len(pairs), start_refusal),
+        rules=Rules([True] * len(pairs), start_refusal),
     )
     return ["" if r.dropped else r.revision for r in records]

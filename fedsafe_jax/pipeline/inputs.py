@@ -14,6 +14,7 @@ from fedsafe_jax.data import overlap, partition, sources
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 from fedsafe_jax.evals.task import HELDOUT, EvalSet
 from fedsafe_jax.federated import mesh, participation
+from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.pairs import drop_mislabelled
 from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
@@ -111,8 +112,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     if "safe" in pools:  # dealt out before the model loads, as that may fail
         clients = {s: deal(config, pools["safe"], pools["unsafe"], s) for s in config.seeds}
     if any_filter(config):
-        check_folders(config.filter)
-    if config.filter.kind in ("guard", "guardian") and not config.filter.load:
+        check_folders(config.filter.load, config.filter.encoder)
+    if FILTER_KINDS[config.filter.kind].needs_model and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = _load_constitution(config.cai)
     shape = lora.LoraConfig(

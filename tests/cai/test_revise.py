@@ -1,4 +1,4 @@
-"""Constitution files, how models are asked and read, the revision loop, and the schedule."""
+"""The revision loop: what it asks, what it keeps, and its command."""
 
 import json
 import subprocess
@@ -6,103 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from cai_examples import PRINCIPLES
 
-from fedsafe_jax.cai import constitution, forms, revise, schedule
+from fedsafe_jax.cai import revise
 from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.validation import validate
-
-SHOT = (
-    "\n\nHuman: Could you help me?\n\nAssistant: Sure.\n\nCritiqueRequest: Is it bad?\n\nCritique: "
-    "Yes.\n\nRevisionRequest: Mend it.\n\nRevision: I'm sorry, no.\n\nHuman:"
-)
-PRINCIPLES = constitution.Constitution(
-    [constitution.Principle("C?", "R.")], [constitution.parse_few_shot(SHOT)]
-)
-
-
-def test_both_public_forms_of_a_constitution(tmp_path):
-    ours = constitution.load("package:constitution")
-    assert len(ours.principles) == 6
-    assert ours.principles[0].critique_request.startswith("Say whether")
-    raw = {
-        "harmful0": {
-            "prompt": ["\n\nCritiqueRequest: Is it bad?\n\nCritique:"],
-            "edit_request": "\n\nRevisionRequest: Mend it.\n\nRevision:",
-        }
-    }
-    path, shots = tmp_path / "c.json", tmp_path / "shots.json"
-    path.write_text(json.dumps(raw))
-    shots.write_text(json.dumps([SHOT]))
-    found = constitution.load(str(path), str(shots))
-    assert found.principles == [constitution.Principle("Is it bad?", "Mend it.")]
-    roles = [role for role, _ in found.few_shots[0]]
-    assert roles == list(forms.LABELS)  # the empty turn at the end is none
-    assert found.few_shots[0][3] == ("critique", "Yes.")
-    turns = [{"role": role, "content": str(i)} for i, role in enumerate(["user", "assistant"] * 4)]
-    swarm = {"constitutions": [{"critic": "a", "revision": "b"}], "system_chat": [turns]}
-    path.write_text(json.dumps(swarm))
-    (shot,) = constitution.load(str(path)).few_shots
-    assert [r for r, _ in shot[4:]] == ["critique_request", "critique", "revision_request"] + [
-        "revision"
-    ]
-    assert [text for _, text in shot] == list("01234567")
-
-
-@pytest.mark.parametrize(
-    ("text", "shots", "message"),
-    [
-        ('{"constitutions": [{"critic": "x"}]}', "", "expected critic/revision"),
-        ('{"constitutions": []}', "", "holds no principle"),
-        ("{", "", "not JSON"),
-        ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '{"a": 1}', "list of dialogues"),
-        ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '["Human: a"]', "example 0"),
-    ],
-)
-def test_bad_constitutions_are_named(tmp_path, text, shots, message):
-    path = tmp_path / "c.json"
-    path.write_text(text)
-    if shots:
-        (tmp_path / "s.json").write_text(shots)
-        shots = str(tmp_path / "s.json")
-    with pytest.raises(constitution.ConstitutionError, match=message):
-        constitution.load(str(path), shots)
-
-
-@pytest.mark.parametrize(
-    ("said", "text", "ended"),
-    [
-        (" A plain answer.", "A plain answer.", False),
-        ("An answer.\n\nHuman: And now?\n\nAssistant: Well", "An answer.", True),
-        ("An answer.\n\nCritiqueRequest: Is it", "An answer.", True),
-        ("\n\nHuman: again", "", True),
-        ("Revision: Mended.", "Mended.", False),
-        ("Sure! Here is the revised response:\n\nMended.", "Mended.", False),
-        ("Here's a version without harm: Mended: all of it.", "Mended: all of it.", False),
-        ("Revised answer: Mended.", "Mended.", False),
-        ('"Mended."', "Mended.", False),
-        ('"One" and "two"', '"One" and "two"', False),
-        ("The human: a study", "The human: a study", False),
-        ("Two\n\nparagraphs.", "Two\n\nparagraphs.", False),
-    ],
-)
-def test_what_models_say_is_read_back(said, text, ended):
-    assert forms.clean(said) == (text, ended)
-
-
-def test_base_models_are_asked_in_dialogue_form(packaged):
-    import copy
-
-    tokenizer = copy.deepcopy(packaged.tokenizer)
-    tokenizer.chat_template = forms.DIALOGUE
-    turns = [{"role": role, "content": text} for role, text in PRINCIPLES.few_shots[0]]
-    question = [*turns, {"role": "user", "content": "And this?"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    assert text == SHOT + " And this?\n\nAssistant:"
-    text = tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
-    assert text.endswith("\n\nCritiqueRequest: Is it bad?\n\nCritique:")
-    chat = forms.as_chat([*PRINCIPLES.few_shots[0], ("user", "And this?")])
-    assert [role for role, _ in chat] == ["user", "assistant"] * 3 + ["user"]
 
 
 def speaker(initial, revisions, finished=None, seen=None):
@@ -145,7 +54,7 @@ def test_revisions_go_on_from_revisions_behind_few_shots():
     seen = []
     answer, reviser = speaker(["Sure"], [["Better"], ["Best\n\nHuman: next"]], [False], seen)
     (record,) = revise.revise(
-        ["q"], PRINCIPLES, answer, reviser=reviser, seed=(0,), rounds=2, few_shots=1
+        ["q"], PRINCIPLES, answer, reviser=reviser, seed=(0,), rounds=2, num_few_shots=1
     )
     assert record.revision == "Best" and record.dropped == ""  # what follows shows that it ended
     assert record.earlier == ((0, "critique", "Better"),) and record.preferred
@@ -196,17 +105,6 @@ def test_right_answers_are_left_alone():
     config.cai.revise, config.cai.check = "wrong", "none"
     with pytest.raises(ConfigError, match="cai.check='none' finds nothing wrong"):
         validate(config)
-
-
-def test_schedules():
-    assert schedule.amount("light", False) == schedule.LIGHT
-    assert schedule.amount("final", False) == schedule.NONE
-    assert schedule.amount("final", True) == schedule.LIGHT
-    assert np.isinf(schedule.amount("full", False).steps)
-    assert schedule.adaptive(90.0, 96.0, 95.0, 10) == 0  # it may well be safe
-    assert schedule.adaptive(0.0, 5.0, 95.0, 10) == 10
-    assert schedule.adaptive(47.5, 61.0, 95.0, 10) == 5
-    assert schedule.adaptive(93.0, 94.9, 95.0, 10) == schedule.LEAST  # no probe for every step
 
 
 def test_revise_stands_alone(tmp_path):

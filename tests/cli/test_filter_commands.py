@@ -9,7 +9,7 @@ import pytest
 from commands import ENVIRONMENT, ROOT
 
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.filters import protocol, store
+from fedsafe_jax.filters import classifier, protocol
 
 
 def pair(prompt, response):
@@ -69,9 +69,9 @@ def test_encoders_with_labels_of_their_own(tmp_path, labels, message):
     model.save_pretrained(tmp_path)
     if message:
         with pytest.raises(protocol.FilterError, match=message):
-            store.from_encoder(tmp_path, 32, labels)
+            classifier.from_encoder(tmp_path, 32, labels)
         return
-    found = store.from_encoder(tmp_path, 32, labels)
+    found = classifier.from_encoder(tmp_path, 32, labels)
     batch = tokenizer("a good a", "harm b", return_tensors="pt")
     with torch.no_grad():
         expected = torch.softmax(model(**batch).logits, -1)[0, 0].item()

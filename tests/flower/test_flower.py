@@ -110,7 +110,7 @@ def simulated(folder, tmp_path_factory):
         for i in range(3):
             config.safe_sources, config.data_dir = (f"chat:site{i}.jsonl",), str(folder)
             pairs = load_inputs(config, ("site",)).site
-            scored = filtering.score(config, inputs, pairs, seed, workdir)
+            scored = filtering.score_pairs(config, inputs, pairs, seed, workdir)
             found += apply_action(config, inputs, [pairs], scored, seed)
         encoded = [
             encode(inputs.lm.tokenizer, f.examples, config.seq_len, f.weights)[0] for f in found

@@ -1,0 +1,134 @@
+"""Kinds of filters: how each is made, stored and read back."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.refusals import REFUSAL
+from fedsafe_jax.filters import classifier, guard
+from fedsafe_jax.filters.classifier import ClassifierFilter
+from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.guard import GuardBase, GuardFilter
+from fedsafe_jax.filters.simulated import simulate
+from fedsafe_jax.filters.training import Trained, TrainingOptions
+from fedsafe_jax.models import encoder_hub, lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Filter = ClassifierFilter | GuardFilter
+LoadModel = Callable[[str], GuardBase]
+
+
+class FilterSpec(NamedTuple):
+    """What a filter is made from, besides the server's pairs.
+
+    Attributes:
+      options: options of the training.
+      seed: seed of initialisation, order and dropout.
+      max_length: most tokens of a pair.
+      tokenizer: tokenizer of a classifier from scratch.
+      encoder: folder of a classifier's pre-trained encoder; "" for a small one from scratch.
+      unsafe_labels: labels of the encoder that mean unsafe; () to train it.
+      model: path or Hub id of a guard's language model.
+      load_model: loads that model.
+      lora: shape of a guard's own adapter.
+    """
+
+    options: TrainingOptions
+    seed: int
+    max_length: int
+    tokenizer: "PreTrainedTokenizerBase"
+    encoder: str
+    unsafe_labels: tuple[str, ...]
+    model: str
+    load_model: LoadModel
+    lora: lora.LoraConfig
+
+
+class FilterKind(NamedTuple):
+    """One kind of filter.
+
+    Attributes:
+      make: `(pairs, FilterSpec) -> (filter, Trained, or None where nothing was trained)`; None for
+        a kind that is not a model.
+      save: writes a filter's weights; returns its fields of `filter.json`.
+      load: `(folder, content of filter.json, decision, load_model) -> filter`.
+      simulate: draws verdicts from the labels, for a kind that is not a model.
+      needs_model: whether it is built on a language model, named by `filter.model`.
+      writes_answers: whether it writes the new answers that the action `rewrite` needs.
+    """
+
+    make: Callable[[Sequence[Example], FilterSpec], tuple[Filter, Trained | None]] | None = None
+    save: Callable[[Filter, pathlib.Path], dict] | None = None
+    load: Callable[[pathlib.Path, dict, Decision, LoadModel | None], Filter] | None = None
+    simulate: Callable | None = None
+    needs_model: bool = False
+    writes_answers: bool = False
+
+
+def make_classifier(
+    pairs: Sequence[Example], spec: FilterSpec
+) -> tuple[ClassifierFilter, Trained | None]:
+    """Trains a classifier, from scratch or from `spec.encoder`; reads one that has labels."""
+    if spec.encoder and spec.unsafe_labels:
+        labels = tuple(spec.unsafe_labels)
+        return classifier.from_encoder(spec.encoder, spec.max_length, labels), None
+    start, tokenizer = None, spec.tokenizer
+    if spec.encoder:
+        from transformers import AutoTokenizer
+
+        folder = pathlib.Path(spec.encoder)
+        config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=spec.seed)
+        start = dataclasses.replace(config, dropout=0.1), params
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return classifier.train(
+        pairs,
+        tokenizer,
+        spec.seed,
+        options=spec.options,
+        max_length=spec.max_length,
+        start=start,
+    )
+
+
+def make_guard(
+    pairs: Sequence[Example], spec: FilterSpec, guardian: bool = False
+) -> tuple[GuardFilter, Trained]:
+    """Fine-tunes a guard; a guardian also learns to answer."""
+    # Loaded here and let go after filtering: it may be as large as the model itself.
+    base = spec.load_model(spec.model)
+    return guard.train(
+        pairs,
+        base,
+        spec.lora,
+        seed=spec.seed,
+        options=spec.options,
+        max_length=spec.max_length,
+        replies=guard.safe_replies(pairs, REFUSAL) if guardian else None,
+    )
+
+
+def load_classifier(
+    folder: pathlib.Path, content: dict, decision: Decision, load_model: LoadModel | None
+) -> ClassifierFilter:
+    """Reads a classifier, which needs no language model."""
+    del load_model
+    return classifier.load(folder, content, decision)
+
+
+FILTER_KINDS = {
+    "classifier": FilterKind(make_classifier, classifier.save, load_classifier),
+    "guard": FilterKind(make_guard, guard.save, guard.load, needs_model=True),
+    "guardian": FilterKind(
+        functools.partial(make_guard, guardian=True),
+        guard.save,
+        functools.partial(guard.load, guardian=True),
+        needs_model=True,
+        writes_answers=True,
+    ),
+    "simulated": FilterKind(simulate=simulate),
+}

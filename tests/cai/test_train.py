@@ -1,0 +1,70 @@
+"""The training step of Constitutional AI, and a round's data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cai_examples import TRIPLES
+
+from fedsafe_jax.cai import derta, train
+from fedsafe_jax.data import chat
+from fedsafe_jax.models import lora
+
+
+def recipe(*names, weights=None):
+    return train.Recipe(
+        names, weights or (1.0,) * len(names), 0.1, batch_size=2, pairs_per_step=2, seq=64
+    )
+
+
+def encoder(tokenizer):
+    return lambda prompt, response: chat.encode(tokenizer, (("user", prompt),), response, 64)
+
+
+@pytest.mark.parametrize("names", [("sft",), ("sft", "dpo"), ("ipo",), ("kto",), ("derta",)])
+def test_every_loss_learns_what_it_is_told(packaged, names):
+    shape = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
+    model = packaged.model.__class__(packaged.config, shape.scale)
+    start, step = train.make_step(model, recipe(*names))
+    adapter = lora.init(jax.random.key(0), packaged.config, shape)
+    encode = encoder(packaged.tokenizer)
+    triples = [t._replace(harmful="Sure, step one, step two.") for t in TRIPLES]
+    imitation = [encode(t.prompt, t.safe) for t in triples]
+    refusal = derta.refusal_token(packaged.tokenizer)
+    data = train.steps(
+        recipe(*names),
+        12,
+        imitation,
+        triples=triples,
+        encode=encode,
+        seed=(0,),
+        tokenizer=packaged.tokenizer,
+        refusal=refusal,
+    )
+    state, found = start(adapter), []
+    for one in data:
+        adapter, state, each = step(adapter, state, None, packaged.params, one, jnp.float32(2e-3))
+        found.append({k: float(v) for k, v in each.items()})
+    assert set(found[0]) == {"sft", *names}
+    for name in names:
+        assert np.mean([f[name] for f in found[-3:]]) < found[0][name]
+    if "dpo" in names:
+        assert found[0]["dpo"] == pytest.approx(np.log(2), rel=1e-4)  # the adapter starts at zero
+
+
+def test_steps_have_one_shape_and_cover_every_pair(packaged):
+    encode = encoder(packaged.tokenizer)
+    triples = [t._replace(harmful="Sure " * (5 * i + 1)) for i, t in enumerate(TRIPLES)]
+    imitation = [encode(t.prompt, t.safe) for t in triples]
+    data = train.steps(
+        recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
+    )
+    shapes = {str(jax.tree.map(np.shape, s)) for s in data}
+    assert len(shapes) == 1
+    again = train.steps(
+        recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
+    )
+    jax.tree.map(np.testing.assert_array_equal, data, again)
+    assert all(s.pairs.on.sum() == 2 for s in data)
+    empty = train.steps(recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,))
+    assert all(s.pairs is None for s in empty)

@@ -1,0 +1,41 @@
+"""Scores that are kept, by the content of filter and pair."""
+
+import numpy as np
+from filter_examples import pair
+
+from fedsafe_jax.filters import cache, decision
+
+EXAMPLES = [
+    pair("a", "fine", "safe", "x"),
+    pair("b", "harm", "unsafe", "x"),
+    pair("c", "also fine", "safe", "y"),
+]
+
+
+def test_scores_are_kept_by_content(tmp_path):
+    calls = []
+
+    class Fake:
+        decision = decision.Decision(2.0, 0.4)
+
+        def log_odds(self, some):
+            calls.append(len(some))
+            return np.arange(len(some), dtype=np.float32)
+
+    kept = cache.ScoreCache(tmp_path, "f")
+    first = kept.log_odds([*EXAMPLES, EXAMPLES[0]], Fake)
+    np.testing.assert_array_equal(first, [0, 1, 2, 0])  # equal pairs are scored once
+    again = cache.ScoreCache(tmp_path, "f")
+    np.testing.assert_array_equal(again.log_odds(EXAMPLES[::-1], Fake), [2, 1, 0])
+    assert calls == [3] and again.decision == [2.0, 0.4, 0.0]
+    again.log_odds([pair("new", "one")], Fake)
+    assert calls == [3, 1]
+
+
+def test_a_filter_that_was_trained_again_is_another(tmp_path):
+    (tmp_path / "filter.json").write_text("{}")
+    (tmp_path / "classifier.safetensors").write_bytes(b"one")
+    before = cache.folder_hash(tmp_path)
+    assert cache.folder_hash(tmp_path) == before
+    (tmp_path / "classifier.safetensors").write_bytes(b"two")
+    assert cache.folder_hash(tmp_path) != before

@@ -1,0 +1,39 @@
+"""Filters on disk."""
+
+import json
+
+import numpy as np
+import pytest
+from filter_examples import packaged_pairs
+
+from fedsafe_jax.filters import classifier, guard, protocol, store
+from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.inference import language_model
+from fedsafe_jax.models import lora
+
+SHAPE = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return packaged_pairs()
+
+
+def test_filters_come_back_from_disk(tmp_path, packaged, pairs):
+    options = TrainingOptions(epochs=1)
+    trained = classifier.train(pairs[::4], packaged.tokenizer, 0, options=options)
+    store.save(trained[0], tmp_path / "c")
+    found = store.load(tmp_path / "c")
+    assert found.decision == trained[0].decision
+    np.testing.assert_array_equal(found.log_odds(pairs[:20]), trained[0].log_odds(pairs[:20]))
+    options = TrainingOptions(epochs=1, batch_size=16, learning_rate=1e-3)
+    made, _ = guard.train(pairs[::10], packaged, SHAPE, seed=0, options=options, max_length=96)
+    store.save(made, tmp_path / "g")
+    found = store.load(tmp_path / "g", language_model.load_pretrained)
+    np.testing.assert_allclose(found.score(pairs[:20]), made.score(pairs[:20]), atol=1e-6)
+    with pytest.raises(protocol.FilterError, match="no filter.json"):
+        store.load(tmp_path)
+    about = json.loads((tmp_path / "c" / "filter.json").read_text())
+    (tmp_path / "c" / "filter.json").write_text(json.dumps({"kind": about["kind"]}))
+    with pytest.raises(protocol.FilterError, match="damaged"):
+        store.load(tmp_path / "c")
