@@ -44,7 +44,8 @@ def run(config, workdir: str, inputs=None, build=None, arm_run=None) -> dict:
     started = time.monotonic()
     inputs = inputs or load_inputs(config)
     workdir = epath.Path(workdir)
-    progress = Progress(config)
+    trained_arms = [arm for _, _, arm in arm_list(config) if arm != "base"]
+    progress = Progress(len(config.seeds) * len(trained_arms) * config.rounds)
     if run_files.claim_workdir(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")
     outcomes: dict[str, list[dict]] = {}
@@ -59,7 +60,7 @@ def run(config, workdir: str, inputs=None, build=None, arm_run=None) -> dict:
             )
             if multihost.broadcast_bool(path.is_file()):
                 # The file is the first process's; the others need not see it.
-                progress.found(0 if arm == "base" else config.rounds)
+                progress.resumed(0 if arm == "base" else config.rounds)
                 outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
                 adapter = runner.restored_adapter()
             else:
@@ -150,7 +151,7 @@ class ArmRun:
         data = self.clients.filtered if "filter" in self.arm else self.clients.plain
         saved = checkpoint.RoundCheckpoints(self.folder)
         state, done = self._restored(saved)
-        self.progress.found(done)
+        self.progress.resumed(done)
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, data, server, t)
