@@ -1,4 +1,4 @@
-"""What surrounds a run: its files and checkpoints, several processes, signals, progress, libraries.
+"""Surroundings of a run: files and checkpoints, several processes, signals, progress, libraries.
 
 `run_files` and `checkpoint` write the workdir so that a killed run continues where it was;
 `preemption` and `multihost` end it after the same round in all processes; `progress` is what the
