@@ -67,7 +67,7 @@ def main(argv):
     for kind in ("", *KINDS):
         lm = fs.load_pretrained(_MODEL.value, "bfloat16", kind)
         # Computed in float32, so that the error is the storage's alone.
-        lm.config = dataclasses.replace(lm.config, dtype="float32")
+        lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, dtype="float32"))
         logits, loss = answer_logits(lm, batch)
         error = np.sqrt(np.mean((logits - reference) ** 2)) / spread
         print(

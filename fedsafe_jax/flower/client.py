@@ -1,11 +1,12 @@
 """The site's side of the Flower app: `fedsafe_jax.flower.client:app`.
 
-A site is configured by its operator, `flower-supernode --node-config`; see `site.Settings`.
+Its operator configures a site by `flower-supernode --node-config`; see `site.SiteSettings`.
 """
 
 import functools
 import json
 import sys
+from collections.abc import Callable
 
 import jax
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -14,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.flower import wire
-from fedsafe_jax.flower.site import Settings, Site, settings_of
+from fedsafe_jax.flower.site import Site, SiteSettings, settings_of
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import input_errors
 
@@ -22,15 +23,15 @@ app = ClientApp()
 
 
 @functools.cache
-def _site(config_json: str, own: Settings) -> Site:
-    """Kept while the process lives: rounds that follow need not load and filter again."""
-    prepare_libraries(own.workdir)
+def _site(config_json: str, settings: SiteSettings) -> Site:
+    """Builds the site once a process: later rounds need not load and filter again."""
+    prepare_libraries(settings.workdir)
     config = wire.config_of({"config": config_json})
-    return Site(config, own, lambda text: print(text, file=sys.stderr, flush=True))
+    return Site(config, settings, lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def _answer(message: Message, context: Context, work) -> Message:
-    """`work(site, question) -> RecordDict`, or what is wrong at this site, in one line."""
+def _answer(message: Message, context: Context, work: Callable) -> Message:
+    """Replies with `work(site, question) -> RecordDict`, or with the site's error in one line."""
     question = message.content.config_records["question"]
     try:
         site = _site(question["config"], settings_of(dict(context.node_config)))
@@ -43,7 +44,7 @@ def _answer(message: Message, context: Context, work) -> Message:
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Before the first round: what the site holds after filtering, and its base model."""
+    """Describes the site before the first round: its pairs after filtering, its base model."""
 
     def work(site, question):
         del question
@@ -54,7 +55,7 @@ def describe(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Local steps of a round."""
+    """Trains the local steps of a round and replies with the update."""
 
     def work(site, question):
         server = wire.tree(message.content.array_records["server"], site.template())

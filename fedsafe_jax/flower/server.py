@@ -1,7 +1,7 @@
 """The server's side of the Flower app: `fedsafe_jax.flower.server:app`.
 
-It runs what a simulation runs (rounds, CAI, evaluation, checkpoints, report), only that clients
-train at their sites. Configured by `[tool.flwr.app.config]` of the app's pyproject.toml.
+It runs what a simulation runs (rounds, Constitutional AI, evaluation, checkpoints, report), but the
+clients train at their sites. `[tool.flwr.app.config]` in the app's pyproject.toml configures it.
 """
 
 import ast
@@ -10,21 +10,25 @@ import sys
 import time
 
 import jax
+import ml_collections
 import numpy as np
+from etils import epath
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedsafe_jax import experiment
 from fedsafe_jax.config import ConfigError
+from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.flower import wire
-from fedsafe_jax.flower.received import BROKEN, Received, read_description
+from fedsafe_jax.flower.received import BROKEN, ReceivedUpdates, read_description
 from fedsafe_jax.flower.site import base_fingerprint
 from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import Clients
-from fedsafe_jax.pipeline.inputs import load_inputs
+from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.runtime.libraries import prepare_libraries
+from fedsafe_jax.runtime.progress import Progress
 from fedsafe_jax.validation import input_errors, validate
 
 app = ServerApp()
@@ -34,9 +38,12 @@ class SitesError(RuntimeError):
     """Too few sites take part."""
 
 
-def read_config(run_config: dict):
-    """The config of a run: a module of the app with a `get_config`, and overrides, separated by
-    spaces, such as `rounds=2 filter.action=mask algorithms=('scaffold',)`.
+def read_config(run_config: dict) -> ml_collections.ConfigDict:
+    """Builds the config of a run from Flower's run config.
+
+    Args:
+      run_config: `config` names a module of the app with a `get_config`; `overrides` sets fields of
+        it, separated by spaces, such as `rounds=2 filter.action=mask algorithms=('scaffold',)`.
 
     Raises:
       ConfigError: a field is unknown or wrong, or has no meaning across sites.
@@ -74,20 +81,25 @@ class Sites:
     """The clients of a federation, behind Flower's grid.
 
     Args:
-      grid: of the run.
-      config: of the run.
-      wait_s: seconds to wait for `num_clients` sites; fewer, but a cohort, suffice then.
+      grid: Flower's connection to the nodes.
+      config: config of the run.
+      wait_s: seconds to wait for all `num_clients` sites; after that `clients_per_round` suffice.
       round_s: seconds that a round waits for its sites.
     """
 
-    def __init__(self, grid: Grid, config, wait_s: float, round_s: float):
+    def __init__(
+        self, grid: Grid, config: ml_collections.ConfigDict, wait_s: float, round_s: float
+    ):
         self.grid, self.config, self.wait_s, self.round_s = grid, config, wait_s, round_s
         self.nodes: dict[int, int] = {}
         self.sizes = [0] * config.num_clients
         self.counts: dict[int, FilterCounts] = {}
 
-    def gather(self, progress) -> None:
-        """Asks every node what it holds, until all `num_clients` sites have answered.
+    def gather(self, progress: Progress) -> None:
+        """Asks every node for its description, until all `num_clients` sites have answered.
+
+        Args:
+          progress: reports the sites that take part, and those left out.
 
         Raises:
           SitesError: fewer than `clients_per_round` can take part.
@@ -108,19 +120,20 @@ class Sites:
             )
         progress.note(f"{len(self.nodes)} sites, {sum(self.sizes)} pairs after filtering")
 
-    def _admit(self, node: int, content, base: str, progress) -> None:
+    def _admit(self, node: int, content: RecordDict | str, base: str, progress: Progress) -> None:
+        """Takes a node in as the client that it says it is, or warns why it is left out."""
         if isinstance(content, str):
             progress.warn(f"node {node} is left out: {content}")
             return
         try:
-            found = read_description(content)
+            description = read_description(content)
         except BROKEN as error:
             progress.warn(f"node {node} is left out: its description cannot be read ({error!r}).")
             return
-        client = found["client"]
+        client = description["client"]
         if not 0 <= client < self.config.num_clients:
             progress.warn(f"node {node} is left out: client {client} is not in this run.")
-        elif found["base"] != base:
+        elif description["base"] != base:
             progress.warn(
                 f"client {client} is left out: its base model differs from the server's "
                 f"{self.config.model}; config.json, tokenizer.json and weights must be the same "
@@ -129,40 +142,58 @@ class Sites:
         elif client in self.nodes:
             progress.warn(f"client {client} is there twice; node {node} is left out.")
         else:
-            self.nodes[client], self.sizes[client] = node, found["examples"]
-            self.counts[client] = found["counts"]
-            near = found["near"]
+            self.nodes[client], self.sizes[client] = node, description["examples"]
+            self.counts[client] = description["counts"]
+            near = description["near"]
             progress.note(
-                f"client {client}: {found['examples']} pairs"
+                f"client {client}: {description['examples']} pairs"
                 + (f", {near} dropped, near evaluation prompts" if near else "")
             )
 
     def _ask(self, nodes, kind: str, timeout: float, question, arrays=None, each=None):
-        """`(node, content, or why there is none)` of every node."""
+        """Asks nodes and waits for replies: `(node, content or the reason why none came)` of each.
+
+        Args:
+          nodes: node ids.
+          kind: Flower's message type, "query" or "train".
+          timeout: seconds to wait.
+          question: record that every node gets.
+          arrays: server's arrays for every node; None for none.
+          each: fields of the question that differ, by node; None for none.
+        """
         messages, timeout = [], max(timeout, 1.0)
         for i, node in enumerate(nodes):
             own = ConfigRecord(dict(question) | (each[i] if each else {}))
             content = RecordDict({"question": own} | ({"server": arrays} if arrays else {}))
             messages.append(Message(content, dst_node_id=node, message_type=kind, ttl=timeout))
-        found = dict.fromkeys(nodes, "no answer in time")
+        answers = dict.fromkeys(nodes, "no answer in time")
         if messages:
             for reply in self.grid.send_and_receive(messages, timeout=timeout):
                 node = reply.metadata.src_node_id
                 if reply.has_error():
-                    found[node] = reply.error.reason.strip().splitlines()[-1]
+                    answers[node] = reply.error.reason.strip().splitlines()[-1]
                 elif "refused" in reply.content:
-                    found[node] = reply.content.config_records["refused"]["reason"]
+                    answers[node] = reply.content.config_records["refused"]["reason"]
                 else:
-                    found[node] = reply.content
-        return list(found.items())
+                    answers[node] = reply.content
+        return list(answers.items())
 
-    def clients(self, config, inputs, seed, workdir, progress) -> Clients:
-        """What `experiment` knows of clients whose pairs it never sees."""
+    def clients(
+        self,
+        config: ml_collections.ConfigDict,
+        inputs: RunInputs,
+        seed: int,
+        workdir: epath.Path,
+        progress: Progress,
+    ) -> Clients:
+        """Gathers the sites as clients of `experiment`: it gets counts, and never sees pairs."""
         del config, inputs, seed, workdir
         self.gather(progress)
         return Clients(plain=None, counts=self.counts)
 
-    def train(self, arm_run: experiment.ArmRun, state, members: Clients, t: int):
+    def train(
+        self, arm_run: experiment.ArmRun, state: FederatedState, members: Clients, t: int
+    ) -> tuple[FederatedState, dict]:
         """Has the sites train, and makes the server's step; see `experiment.Federation`.
 
         The figures of the round list under `no_answer` the clients without a usable answer.
@@ -186,7 +217,7 @@ class Sites:
             answers = self._ask(
                 nodes, "train", self.round_s, question=question, arrays=arrays, each=each
             )
-            received = Received(programs.spec, server, size, len(rates))
+            received = ReceivedUpdates(programs.spec, server, size, len(rates))
             for i, (_, content) in zip(here, answers, strict=True):
                 reason = content
                 if not isinstance(content, str):
@@ -216,7 +247,7 @@ class Sites:
 
 
 def run(grid: Grid, run_config: dict) -> dict:
-    """The whole federation; returns what `results.json` holds."""
+    """Runs the whole federation; returns the content of `results.json`."""
     config = read_config(run_config)
     prepare_libraries(run_config["workdir"])
     inputs = load_inputs(config, ("red_team", "replay"))

@@ -1,10 +1,11 @@
-"""What travels between server and sites: named float32 arrays and JSON, never pickles.
+"""Messages between server and sites: named float32 arrays and JSON, never pickles.
 
 An array's name is its path, such as `adapter.layers.self_attn.q_proj.a`: a record holds what a
 safetensors file would.
 """
 
 import json
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -19,17 +20,22 @@ class WireError(ValueError):
 
 
 def arrays(tree: dict) -> ArrayRecord:
-    """A record of nested dictionaries of float32 arrays; what is () is left out."""
+    """Packs nested dictionaries of float32 arrays into a record.
+
+    Args:
+      tree: nested dictionaries of arrays; leaves that are () are left out.
+    """
     flat = traverse_util.flatten_dict(tree, sep=".")
-    found = {name: np.asarray(x) for name, x in flat.items() if not isinstance(x, tuple)}
-    return ArrayRecord({name: Array(x) for name, x in found.items()})
+    return ArrayRecord(
+        {name: Array(np.asarray(x)) for name, x in flat.items() if not isinstance(x, tuple)}
+    )
 
 
 def tree(record: ArrayRecord, like: dict) -> dict:
-    """The arrays of a record, nested as in `like`.
+    """Unpacks the arrays of a record, nested as in `like`.
 
     Args:
-      record: as `arrays` made it.
+      record: a record that `arrays` packed.
       like: nested dictionaries of arrays, or of their shapes; () where nothing travels.
 
     Raises:
@@ -42,26 +48,29 @@ def tree(record: ArrayRecord, like: dict) -> dict:
                         (record.keys() - wanted.keys(), "is not known here")):  # fmt: skip
         if names:
             raise WireError(f"array {min(names)} {what}: other lora_targets, or algorithm.")
-    found = {}
-    for name, model in wanted.items():
+    flat_arrays = {}
+    for name, expected in wanted.items():
         x = record[name].numpy()
-        if x.shape != model.shape or x.dtype != np.float32:
+        if x.shape != expected.shape or x.dtype != np.float32:
             raise WireError(
                 f"array {name} is {x.dtype} {list(x.shape)}, expected float32 "
-                f"{list(model.shape)}: another base model, or lora_rank."
+                f"{list(expected.shape)}: another base model, or lora_rank."
             )
-        found[name] = x
+        flat_arrays[name] = x
     empty = {name: x for name, x in flat.items() if isinstance(x, tuple)}
-    return traverse_util.unflatten_dict(found | empty, sep=".")
+    return traverse_util.unflatten_dict(flat_arrays | empty, sep=".")
 
 
 def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
-    """The run's config, as JSON."""
+    """Packs the config of a run as JSON."""
     return ConfigRecord({"config": json.dumps(config.to_dict())})
 
 
 def config_of(record: ConfigRecord) -> ml_collections.ConfigDict:
-    """The config of a record.
+    """Unpacks the config of a record.
+
+    Args:
+      record: a record that `config_record` packed.
 
     Raises:
       ConfigError: a field that this version of the package does not know, or of another type.
@@ -72,8 +81,13 @@ def config_of(record: ConfigRecord) -> ml_collections.ConfigDict:
     return config
 
 
-def set_field(config: ml_collections.ConfigDict, name: str, value) -> None:
+def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     """Sets one field by its dotted name.
+
+    Args:
+      config: changed in place.
+      name: name of the field, such as `filter.action`.
+      value: new value.
 
     Raises:
       ConfigError: there is no such field, or the value is of another type.

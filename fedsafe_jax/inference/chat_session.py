@@ -1,4 +1,4 @@
-"""Dialogues that go on turn by turn: what was read once stays in the cache."""
+"""Dialogues that grow turn by turn, answered with a prefix cache."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,36 +14,38 @@ from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models.cache import KVCache
 
-KEPT_BYTES = 4 << 30  # of all caches together; batches beyond that are read anew
+CACHE_BYTES = 4 << 30  # most bytes of all caches kept between two calls
 
 
 @dataclasses.dataclass
-class _Batch:
-    """Dialogues that are answered together.
+class _CachedBatch:
+    """Dialogues that are answered together, with their prefix cache.
 
     Attributes:
-      row_of: each dialogue's row.
-      size: rows.
-      read: token ids by row, as they stand in the cache.
-      slots: where each of these lies there.
-      cache: None before the first turn, and where none is kept.
+      row_of: the row of each dialogue.
+      size: number of rows.
+      tokens: token ids of each row that the cache holds.
+      slots: the cache's slot of each of these tokens, by row.
+      cache: None before the first turn, and where the cache was not kept.
     """
 
     row_of: dict[int, int]
     size: int
-    read: list[list[int]]
+    tokens: list[list[int]]
     slots: list[np.ndarray]
     cache: KVCache | None = None
 
 
 class ChatSession:
-    """Answers of a model to the same dialogues, call after call, while these grow.
+    """Answers the same growing dialogues call after call, with a prefix cache.
 
-    A call reads only what is new since the call before: critique and revision do not pay again for
-    the request and the first answer. Answers are those of `LanguageModel.answer_dialogues`, but for
-    the order of sums. Where a dialogue was changed, or cut to the context, it is read again from
-    there. Models that look through a window read everything anew: slots of a cache that is read
-    on are not places in the text.
+    The keys and values of each dialogue stay in a KV cache between calls, so that a call reads
+    only the tokens after the longest common prefix with the previous call: a critique and a
+    revision do not pay again for the request and the first answer. The answers equal those of
+    `LanguageModel.answer_dialogues` up to the order of floating-point sums.
+
+    Models with windowed attention layers keep no cache. A window is measured in slots of the
+    cache, and in an extended cache a token's slot is not its position in the text.
 
     Args:
       lm: the model, under its adapter.
@@ -60,7 +62,7 @@ class ChatSession:
             batch_size=batch_size,
             mesh=lm.mesh,
         )
-        self._batches: list[_Batch] = []
+        self._batches: list[_CachedBatch] = []
 
     def answer_dialogues(
         self,
@@ -73,42 +75,69 @@ class ChatSession:
         seed: int = 0,
         truncate: bool = False,
     ) -> tuple[list[str], np.ndarray]:
-        """As `LanguageModel.answer_dialogues`; the dialogues keep their places between calls."""
+        """Answers dialogues like `LanguageModel.answer_dialogues`.
+
+        Args:
+          dialogues: each at the same place in every call; where a dialogue differs from the
+            previous call's, it is read again from there.
+          max_new_tokens: longest answer.
+          temperature, top_k, top_p, min_p: see `sampling.Sampling`.
+          seed: seed of the samples.
+          truncate: see `LanguageModel.answer_dialogues`.
+
+        Returns:
+          `(texts, finished bool [dialogues])`.
+
+        Raises:
+          ModelError: a dialogue is too long for the context.
+        """
         prompts = self._lm.render(dialogues, max_new_tokens, truncate)
         generation.check_lengths(prompts, self._lm.config.max_length - max_new_tokens)
         if sum(len(b.row_of) for b in self._batches) != len(prompts):
             self._batches = [
-                _Batch(row_of, size, [[]] * size, slots=[np.zeros(0, int)] * size)
+                _CachedBatch(row_of, size, [[]] * size, slots=[np.zeros(0, int)] * size)
                 for row_of, size in self._engine.batches(prompts)
             ]
         sampling = Sampling(float(temperature), top_k, top_p, min_p)
-        found = generation.empty_answers(len(prompts))
+        answers = generation.empty_answers(len(prompts))
         for batch in self._batches:
             rows = generation.in_rows(prompts, batch.row_of, batch.size)
-            out, done = self._answer(batch, rows, max_new_tokens, sampling, seed)
-            generation.collect(found, out, done, batch.row_of, self._engine.stop_ids)
-        return [self._lm.text(ids) for ids in found.ids], found.finished
+            out, done = self._answer(batch, rows, max_new_tokens, sampling=sampling, seed=seed)
+            generation.collect(
+                answers, out, done, row_of=batch.row_of, stop_ids=self._engine.stop_ids
+            )
+        return [self._lm.text(ids) for ids in answers.ids], answers.finished
 
-    def _answer(self, batch: _Batch, rows, max_new_tokens: int, sampling: Sampling, seed: int):
-        """Answers of a batch: `(out int32 [rows, max_new_tokens], done bool [rows])`."""
+    def _answer(
+        self, batch: _CachedBatch, rows, max_new_tokens: int, sampling: Sampling, seed: int
+    ):
+        """Answers a batch: `(out int32 [rows, max_new_tokens], done bool [rows])`."""
         lengths = np.array([len(row) for row in rows], np.int32)
-        keys = self._engine.keys(seed, batch.row_of, batch.size)
-        shared = [_common(old, new) for old, new in zip(batch.read, rows, strict=True)]
-        width = packing.round_up(max(len(row) - n for row, n in zip(rows, shared, strict=True)))
+        prefixes = [_prefix(old, new) for old, new in zip(batch.tokens, rows, strict=True)]
+        unread = [len(row) - n for row, n in zip(rows, prefixes, strict=True)]
+        width = packing.round_up(max(unread))
+        # Extending pads all rows to the width of the longest, prefill packs them densely: where
+        # one dialogue grew by much, reading everything again is less work.
         if batch.cache is not None and batch.size * width < lengths.sum():
-            logits, written = self._extend(batch, rows, shared, width)
+            logits, written = self._extend(batch, rows, prefixes, width)
         else:
             packed = pack_prompts(rows, self._engine.devices)
             logits, batch.cache = self._engine.prefill(packed)
             written = int(packed.width)
             batch.slots = [np.arange(written - n, written) for n in lengths]
         state = self._engine.answer(
-            sampling, max_new_tokens, logits, batch.cache, written, lengths, keys
+            sampling,
+            max_new_tokens,
+            logits=logits,
+            cache=batch.cache,
+            written=written,
+            prompt_len=lengths,
+            keys=self._engine.keys(seed, batch.row_of, batch.size),
         )
         out, done = jax.device_get((state.out[0], state.done[0]))
-        # All but the last token of an answer were surely read.
+        # Decoding ends before the last token of an answer is read, so the cache may lack it.
         answers = [row[row >= 0][:-1] for row in out]
-        batch.read = [[*row, *new.tolist()] for row, new in zip(rows, answers, strict=True)]
+        batch.tokens = [[*row, *new.tolist()] for row, new in zip(rows, answers, strict=True)]
         batch.slots = [
             np.concatenate([old, written + np.arange(len(new))])
             for old, new in zip(batch.slots, answers, strict=True)
@@ -116,15 +145,15 @@ class ChatSession:
         batch.cache = None
         if not self._lm.config.windowed_layers:
             kept = sum(_bytes(b.cache) for b in self._batches)
-            batch.cache = state.cache if kept + _bytes(state.cache) <= KEPT_BYTES else None
+            batch.cache = state.cache if kept + _bytes(state.cache) <= CACHE_BYTES else None
         return out, done
 
-    def _extend(self, batch: _Batch, rows, shared: list[int], width: int):
-        """Reads the rows from where they differ from what was read: `(logits, slots written)`."""
-        kept = [slots[:n] for slots, n in zip(batch.slots, shared, strict=True)]
+    def _extend(self, batch: _CachedBatch, rows, prefixes: list[int], width: int):
+        """Reads each row behind its prefix in the cache: `(logits, slots written)`."""
+        kept = [slots[:n] for slots, n in zip(batch.slots, prefixes, strict=True)]
         start = max(int(slots[-1]) + 1 if len(slots) else 0 for slots in kept)
         written = start + width
-        cache, batch.cache = batch.cache, None  # its memory is written to
+        cache, batch.cache = batch.cache, None  # the program overwrites its memory
         room = max(cache_length(written + 1), cache.valid.shape[-1])
         cache = decoding.grow(cache, room)
         tokens, positions = (np.zeros((batch.size, width), np.int32) for _ in range(2))
@@ -134,6 +163,7 @@ class ChatSession:
             tokens[r, behind] = row[len(slots) :]
             positions[r, behind] = np.arange(len(slots), len(row))
             new[r, behind] = True
+            # Slots of tokens that the dialogue no longer has are hidden from attention.
             valid[r, slots] = True
         cache = cache._replace(valid=jnp.asarray(valid), length=jnp.int32(start))
         logits, batch.cache = self._engine.extend(tokens, positions, new, cache)
@@ -144,10 +174,13 @@ class ChatSession:
         return logits, written
 
 
-def _common(old: Sequence[int], new: Sequence[int]) -> int:
-    """Length of the common beginning, without the last token of `new`: its logits are needed."""
+def _prefix(cached: Sequence[int], row: Sequence[int]) -> int:
+    """Returns the length of the common prefix, at most all of `row` but its last token.
+
+    The last token is always read again: its logits give the first token of the answer.
+    """
     count = 0
-    for a, b in zip(old, new[:-1], strict=False):
+    for a, b in zip(cached, row[:-1], strict=False):
         if a != b:
             break
         count += 1

@@ -1,11 +1,12 @@
-"""The programs of generation: packed prefill, reading behind a cache, and `lax.while_loop`s over a
-KV cache that grows.
+"""The compiled programs of generation: packed prefill, extending a prefix cache, and decoding.
 
-Decoding is compiled for the length of the cache alone, whatever the prompts' lengths.
+Decoding is a `lax.while_loop` over a KV cache that grows between calls. It is compiled for each
+length of the cache, whatever the lengths of the prompts are.
 """
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,21 +27,22 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
 
-SHARED = KVCache(0, 0, 0, None)  # vmap axes over adapters: the length is one for all
+# The axes of a cache that `vmap` maps over adapters: all adapters' caches have the same length.
+CACHE_AXES = KVCache(0, 0, 0, None)
 
 
-def _variables(params, adapter):
-    return {"params": params} | ({"lora": adapter} if adapter is not None else {})
+def _variables(params, factors):
+    return {"params": params} | ({"lora": factors} if factors is not None else {})
 
 
-def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
-    """Reads the prompts, packed; see `prefill_program`."""
+def _prefill(model: Decoder, stacked: bool, params, factors, packed: Packed):
+    """Reads packed prompts; see `prefill_program`."""
 
-    def read(adapter):
+    def read(factors):
         rows, seq = packed.tokens.shape
         cache, inside = empty_cache(model.config, rows, seq), packed.segment_ids > 0
         hidden, cache = model.apply(
-            _variables(params, adapter), packed.tokens, packed.positions, packed.segment_ids,
+            _variables(params, factors), packed.tokens, packed.positions, packed.segment_ids,
             cache, inside,
         )  # fmt: skip
         last = hidden.reshape(-1, hidden.shape[-1])[packed.last]
@@ -48,20 +50,21 @@ def _prefill(model: Decoder, stacked: bool, params, adapter, packed: Packed):
         return logits, spread_cache(model.config, cache, packed.source, packed.valid, packed.width)
 
     if stacked:
-        # Only adapters are mapped: the base's products stay one product.
-        return jax.vmap(read, out_axes=(0, SHARED))(adapter)
-    logits, cache = read(adapter)
+        # Only the LoRA factors are mapped: a product with a base weight stays one large product
+        # over the rows of all adapters.
+        return jax.vmap(read, out_axes=(0, CACHE_AXES))(factors)
+    logits, cache = read(factors)
     return logits[None], cache
 
 
 class State(NamedTuple):
-    """Answers under way, of `groups` adapters.
+    """Unfinished answers of a batch; a group holds the rows of one adapter.
 
     Attributes:
-      token: int32 `[groups, rows]`, the last of each answer, not yet read.
-      out: int32 `[groups, rows, max_new_tokens]`, -1 where nothing was written.
-      done: bool `[groups, rows]`, the answer has a stop token.
-      cache: of prompts and answers so far.
+      token: int32 `[groups, rows]`, the last token of each answer, which is not in the cache yet.
+      out: int32 `[groups, rows, max_new_tokens]`, the answers; -1 where no token was written.
+      done: bool `[groups, rows]`, whether the answer has a stop token.
+      cache: keys and values of the prompts and of the answers so far.
     """
 
     token: jax.Array
@@ -70,17 +73,36 @@ class State(NamedTuple):
     cache: KVCache
 
 
-def _pick(sampling: Sampling, logits, keys, step):
-    """The token at `step` for logits `[groups, rows, vocab]`, int32 `[groups, rows]`."""
+def _next_token(sampling: Sampling, logits, keys, step):
+    """Chooses the tokens at `step`, int32 `[groups, rows]`, from logits `[groups, rows, vocab]`."""
     flat = logits.reshape(-1, logits.shape[-1])
     return choose(flat, sampling, keys.reshape(-1), step).reshape(keys.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def start(sampling: Sampling, max_new_tokens: int, logits, prompt_len, keys, stop_ids):
-    """`token, out, done` of `State` after the first token."""
-    token = _pick(sampling, logits, keys, 0)
-    # Rows without a prompt only fill up the batch.
+def start(
+    sampling: Sampling,
+    max_new_tokens: int,
+    logits: jax.Array,
+    prompt_len: jax.Array,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Chooses the first token of each answer.
+
+    Args:
+      sampling: how tokens are drawn; static.
+      max_new_tokens: width of `State.out`; static.
+      logits: `[groups, rows, vocab]` of the prompts' last tokens.
+      prompt_len: int32 `[rows]`, 0 for rows that hold no prompt.
+      keys: PRNG keys `[groups, rows]`.
+      stop_ids: int32 `[stop_tokens]`.
+
+    Returns:
+      `(token, out, done)` of a `State`.
+    """
+    token = _next_token(sampling, logits, keys, 0)
+    # Rows without a prompt only fill up the batch: they are done before they begin.
     empty = jnp.broadcast_to(prompt_len == 0, token.shape)
     out = jnp.full((*token.shape, max_new_tokens), -1, jnp.int32)
     out = out.at[..., 0].set(jnp.where(empty, -1, token))
@@ -89,31 +111,30 @@ def start(sampling: Sampling, max_new_tokens: int, logits, prompt_len, keys, sto
 
 def _decode(
     model: Decoder, sampling: Sampling, stacked: bool,
-    params, adapter, state: State, prompt_len, step, keys, stop_ids,
+    params, factors, state: State, prompt_len, step, keys, stop_ids,
 ):  # fmt: skip
-    """Continues until the cache is full, with parameters from `decoding_params`; see
-    `decode_program`."""
+    """Decodes until the cache is full or all answers are done; see `decode_program`."""
     config, (_, rows, max_new_tokens) = model.config, state.out.shape
     if unrolls(config):
-        adapter = adapter and unstack(adapter, config.num_layers, axis=int(stacked))
+        factors = factors and unstack(factors, config.num_layers, axis=int(stacked))
     new = jnp.ones((rows, 1), bool)
 
-    def read(adapter, tokens, positions, cache):
-        variables = _variables(params, adapter)
+    def read(factors, tokens, positions, cache):
+        variables = _variables(params, factors)
         hidden, cache = model.apply(variables, tokens[:, None], positions, None, cache, new)
         return model.apply(variables, hidden[:, -1], method="unembed"), cache
 
     def step_logits(tokens, positions, cache):
         if stacked:
-            mapped = jax.vmap(read, (0, 0, None, SHARED), (0, SHARED))
-            return mapped(adapter, tokens, positions, cache)
-        logits, cache = read(adapter, tokens[0], positions, cache)
+            mapped = jax.vmap(read, (0, 0, None, CACHE_AXES), (0, CACHE_AXES))
+            return mapped(factors, tokens, positions, cache)
+        logits, cache = read(factors, tokens[0], positions, cache)
         return logits[None], cache
 
-    def extend(carry):
+    def write_token(carry):
         step, (token, out, done, cache) = carry
         logits, cache = step_logits(token, (prompt_len + step - 1)[:, None], cache)
-        token = _pick(sampling, logits, keys, step)
+        token = _next_token(sampling, logits, keys, step)
         written = jnp.where(done, -1, token)[..., None]
         out = jax.lax.dynamic_update_slice(out, written, (0, 0, step))
         return step + 1, State(token, out, done | jnp.isin(token, stop_ids), cache)
@@ -124,87 +145,120 @@ def _decode(
     def unfinished(carry):
         return (carry[0] < end) & ~carry[1].done.all()
 
-    _, state = jax.lax.while_loop(unfinished, extend, (step, state))
-    # The same on every device, also on one whose rows were all done before.
+    _, state = jax.lax.while_loop(unfinished, write_token, (step, state))
+    # Each device stops when its own rows are done, but the cache's length is one scalar for all
+    # devices: it is set as if every device had decoded to the end.
     return state._replace(cache=state.cache._replace(length=first + end - step))
 
 
-def _extend(model: Decoder, params, adapter, tokens, positions, valid, cache):
-    """Reads what comes behind a cache; see `read_on_program`."""
+def _extend(model: Decoder, params, factors, tokens, positions, valid, cache):
+    """Reads tokens that follow a prefix in the cache; see `extend_program`."""
     config = model.config
     if unrolls(config):
-        adapter = adapter and unstack(adapter, config.num_layers)
-    variables = _variables(params, adapter)
+        factors = factors and unstack(factors, config.num_layers)
+    variables = _variables(params, factors)
     hidden, cache = model.apply(variables, tokens, positions, None, cache, valid)
     return model.apply(variables, hidden[:, -1], method="unembed")[None], cache
 
 
-class _Kept(NamedTuple):
-    """The latest of `decoding_params`, and weak references to what it was made of."""
+class _Unrolled(NamedTuple):
+    """A result of `decoding_params`, and weak references to the leaves it was made of."""
 
     origin: list[weakref.ref]
     mesh: Mesh | None
     params: dict
 
 
-_kept: list[_Kept] = []  # at most one
+_newest: list[_Unrolled] = []  # at most one
 
 
-def decoding_params(config: DecoderConfig, params, mesh: Mesh | None):
-    """The base as `_decode` reads it: where layers are unrolled, one by one.
+def decoding_params(config: DecoderConfig, params: dict, mesh: Mesh | None) -> dict:
+    """Returns the base parameters in the layout that decoding reads.
 
-    The copy is kept while the base lives and no other is generated with: evaluations and CAI ask
-    for the same one again and again.
+    Where generation unrolls the layers, this is a copy with the layers apart; elsewhere `params`
+    itself. The newest copy is kept while its base lives: evaluations and Constitutional AI
+    generate with the same base again and again.
+
+    Args:
+      config: shape of the decoder.
+      params: base parameters with stacked layers.
+      mesh: devices that the parameters lie on; None for one device.
     """
     if not unrolls(config):
         return params
     leaves = jax.tree.leaves(params)
-    for kept in _kept:
-        known = len(kept.origin) == len(leaves) and kept.mesh == mesh
-        if known and all(ref() is leaf for ref, leaf in zip(kept.origin, leaves, strict=True)):
-            return kept.params
+    for newest in _newest:
+        known = len(newest.origin) == len(leaves) and newest.mesh == mesh
+        if known and all(ref() is leaf for ref, leaf in zip(newest.origin, leaves, strict=True)):
+            return newest.params
     if is_shared(mesh):
         first = jax.tree.map(lambda x: x.addressable_data(0), params)
-        made = share(_unstacked(first, config.num_layers), mesh)
+        unrolled = share(_unstacked(first, config.num_layers), mesh)
     else:
-        made = _unstacked(params, config.num_layers)
-    origin = [weakref.ref(leaf, lambda _: _kept.clear()) for leaf in leaves]
-    _kept[:] = [_Kept(origin, mesh, made)]
-    return made
+        unrolled = _unstacked(params, config.num_layers)
+    origin = [weakref.ref(leaf, lambda _: _newest.clear()) for leaf in leaves]
+    _newest[:] = [_Unrolled(origin, mesh, unrolled)]
+    return unrolled
 
 
 _unstacked = jax.jit(unstack, static_argnums=1)
 grow = jax.jit(grow_cache, static_argnums=1)
 
 
-def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: str, donate=()):
-    """Jits a program, with rows split over the mesh axis `clients`; each device stops with its own.
+class Specs(NamedTuple):
+    """Partition specs of a program's arguments and results: the mesh axis `clients` splits rows.
+
+    Attributes:
+      whole: anything that every device holds whole: parameters, LoRA factors, scalars.
+      rows: arrays `[rows, ...]`.
+      groups: arrays `[groups, rows, ...]`.
+      packed: packed prompts.
+      cache: a KV cache, in the layout that generation uses for the model.
+      state: unfinished answers.
+    """
+
+    whole: PartitionSpec
+    rows: PartitionSpec
+    groups: PartitionSpec
+    packed: Packed
+    cache: KVCache
+    state: State
+
+    @classmethod
+    def of(cls, model: Decoder, stacked: bool) -> "Specs":
+        """Returns the specs for a model; `stacked`: its cache has a leading axis of adapters."""
+        whole, rows, groups = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
+        adapters = (None,) * stacked
+        # An unrolled decoder's cache is an array a layer, any other has an axis of layers.
+        layers = () if unrolls(model.config) else (None,)
+        kv = PartitionSpec(*adapters, *layers, CLIENTS)
+        valid = PartitionSpec(*adapters, CLIENTS)
+        cache = KVCache(key=kv, value=kv, valid=valid, length=whole)
+        packed = Packed(
+            tokens=rows,
+            positions=rows,
+            segment_ids=rows,
+            source=rows,
+            valid=rows,
+            last=rows,
+            width=whole,
+        )
+        state = State(token=groups, out=groups, done=groups, cache=cache)
+        return cls(whole, rows, groups, packed=packed, cache=cache, state=state)
+
+
+def _split_rows(function, mesh: Mesh | None, in_specs: tuple, out_specs, donate: tuple = ()):
+    """Compiles a program whose rows are split over the mesh, so that each device stops by itself.
 
     Args:
-      function: to jit.
-      model, stacked: of the program.
-      mesh: or None.
-      inputs, outputs: a letter an argument or result: `w`hole, `r`ows first, `g`roups then rows,
-        `p`acked prompts, `c`ache, `s`tate.
-      donate: numbers of arguments to overwrite.
+      function: the program.
+      mesh: devices; None for one device.
+      in_specs: specs of each argument.
+      out_specs: specs of the result.
+      donate: numbers of the arguments whose memory the results take over.
     """
     if mesh is None or mesh.shape.get(CLIENTS, 1) == 1:
         return jax.jit(function, donate_argnums=donate)
-    lead = (None,) * stacked
-    layer = PartitionSpec(*lead, *(() if unrolls(model.config) else (None,)), CLIENTS)
-    row, group = PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
-    cache = KVCache(layer, layer, PartitionSpec(*lead, CLIENTS), PartitionSpec())
-    spec = {
-        "w": PartitionSpec(),
-        "r": row,
-        "p": Packed(row, row, row, source=row, valid=row, last=row, width=PartitionSpec()),
-        "g": group,
-        "c": cache,
-        "s": State(group, group, group, cache),
-    }
-    in_specs, out_specs = (tuple(spec[letter] for letter in x) for x in (inputs, outputs))
-    if len(out_specs) == 1:
-        (out_specs,) = out_specs
     # Nothing is differentiated, so there is nothing for check_vma to check.
     mapped = jax.shard_map(
         function,
@@ -218,30 +272,72 @@ def _split(function, model: Decoder, stacked: bool, mesh, inputs: str, outputs: 
 
 
 @functools.lru_cache
-def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None):
-    """`(params, adapter, Packed) -> (logits [groups, rows, vocab], cache)`, a group an adapter."""
-    prefill = functools.partial(_prefill, model, stacked)
-    return _split(prefill, model, stacked, mesh=mesh, inputs="wwp", outputs="gc")
+def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None) -> Callable:
+    """Returns the program that reads prompts into a new cache.
+
+    Args:
+      model: the decoder.
+      stacked: whether the LoRA factors have a leading axis of adapters, each a group of answers.
+      mesh: devices that split the rows; None for one device.
+
+    Returns:
+      `(params, factors, Packed) -> (logits [groups, rows, vocab], cache)`.
+    """
+    specs = Specs.of(model, stacked)
+    return _split_rows(
+        functools.partial(_prefill, model, stacked),
+        mesh,
+        in_specs=(specs.whole, specs.whole, specs.packed),
+        out_specs=(specs.groups, specs.cache),
+    )
 
 
 @functools.lru_cache
-def extend_program(model: Decoder, mesh: Mesh | None):
-    """`(params, adapter, tokens [rows, seq], positions, valid, cache) -> (logits [1, rows, vocab],
-    cache)`, with parameters from `decoding_params`; the cache is overwritten."""
-    return _split(
+def extend_program(model: Decoder, mesh: Mesh | None) -> Callable:
+    """Returns the program that reads tokens behind a prefix cache, for one adapter.
+
+    Args:
+      model: the decoder.
+      mesh: devices that split the rows; None for one device.
+
+    Returns:
+      `(params, factors, tokens [rows, seq], positions [rows, seq], valid [rows, seq], cache) ->
+      (logits [1, rows, vocab], cache)`, with parameters from `decoding_params`; the cache is
+      donated.
+    """
+    specs = Specs.of(model, stacked=False)
+    return _split_rows(
         functools.partial(_extend, model),
-        model,
-        False,
-        mesh=mesh,
-        inputs="wwrrrc",
-        outputs="gc",
+        mesh,
+        in_specs=(specs.whole, specs.whole, specs.rows, specs.rows, specs.rows, specs.cache),
+        out_specs=(specs.groups, specs.cache),
         donate=(5,),
     )
 
 
 @functools.lru_cache
-def decode_program(model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None):
-    """`(params, adapter, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
-    where `step` tokens are written already."""
-    decode = functools.partial(_decode, model, sampling, stacked)
-    return _split(decode, model, stacked, mesh=mesh, inputs="wwsrwgw", outputs="s", donate=(2,))
+def decode_program(
+    model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None
+) -> Callable:
+    """Returns the program that decodes until the cache is full or all answers are done.
+
+    Args:
+      model: the decoder.
+      sampling: how tokens are drawn.
+      stacked: whether the LoRA factors have a leading axis of adapters, each a group of answers.
+      mesh: devices that split the rows; None for one device.
+
+    Returns:
+      `(params, factors, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
+      with parameters from `decoding_params`; `step` tokens of each answer are written before. The
+      state is donated.
+    """
+    specs = Specs.of(model, stacked)
+    whole = specs.whole
+    return _split_rows(
+        functools.partial(_decode, model, sampling, stacked),
+        mesh,
+        in_specs=(whole, whole, specs.state, specs.rows, whole, specs.groups, whole),
+        out_specs=specs.state,
+        donate=(2,),
+    )

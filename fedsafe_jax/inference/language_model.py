@@ -1,12 +1,15 @@
-"""A language model as users hold it: configuration, parameters and tokenizer together."""
+"""Language models as users hold them: configuration, parameters and tokenizer together."""
 
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from fedsafe_jax.data import chat
@@ -19,24 +22,36 @@ from fedsafe_jax.models.sharding import MODEL
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A decoder with its parameters, tokenizer and, optionally, an adapter.
+
+    It is immutable: `with_adapter` and `dataclasses.replace` return another one, which shares the
+    parameters.
 
     Attributes:
       config: shape of the decoder.
       params: base parameters; kernels may be quantised.
       tokenizer: Hugging Face tokenizer with a chat template.
       hf_config: the model's `config.json`, written back as it was.
-      adapter: the adapter, with its scale; None for the base model.
+      adapter: LoRA factors with their configuration; None for the base model.
       generation_config: the model's `generation_config.json`, {} when it has none.
-      mesh: devices that the parameters lie on and rows of generation are split over; None for one.
-      name: path or Hub id it was loaded from.
+      mesh: devices that hold the parameters and split the rows of generation; None for one device.
+      name: path or Hub id that the model was loaded from.
+
+    Example:
+      >>> from fedsafe_jax import load_pretrained
+      >>> lm = load_pretrained("package:model")
+      >>> lm.generate(["Hello!"], max_new_tokens=24)
+      ['Hello! How can I help you today?']
+      >>> tokens = lm.tokenizer(["Hello!"], return_tensors="np")["input_ids"]
+      >>> lm(tokens).shape == (*tokens.shape, lm.config.vocab_size)
+      True
     """
 
     config: DecoderConfig
     params: dict
-    tokenizer: object
+    tokenizer: Any
     hf_config: dict
     adapter: lora.Adapter | None = None
     generation_config: dict = dataclasses.field(default_factory=dict)
@@ -45,6 +60,7 @@ class LanguageModel:
 
     @property
     def model(self) -> Decoder:
+        """The Flax module, with the adapter's scale."""
         scale = 1.0 if self.adapter is None else self.adapter.config.scale
         return Decoder(self.config, scale)
 
@@ -55,14 +71,17 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those of the generation config, and the tokenizer's."""
+        """Tokens that end an answer: from the generation config and from the tokenizer."""
         stops = self.generation_config.get("eos_token_id") or []
         stops = [stops] if isinstance(stops, int) else list(stops)
         own = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys([*stops, *([] if own is None else [own])]))
 
     def with_adapter(self, adapter: lora.Adapter) -> "LanguageModel":
-        """This model under an adapter, such as `load_adapter` returns.
+        """Returns this model under another adapter.
+
+        Args:
+          adapter: an adapter of this base model, such as `load_adapter` returns.
 
         Raises:
           ModelError: the adapter belongs to a base of another shape.
@@ -71,8 +90,11 @@ class LanguageModel:
         return dataclasses.replace(self, adapter=adapter)
 
     def on_one_device(self) -> "LanguageModel":
-        """This model on its first device, with all of that device's threads, for work that is not
-        split; itself where one device does not hold it whole."""
+        """Returns this model on its first device, for work that is not split over devices.
+
+        On a CPU that device then uses all threads. A model that no single device holds whole is
+        returned as it is.
+        """
         if self.mesh is None or self.mesh.size == 1 or self.mesh.shape[MODEL] > 1:
             return self
 
@@ -83,8 +105,8 @@ class LanguageModel:
         adapter = self.adapter and self.adapter._replace(factors=factors)
         return dataclasses.replace(self, params=params, adapter=adapter, mesh=None)
 
-    def __call__(self, tokens) -> jax.Array:
-        """Logits, float32 `[batch, seq, vocab]`, of unpadded tokens int32 `[batch, seq]`."""
+    def __call__(self, tokens: jax.Array | np.ndarray) -> jax.Array:
+        """Returns logits, float32 `[batch, seq, vocab]`, of unpadded tokens `[batch, seq]`."""
         tokens = jnp.asarray(tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         variables = {"params": self.params} | (
@@ -93,27 +115,41 @@ class LanguageModel:
         ones = jnp.ones_like(tokens)
         return self.model.apply(variables, tokens, positions, ones, method="logits")
 
-    def generate(self, prompts: Sequence[str], **options) -> list[str]:
-        """Answers to user prompts; options as in `answer_dialogues`."""
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Answers user prompts.
+
+        Args:
+          prompts: texts of the user.
+          **options: see `answer_dialogues`.
+        """
         texts, _ = self.answer_dialogues([(("user", p),) for p in prompts], **options)
         return texts
 
-    def sample(self, prompts: Sequence[str], n: int, temperature=1.0, **options) -> list[list[str]]:
-        """`n` answers to each user prompt; options as in `answer_dialogues`."""
+    def sample(
+        self, prompts: Sequence[str], n: int, temperature: float = 1.0, **options: Any
+    ) -> list[list[str]]:
+        """Answers each user prompt `n` times.
+
+        Args:
+          prompts: texts of the user.
+          n: answers to each prompt.
+          temperature: divisor of the logits.
+          **options: see `answer_dialogues`.
+        """
         repeated = [p for p in prompts for _ in range(n)]
         texts = self.generate(repeated, temperature=temperature, **options)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     def generate_each(
-        self, adapters: lora.Adapter, prompts: Sequence[str], **options
+        self, adapters: lora.Adapter, prompts: Sequence[str], **options: Any
     ) -> list[list[str]]:
-        """Returns what the base says under each of several adapters, decoded together.
+        """Answers user prompts under each of several adapters, decoded together.
 
         Args:
           adapters: adapters of one configuration, such as a cohort's; their factors have a leading
             axis `[adapters]`.
-          prompts: user prompts.
-          **options: as in `answer_dialogues`.
+          prompts: texts of the user.
+          **options: see `answer_dialogues`.
 
         Returns:
           Answers by adapter and prompt.
@@ -121,31 +157,34 @@ class LanguageModel:
         count = jax.tree.leaves(adapters.factors)[0].shape[0]
         dialogues = [(("user", p),) for p in prompts]
         lm = dataclasses.replace(self, adapter=adapters)
-        return [texts for texts, _ in lm._answer(count, dialogues, **options)]
+        return [texts for texts, _ in lm._answer(dialogues, num_adapters=count, **options)]
 
-    def answer_dialogues(self, dialogues: Sequence[Dialogue], *args, **options):
+    def answer_dialogues(
+        self, dialogues: Sequence[Dialogue], max_new_tokens: int = 64, **options: Any
+    ) -> tuple[list[str], np.ndarray]:
         """Answers dialogues of (role, text) turns that end in a user turn.
 
         Args:
-          dialogues: rendered by the tokenizer's chat template.
+          dialogues: turns, which the tokenizer's chat template renders.
           max_new_tokens: longest answer.
-          temperature, top_k, top_p, min_p: see `sampling.Sampling`.
-          seed: of the samples.
+          temperature, top_k, top_p, min_p: see `sampling.Sampling`; greedy by default.
+          seed: seed of the samples.
           batch_size: rows decoded at once.
-          truncate: keep the end of a dialogue too long for the context, with a warning that counts
-            them, instead of raising.
+          truncate: keep the end of a dialogue that is too long for the context, and log a warning
+            with the number of such dialogues, instead of raising.
 
         Returns:
-          `(texts, finished bool [n])`; not finished means cut at `max_new_tokens`.
+          `(texts, finished bool [dialogues])`; an answer that is not finished was cut at
+          `max_new_tokens`.
 
         Raises:
           ModelError: a dialogue is too long for the context.
         """
-        return self._answer(0, dialogues, *args, **options)[0]
+        (answers,) = self._answer(dialogues, max_new_tokens, **options)
+        return answers
 
     def _answer(
         self,
-        num_adapters: int,
         dialogues: Sequence[Dialogue],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -155,13 +194,14 @@ class LanguageModel:
         seed: int = 0,
         batch_size: int = 64,
         truncate: bool = False,
-    ):
-        prompts = self.render(dialogues, max_new_tokens, truncate)
-        found = generation.generate_ids(
+        num_adapters: int = 0,
+    ) -> list[tuple[list[str], np.ndarray]]:
+        """Answers as `answer_dialogues`, under each of `num_adapters` (0: one) adapters."""
+        generated = generation.generate_ids(
             self.model,
             self.params,
             self.factors,
-            prompts=prompts,
+            prompts=self.render(dialogues, max_new_tokens, truncate),
             stop_ids=self.stop_ids,
             max_new_tokens=max_new_tokens,
             seed=seed,
@@ -170,10 +210,12 @@ class LanguageModel:
             mesh=self.mesh,
             num_adapters=num_adapters,
         )
-        return [([self.text(ids) for ids in each.ids], each.finished) for each in found]
+        return [([self.text(ids) for ids in each.ids], each.finished) for each in generated]
 
-    def render(self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool):
-        """Token ids of dialogues as prompts; arguments as in `answer_dialogues`."""
+    def render(
+        self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool
+    ) -> list[list[int]]:
+        """Renders dialogues as the token ids of prompts; arguments as in `answer_dialogues`."""
         prompts = [
             chat.render(self.tokenizer, turns, add_generation_prompt=True) for turns in dialogues
         ]
@@ -185,12 +227,12 @@ class LanguageModel:
         return [p[-room:] for p in prompts]
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer's text."""
+        """Decodes an answer's token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def model_folder(path_or_hub_id: str) -> pathlib.Path:
-    """The local folder of a model: as given, packaged (`package:model`), or downloaded."""
+    """Returns the local folder of a model: as given, packaged (`package:model`), or downloaded."""
     if path_or_hub_id == "package:model":
         return pathlib.Path(__file__).parents[1] / "assets" / "model"
     return hub.resolve(path_or_hub_id)
@@ -207,14 +249,19 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: local folder, or `owner/name`; `package:model` is the packaged small model.
-      dtype: of parameters and computation, such as "bfloat16".
+      dtype: type of parameters and computation, such as "bfloat16".
       quantization: "int8" or "nf4" for the projections' kernels, "" for none.
       mesh: devices to lay the parameters on, see `federated.mesh.make_mesh`.
-      chat_template: in Jinja, instead of the tokenizer's; such as `cai.forms.DIALOGUE` for a base
-        model, which has none.
+      chat_template: Jinja template that replaces the tokenizer's; needed for a base model, which
+        has none, such as `cai.forms.DIALOGUE`.
 
     Raises:
       ModelError: the folder is missing, damaged, or holds an unsupported model.
+
+    Example:
+      >>> lm = load_pretrained("package:model", dtype="bfloat16", quantization="int8")
+      >>> lm.config.num_layers, lm.config.dtype
+      (4, 'bfloat16')
     """
     from transformers import AutoTokenizer
 
@@ -245,15 +292,28 @@ def load_pretrained(
 
 
 def save_pretrained(
-    lm: LanguageModel, folder, dtype: str | None = None, shard_bytes: int = 5 * 10**9
+    lm: LanguageModel,
+    folder: str | os.PathLike,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a folder for transformers: weights with any adapter merged, configs, tokenizer.
 
     Args:
       lm: the model; quantised kernels are written expanded.
-      folder: created if missing.
-      dtype: of the weights; None for the model's own.
-      shard_bytes: largest file; more weights are split, with an index.
+      folder: destination, created if missing.
+      dtype: type of the written weights; None for the model's own.
+      shard_bytes: size of the largest file; more weights are split, with an index.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> lm = load_pretrained("package:model")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_pretrained(lm, folder, dtype="bfloat16")
+      ...     sorted(path.name for path in pathlib.Path(folder).glob("*.json"))
+      ...     load_pretrained(folder).generate(["Hello!"]) == lm.generate(["Hello!"])
+      ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
+      True
     """
     folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
     folder.mkdir(parents=True, exist_ok=True)

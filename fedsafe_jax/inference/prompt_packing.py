@@ -1,4 +1,4 @@
-"""Packs prompts for prefill, and says where their tokens go in the cache."""
+"""Packs prompts for prefill, and computes where their tokens go in the cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import numpy as np
 
 from fedsafe_jax.data import packing
 
-PACKED_TOKENS = 128  # short prompts are read in rows of this
-CACHE_STEP = 32  # caches have a multiple of so many slots, long ones of an eighth of their length
+PACKED_TOKENS = 128  # length of the rows that short prompts are packed into
+CACHE_STEP = 32  # the number of a cache's slots is a multiple of this; see `cache_length`
 
 
 class Packed(NamedTuple):
@@ -16,10 +16,11 @@ class Packed(NamedTuple):
 
     Attributes:
       tokens, positions, segment_ids: int32 `[packed_rows, seq]`, as in `data.packing`.
-      source: int32 `[rows, cache_len]`: where in its device's packed rows (flat) a prompt's tokens
-        lie; all prompts end in the same slot of the cache, the longest begins in the first.
-      valid: bool `[rows, cache_len]`, False where no token lies.
-      last: int32 `[rows]`: where a prompt's last token lies.
+      source: int32 `[rows, cache_len]`, for each slot of the cache the flat position of its token
+        in the packed rows of its device. All prompts end in the same slot, and the longest begins
+        in the first.
+      valid: bool `[rows, cache_len]`, False for slots without a token.
+      last: int32 `[rows]`, flat position of each prompt's last token.
       width: int32 `[]`, length of the longest prompt.
     """
 
@@ -33,17 +34,20 @@ class Packed(NamedTuple):
 
 
 def cache_length(tokens: int) -> int:
-    """Slots of a cache that holds `tokens`: attention never reads much more than what is written,
-    with few programs to compile."""
+    """Returns the number of slots of a cache for `tokens` tokens.
+
+    Rounded up to a multiple of `CACHE_STEP`, for long caches of an eighth of a power of two: few
+    lengths are compiled, and attention reads few empty slots.
+    """
     return packing.round_up(tokens, CACHE_STEP)
 
 
 def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
-    """Packs prompts for prefill, those of each device into rows of its own.
+    """Packs prompts for prefill, the prompts of each device into rows of its own.
 
     Args:
       prompts: token ids of every row; an empty one only fills up the batch.
-      devices: that the rows are split over evenly.
+      devices: number of devices that the rows are split over evenly.
     """
     lengths = [len(p) for p in prompts]
     width = max(max(lengths), 1)

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits."""
+"""Draws the next token from logits: temperature, top-k, top-p and min-p."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; static, so that each setting is compiled once.
+    """Settings of how the next token is drawn; static, so that each setting is compiled once.
 
     Attributes:
-      temperature: 0 is greedy, and ignores the rest.
-      top_k: draw among the k likeliest tokens; 0 for all.
-      top_p: draw among the likeliest tokens that together have this probability (Holtzman et al.,
-        2020); 1 for all.
-      min_p: draw among tokens at least so likely relative to the likeliest (Nguyen et al., 2024);
-        0 for all.
+      temperature: divisor of the logits; 0 takes the likeliest token and ignores the rest.
+      top_k: number of likeliest tokens to draw among; 0 for all tokens.
+      top_p: probability of the smallest set of likeliest tokens to draw among (Holtzman et al.,
+        2020, arXiv 1904.09751); 1 for all tokens.
+      min_p: least probability of a token to draw, as a fraction of the likeliest token's (Nguyen et
+        al., 2024, arXiv 2407.01082); 0 for all tokens.
     """
 
     temperature: float = 0.0
@@ -28,9 +28,13 @@ GREEDY = Sampling()
 
 
 def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits `[..., vocab]` over the temperature, -inf where `sampling` excludes a token.
+    """Divides logits `[..., vocab]` by the temperature and sets excluded tokens to -inf.
 
-    Filters apply in the order of transformers: temperature, top-k, top-p, min-p.
+    The filters apply in the order of transformers: temperature, top-k, top-p, min-p.
+
+    Args:
+      logits: `[..., vocab]`.
+      sampling: settings with a temperature above 0.
     """
     logits = logits / sampling.temperature
     if sampling.top_k:
@@ -39,7 +43,7 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
         share = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(share, axis=-1) - share  # probability of what is likelier
+        before = jnp.cumsum(share, axis=-1) - share  # probability of all likelier tokens
         lowest = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if sampling.min_p:
@@ -48,8 +52,17 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array, step) -> jax.Array:
-    """The next token of each row, int32 `[rows]`, from logits `[rows, vocab]` and a key a row."""
+def choose(
+    logits: jax.Array, sampling: Sampling, keys: jax.Array, step: int | jax.Array
+) -> jax.Array:
+    """Draws the next token of each row, int32 `[rows]`.
+
+    Args:
+      logits: `[rows, vocab]`.
+      sampling: how tokens are drawn.
+      keys: PRNG keys `[rows]`.
+      step: number of the token within the answer, folded into the keys.
+    """
     if sampling.temperature == 0:
         # Two plain reductions: XLA's argmax takes four times as long on CPU.
         ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)

@@ -14,11 +14,11 @@ class CheckpointError(RuntimeError):
 
 
 class RoundCheckpoints:
-    """Checkpoints of one arm and seed; the step is the number of rounds done.
+    """Checkpoints of one arm and seed; Orbax's step is the number of rounds done.
 
     Args:
-      folder: created if missing.
-      keep: how many of the newest to keep.
+      folder: destination, created if missing.
+      keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
@@ -30,18 +30,21 @@ class RoundCheckpoints:
         self._newest = self._manager.latest_step() or 0
 
     def restore(self, like: FederatedState) -> tuple[FederatedState, int]:
-        """The newest state that can be read, and the rounds done; `like` and 0 without any.
+        """Reads the newest checkpoint that is whole.
 
-        A checkpoint that was cut off while it was written is not listed by Orbax. One that is
-        damaged is deleted, with a warning, in favour of the one before it.
+        Orbax does not list a checkpoint whose writing was cut off. A damaged checkpoint is deleted,
+        with a warning, and the one before it is read.
 
         Args:
-          like: has the structure, shapes, dtypes and shardings of what was saved.
+          like: a state with the structure, shapes, dtypes and shardings of the saved ones.
+
+        Returns:
+          `(state, rounds done)`; `(like, 0)` without any checkpoint.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
-                found = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except (OSError, ValueError, KeyError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 logging.warning(
@@ -52,17 +55,21 @@ class RoundCheckpoints:
                 (self._folder / str(step)).rmtree(missing_ok=True)
                 continue
             self._newest = step
-            self._manager.reload()
-            return _unstored(like, found), step
+            self._manager.reload()  # forgets the steps deleted above
+            return _unstored(like, leaves), step
         self._newest = 0
         self._manager.reload()
         return like, 0
 
     def save(self, rounds_done: int, state: FederatedState) -> None:
-        """Begins to write the state; a state that is there already is left alone.
+        """Begins to write the state, in the background; a round saved before is left alone.
+
+        Args:
+          rounds_done: rounds that the state has seen.
+          state: server and client state.
 
         Raises:
-          CheckpointError: Orbax declined (it does so silently when the step is not new).
+          CheckpointError: Orbax declined, which it does silently when the step is not new.
         """
         if rounds_done == self._newest:
             return
@@ -77,9 +84,9 @@ class RoundCheckpoints:
 
 
 def _stored(state: FederatedState) -> dict:
-    """Leaves by number: Orbax cannot store empty tuples, nor optax's named ones."""
+    """Names leaves by number: Orbax stores neither empty tuples nor optax's named tuples."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
-def _unstored(like: FederatedState, found: dict) -> FederatedState:
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in sorted(found)])
+def _unstored(like: FederatedState, leaves: dict) -> FederatedState:
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in sorted(leaves)])

@@ -1,4 +1,4 @@
-"""How the libraries below behave in a command: quiet, with compiled programs kept."""
+"""Settings of the libraries that a command uses: quiet, with a persistent compilation cache."""
 
 import os
 
@@ -6,16 +6,19 @@ from etils import epath
 
 
 def quiet_libraries() -> None:
-    """Nothing but what the project prints on the terminal."""
+    """Silences third-party libraries, unless an environment variable asks for their messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def prepare_libraries(workdir: str) -> None:
-    """Quiet libraries, and compiled programs kept under the workdir for arms and resumed runs.
+    """Silences libraries and keeps compiled programs in the workdir, for arms and resumed runs.
 
-    An environment variable of the same purpose wins. The cache is set through `jax.config`: the
-    package has imported jax by now, and jax reads its environment only then.
+    JAX_COMPILATION_CACHE_DIR takes precedence. The cache is set through `jax.config`: jax reads
+    its environment variables on import, and the package has imported jax by now.
+
+    Args:
+      workdir: folder of the run.
     """
     quiet_libraries()
     import jax

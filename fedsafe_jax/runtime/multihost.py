@@ -1,20 +1,21 @@
-"""Several processes that make one run: hosts of a TPU pod, tasks of SLURM, or a laptop's cores.
+"""Runs of several processes: hosts of a TPU pod, tasks of SLURM, or a laptop's cores.
 
 All processes run the same program. Federated training is split over all devices; generation, CAI
-and evaluation are computed by every process on its own devices, from the same seeds. What could
-differ between hosts is decided by the first process, which alone writes records and reports.
+and evaluation are computed by every process on its own devices, from the same seeds. The primary
+process decides whatever could differ between hosts, and it alone writes records and reports.
 """
 
 import itertools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-BARRIER_TIMEOUT_S = 24 * 3600  # with processes that are behind
+BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
 _barriers = itertools.count()
 
 
@@ -23,13 +24,20 @@ class ClusterError(RuntimeError):
 
 
 def cluster_args(environment: Mapping[str, str]) -> dict | None:
-    """Arguments of `jax.distributed.initialize`, or None where there is one process.
+    """Reads the arguments of `jax.distributed.initialize` from environment variables.
 
-    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; tasks of srun
-    (SLURM) and mpirun (Open MPI), and hosts of a TPU slice or multislice, which jax finds itself.
+    These are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Tasks of srun (SLURM)
+    and mpirun (Open MPI), and hosts of a TPU slice or multislice, need none of them: jax detects
+    such a cluster itself.
+
+    Args:
+      environment: environment variables by name.
+
+    Returns:
+      Keyword arguments, {} for a cluster that jax detects; None for a single process.
 
     Raises:
-      ClusterError: the variables are incomplete, or no numbers.
+      ClusterError: the variables are incomplete, or not numbers.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if environment.get(name)]
@@ -40,8 +48,8 @@ def cluster_args(environment: Mapping[str, str]) -> dict | None:
         try:
             count, own = (int(environment[name]) for name in names[1:])
         except ValueError:
-            found = ", ".join(f"{name}={environment[name]}" for name in names[1:])
-            raise ClusterError(f"{found}: expected two numbers.") from None
+            settings = ", ".join(f"{name}={environment[name]}" for name in names[1:])
+            raise ClusterError(f"{settings}: expected two numbers.") from None
         if not 0 <= own < count:
             raise ClusterError(
                 f"JAX_PROCESS_ID={own}: expected less than JAX_NUM_PROCESSES={count}."
@@ -58,67 +66,79 @@ def cluster_args(environment: Mapping[str, str]) -> dict | None:
 
 
 def join() -> None:
-    """Joins the other processes, if there are any, before jax computes anything."""
+    """Connects to the other processes, if there are any; before jax computes anything."""
     arguments = cluster_args(os.environ)
     if arguments is not None:
         jax.distributed.initialize(**arguments)
 
 
 def is_primary() -> bool:
-    """Whether this process writes."""
+    """Whether this is the primary process, the one that writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here.
+    """Blocks until every process reaches this barrier.
 
-    A collective of devices gives up after half a minute on CPU, and work that each process does by
-    itself may differ by more; a process that died is noticed by its missing heartbeats.
+    A collective over devices times out after half a minute on CPU, less than the time by which
+    processes may differ after work that each does alone. Hence a barrier comes before collectives.
+    A process that died is noticed by its missing heartbeats.
+
+    Args:
+      name: name of the barrier, the same in all processes.
     """
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp  # a second to import, which few runs need
 
-        barrier = ocp.multihost.get_barrier_sync_fn()
-        barrier(key=f"{name}_{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"{name}_{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
 def broadcast_bool(value: bool) -> bool:
-    """The first process's value, in all: files may not be seen by every process at once."""
+    """Returns the primary process's value in all processes.
+
+    For answers of the file system, which processes on different hosts may see at different times.
+    """
     if jax.process_count() == 1:
         return value
-    barrier("agreed")
+    barrier("broadcast_bool")
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def broadcast(tree):
-    """The first process's arrays, in all."""
+def broadcast(tree: Any) -> Any:
+    """Returns the primary process's arrays in all processes.
+
+    Args:
+      tree: pytree of arrays, of the same shapes in all processes.
+    """
     if jax.process_count() == 1:
         return tree
-    barrier("same")
+    barrier("broadcast")
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """The part of a mesh that this process holds."""
+    """Returns the part of a mesh whose devices belong to this process."""
     return mesh if jax.process_count() == 1 else mesh.local_mesh
 
 
-def local(tree, mesh: Mesh):
-    """This process's copies of arrays that lie on a mesh of all, without moving them.
+def local(tree: Any, mesh: Mesh) -> Any:
+    """Returns this process's copies of arrays on a mesh of all processes, without moving them.
 
     Args:
-      tree: arrays that are whole, or split over the axis `model`, within every process.
-      mesh: of all processes.
+      tree: pytree of arrays that every process holds whole, or split over its own devices along
+        the axis `model`.
+      mesh: mesh of all processes' devices.
     """
     if jax.process_count() == 1:
         return tree
     own = mesh.local_mesh
 
-    def one(x):
+    def addressable(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return x
         parts = [shard.data for shard in x.addressable_shards]
         sharding = NamedSharding(own, x.sharding.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(addressable, tree)

@@ -1,14 +1,21 @@
-"""Signals that end a run: SIGTERM of a preempted machine, SIGINT of Ctrl-C."""
+"""Signals that end a run: SIGTERM on a preempted machine, SIGINT from Ctrl-C."""
 
 import contextlib
 import signal
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Preempted(BaseException):
-    """The run was told to end; raised between two steps of Python, never inside `hold`."""
+    """The run was told to end; raised between two steps of Python, never inside `hold`.
+
+    A BaseException, so that no `except Exception` of a library swallows it.
+
+    Args:
+      signum: number of the signal.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -31,9 +38,9 @@ _signals = _Signals()
 
 
 def listen() -> None:
-    """Turns SIGTERM and SIGINT into `Preempted`, from now on; main thread only.
+    """Turns SIGTERM and SIGINT into `Preempted` from now on; for the main thread only.
 
-    With several processes SIGTERM is left to jax: the others must end after the same round, see
+    With several processes jax handles SIGTERM: all processes must end after the same round, see
     `reached`.
     """
     if jax.process_count() == 1:
@@ -42,18 +49,18 @@ def listen() -> None:
 
 
 def reached(step: int) -> None:
-    """Raises `Preempted` in all processes at the same step, after one of them got a SIGTERM.
+    """Raises `Preempted` in all processes at the same step, after any of them got a SIGTERM.
 
     Args:
-      step: rises with every call, alike in all processes.
+      step: number that rises with every call, the same in all processes.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
         raise Preempted(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def hold():
-    """Puts a signal off until the block is done, such as while a round is recorded."""
+def hold() -> Iterator[None]:
+    """Defers signals until the block is done, such as while a round is recorded."""
     _signals.held += 1
     try:
         yield

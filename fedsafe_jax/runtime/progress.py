@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, lines in a log, a table at the end."""
+"""Progress of a run: a bar on a terminal, lines in a log; and seconds by phase of a round."""
 
 import sys
 import time
@@ -9,15 +9,15 @@ from fedsafe_jax.runtime import multihost
 
 
 class Progress:
-    """Reports the rounds of a run.
+    """Reports finished rounds with the time left, in the primary process alone.
 
     Args:
-      total_rounds: rounds of all arms and seeds.
+      total_rounds: rounds of all arms, algorithms and seeds together.
     """
 
     def __init__(self, total_rounds: int):
         self._total = total_rounds
-        self._done = self._found = 0
+        self._done = self._resumed = 0
         self._spent: list[float] = []
         self._console = Console(stderr=True)
         self._silent = not multihost.is_primary()
@@ -25,22 +25,22 @@ class Progress:
 
     @property
     def rounds_done(self) -> int:
-        """By this process, of all arms."""
+        """Rounds that this process has finished, in all arms."""
         return self._done
 
-    def found(self, rounds: int) -> None:
-        """Rounds that an earlier process had finished, when this one comes by."""
-        self._found += rounds
+    def resumed(self, rounds: int) -> None:
+        """Counts rounds that an earlier process had finished."""
+        self._resumed += rounds
 
     @property
     def _left(self) -> int:
-        return self._total - self._found - self._done
+        return self._total - self._resumed - self._done
 
     def round_done(self, row: dict) -> None:
-        """One finished round, as written to `metrics.jsonl`."""
+        """Reports a finished round; `row` is its line of `metrics.jsonl`."""
         self._done += 1
         self._spent.append(sum(row["seconds"].values()))
-        # The median of recent rounds: the first of an arm compiles.
+        # The median of recent rounds: the first round of an arm is slow, since it compiles.
         recent = sorted(self._spent[-8:])
         left = self._left * recent[len(recent) // 2]
         parts = [
@@ -64,11 +64,11 @@ class Progress:
         self._show(" | ".join(parts))
 
     def note(self, text: str) -> None:
-        """A line about something other than a round."""
+        """Reports something other than a round, in one line."""
         self._show(text)
 
     def warn(self, text: str) -> None:
-        """A line that stays on the terminal."""
+        """Prints a warning that stays on the terminal."""
         if self._silent:
             return
         print(("\n" if self._console.is_terminal else "") + f"WARNING: {text}", file=sys.stderr)
@@ -87,24 +87,25 @@ class Progress:
             print(f"[{share:4.0%}] {text}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Clears the bar, so that what is printed next begins on a line of its own."""
+        """Clears the bar, so that the next output begins on a line of its own."""
         if self._console.is_terminal:
             sys.stderr.write("\r\x1b[2K")
 
 
 class PhaseTimer:
-    """Seconds by phase of a round."""
+    """Measures the seconds of each phase of a round, in `seconds`."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
     def mark(self, phase: str) -> None:
+        """Adds the seconds since the last mark to a phase."""
         now = time.monotonic()
         self.seconds[phase] = _round_seconds(self.seconds.get(phase, 0.0) + now - self._last)
         self._last = now
 
 
 def _round_seconds(seconds: float) -> float:
-    """Milliseconds are enough, and never zero."""
+    """Rounds to milliseconds, but never to 0: throughputs divide by it."""
     return max(float(f"{seconds:.3f}"), 1e-3)

@@ -1,7 +1,11 @@
-"""The files of a run's workdir, written so that a resumed run never doubles a line."""
+"""Files of a run's workdir, written so that a resumed run never doubles a line.
+
+Only the primary process writes; in any other process a write does nothing.
+"""
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
@@ -12,11 +16,8 @@ class WorkdirError(RuntimeError):
     """The workdir holds another run."""
 
 
-def write_json(path: epath.Path, content) -> None:
-    """Writes JSON through a temporary file, so that a killed run leaves the old or the new one.
-
-    Nothing in all processes but the first, here and below.
-    """
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes JSON through a temporary file, so that a killed run leaves the old or the new file."""
     if not multihost.is_primary():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,10 @@ def write_json(path: epath.Path, content) -> None:
 
 
 def read_lines(path: epath.Path) -> list[dict]:
-    """The rows of a JSONL file, none without the file; a last line cut by a kill is skipped."""
+    """Reads the rows of a JSONL file; without the file there are none.
+
+    A last line that a kill cut off is skipped.
+    """
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -38,7 +42,13 @@ def read_lines(path: epath.Path) -> list[dict]:
 
 
 def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
-    """Drops the rows that are `stale` and appends `rows`, atomically."""
+    """Drops stale rows of a JSONL file and appends new ones, atomically.
+
+    Args:
+      path: the file, created if missing.
+      stale: whether a row is to be dropped.
+      rows: new rows.
+    """
     if not multihost.is_primary():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +60,7 @@ def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[di
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
+    """Flattens nested dictionaries; keys are joined by dots."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -60,10 +71,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def claim_workdir(workdir: epath.Path, config: dict) -> bool:
-    """Writes `config.json`, or checks that the one there is the same.
+    """Writes `config.json`, or checks that an existing one holds the same config.
+
+    Args:
+      workdir: folder of the run.
+      config: all fields, nested.
 
     Returns:
-      Whether a run with this config had begun here.
+      Whether a run with this config was begun here before.
 
     Raises:
       WorkdirError: the workdir holds a run of another config.

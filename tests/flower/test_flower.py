@@ -1,4 +1,7 @@
-"""A federation of three sites is the simulation of three clients, with and without a network."""
+"""A federation of three sites is the simulation of three clients, with and without a network.
+
+The other files of this folder run parts of the same federation, on the grid defined here.
+"""
 
 import contextlib
 import json
@@ -16,14 +19,12 @@ import pytest
 from commands import QUICK, rows
 from safetensors.numpy import load_file
 
-flwr = pytest.importorskip("flwr")
+pytest.importorskip("flwr")
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from flwr.app import Context, RecordDict  # noqa: E402
 
 from fedsafe_jax import experiment  # noqa: E402
-from fedsafe_jax.config import ConfigError, default_config  # noqa: E402
-from fedsafe_jax.flower import client, server, site, wire  # noqa: E402
+from fedsafe_jax.flower import client, server  # noqa: E402
 from fedsafe_jax.pipeline import filtering  # noqa: E402
 from fedsafe_jax.pipeline.clients import Clients, encode  # noqa: E402
 from fedsafe_jax.pipeline.filtering import apply_action  # noqa: E402
@@ -38,28 +39,6 @@ OVERRIDES = (
     "cai.benign_prompts=1 cai.steps=2 cai.batch_size=2 cai.pairs_per_step=1 "
     "cai.replay_examples=4 cai.max_new_tokens=8 algorithms=('scaffold',)"
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Files of three sites, of different size."""
-    found = tmp_path_factory.mktemp("sites")
-    safe = (DEMO / "clients_safe.jsonl").read_text().splitlines()
-    unsafe = (DEMO / "clients_unsafe.jsonl").read_text().splitlines()
-    for i in range(3):
-        lines = [*safe[i::40][: 9 + i], *unsafe[i::60][:5]]
-        (found / f"site{i}.jsonl").write_text("\n".join(lines) + "\n")
-    return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def flower_process():
-    """What Flower's processes find: the app's folder, and who they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "launch/flower")
-        for name in ("_run_id", "_node_id", "_task_id"):
-            patch.setattr(TaskIdentity, name, 1)
-        yield
 
 
 def run_config(workdir, *overrides):
@@ -79,7 +58,7 @@ def node_config(folder, i):
 class LocalGrid:
     """Flower's grid without a network: nodes 100, 101, ... answer at once.
 
-    `spoil(node, reply) -> reply` may change what they say; None is no answer.
+    `spoil(node, reply) -> reply` may change a node's reply; None stands for no reply.
     """
 
     def __init__(self, nodes, spoil=lambda node, reply: reply):
@@ -98,6 +77,10 @@ class LocalGrid:
                 yield reply
 
 
+def exported(workdir):
+    return load_file(workdir / "export/adapter/adapter_model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def simulated(folder, tmp_path_factory):
     """Workdir of the simulation of the same clients: their pairs and verdicts are given."""
@@ -106,16 +89,16 @@ def simulated(folder, tmp_path_factory):
 
     def members(config, inputs, seed, workdir, progress):
         del progress
-        found = []
+        filtered = []
         for i in range(3):
             config.safe_sources, config.data_dir = (f"chat:site{i}.jsonl",), str(folder)
             pairs = load_inputs(config, ("site",)).site
             scored = filtering.score_pairs(config, inputs, pairs, seed, workdir)
-            found += apply_action(config, inputs, [pairs], scored, seed)
+            filtered += apply_action(config, inputs, [pairs], scored, seed)
         encoded = [
-            encode(inputs.lm.tokenizer, f.examples, config.seq_len, f.weights)[0] for f in found
+            encode(inputs.lm.tokenizer, f.examples, config.seq_len, f.weights)[0] for f in filtered
         ]
-        return Clients(None, encoded, [f.counts for f in found])
+        return Clients(None, encoded, [f.counts for f in filtered])
 
     inputs = load_inputs(config, ("red_team", "replay"))
     federation = experiment.SIMULATED._replace(clients=members)
@@ -131,17 +114,13 @@ def federated(folder, tmp_path_factory):
     return workdir
 
 
-def exported(workdir):
-    return load_file(workdir / "export/adapter/adapter_model.safetensors")
-
-
 def assert_same_run(workdir, wanted):
     """Adapters and figures. Sums in another order leave 1e-5 of a tensor's length; Adam's first
     steps take the sign of a gradient, so that a single number may also go the other way."""
-    found = exported(workdir)
-    assert found.keys() == exported(wanted).keys()
+    tensors = exported(workdir)
+    assert tensors.keys() == exported(wanted).keys()
     for name, x in exported(wanted).items():
-        assert np.linalg.norm(found[name] - x) <= 1e-3 * np.linalg.norm(x), name
+        assert np.linalg.norm(tensors[name] - x) <= 1e-3 * np.linalg.norm(x), name
         assert "lora_B" not in name or np.abs(x).max() > 1e-3
     for mine, theirs in zip(rows(workdir), rows(wanted), strict=True):
         assert mine["useful_tokens"] == theirs["useful_tokens"] and mine["no_answer"] == []
@@ -175,94 +154,6 @@ def test_a_federation_continues_with_the_state_that_its_sites_had(
     server.run(LocalGrid(nodes), run_config(tmp_path / "server"))
     for name, x in exported(federated).items():
         np.testing.assert_array_equal(exported(tmp_path / "server")[name], x)
-
-
-def test_sites_that_do_not_fit_are_left_out_by_name(folder, tmp_path, capsys):
-    other = tmp_path / "model"
-    shutil.copytree(ROOT / "fedsafe_jax/assets/model", other)
-    (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    nodes = [
-        node_config(folder, 0),
-        node_config(folder, 1) | {"model": str(other)},
-        node_config(folder, 0),
-        node_config(folder, 7),
-        {"client": 2},
-        node_config(folder, 2) | {"sources": "chat:absent.jsonl"},
-    ]
-    with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
-        server.run(LocalGrid(nodes), run_config(tmp_path / "run"))
-    said = capsys.readouterr().err
-    assert "client 1 is left out: its base model differs" in said
-    assert "client 0 is there twice; node 102 is left out" in said
-    assert "client=7: this run has num_clients=3" in said
-    assert "node 104 is left out: --node-config: sources is missing" in said
-    assert "absent.jsonl" in said
-
-
-def test_a_description_that_cannot_be_read_is_left_out(folder, tmp_path, capsys):
-    said = {100: "no JSON", 101: '{"client": 1}', 102: None}
-
-    def spoil(node, reply):
-        if said[node] is not None:
-            reply.content["site"] = ConfigRecord({"json": said[node]})
-        return reply
-
-    grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
-    with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
-        server.run(grid, run_config(tmp_path / "run"))
-    assert capsys.readouterr().err.count("its description cannot be read") == 2
-
-
-def test_bad_updates_cost_their_round_alone(folder, tmp_path, capsys):
-    def spoil(node, reply):
-        if "update" not in reply.content:
-            return reply
-        arrays = reply.content.array_records["update"]
-        name = "update.layers.self_attn.q_proj.a"
-        if node == 100:  # an adapter of another rank
-            smaller = {
-                k: (v.numpy()[..., :-1] if k == name else v.numpy()) for k, v in arrays.items()
-            }
-            reply.content["update"] = ArrayRecord(
-                {k: flwr.app.Array(np.ascontiguousarray(v)) for k, v in smaller.items()}
-            )
-        if node == 101:  # one number alone
-            reply.content.metric_records["numbers"]["steps"] = float("nan")
-        return reply if node != 102 else None
-
-    grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
-    server.run(grid, run_config(tmp_path, "rounds=1", "arms=('base','fl+filter')",
-                                "export_arm=fl+filter"))  # fmt: skip
-    (row,) = rows(tmp_path)
-    assert row["no_answer"] == [0, 2] and row["excluded"] == [1] and row["skipped"]
-    assert all(np.all(x == 0) for n, x in exported(tmp_path).items() if "lora_B" in n)
-    said = capsys.readouterr().err
-    assert "client 0 is left out: array update.layers.self_attn.q_proj.a is float32 [4" in said
-    assert "another base model, or lora_rank" in said
-    assert "client 2 is left out: no answer in time" in said
-    assert "update not finite, left out: client(s) 1" in said and "SKIPPED" in said
-
-
-def test_what_has_no_meaning_across_sites_is_refused(tmp_path):
-    for override, message in (
-        ("federated.compression=int8", "federated.compression is not for a federation"),
-        ("seeds=(0,1)", "a federation is one run"),
-        ("heldout_sources=()", "no client data to hold out"),
-        ("roundz=3", "no such field; did you mean --config.rounds?"),
-        ("rounds=two", "rounds='two': expected a value of type int"),
-    ):
-        with pytest.raises(ConfigError) as error:
-            server.read_config(run_config(tmp_path, override))
-        assert message in str(error.value)
-    with pytest.raises(ConfigError, match="no such key; expected client, sources"):
-        site.settings_of({"client": 0, "source": "x"})
-
-
-def test_configs_travel_unchanged():
-    config = default_config()
-    config.seeds, config.filter.action = (3,), "mask"
-    found = wire.config_of(wire.config_record(config))
-    assert json.dumps(found.to_dict()) == json.dumps(config.to_dict())
 
 
 def free_ports(count):

@@ -1,4 +1,4 @@
-"""Dialogues read on from the cache are answered as dialogues read anew."""
+"""Dialogues extended in the prefix cache are answered like dialogues read from the start."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ THEN = ("Say that again in other words, please.", "Why?", "And now the same, but
 
 @pytest.fixture
 def read(monkeypatch):
-    """The shapes of what is read: in prefills, and behind a cache."""
+    """Shapes of the tokens read by prefill, and of those read behind the prefix cache."""
     seen = {"prefill": [], "extend": []}
     for name in seen:
         whole = getattr(generation.Engine, name)
@@ -29,49 +29,51 @@ def read(monkeypatch):
     return seen
 
 
-def turns(lm, talk, batch_size, edit=lambda text: text, **options):
-    """Two more turns by `talk`, and what the model says to the same dialogues at once."""
+def compare_turns(lm, session, batch_size, edit=lambda text: text, **options):
+    """Asserts that three turns by the session equal the model's answers to whole dialogues."""
     dialogues = [[("user", text)] for text in FIRST]
     for call, following in enumerate([*[THEN] * 2, None]):
-        found = talk.answer_dialogues(dialogues, 24, seed=call, **options)
+        texts, finished = session.answer_dialogues(dialogues, 24, seed=call, **options)
         expected = lm.answer_dialogues(dialogues, 24, seed=call, batch_size=batch_size, **options)
-        assert found[0] == expected[0]
-        np.testing.assert_array_equal(found[1], expected[1])
-        for dialogue, text, ask in zip(dialogues, found[0], following or FIRST, strict=True):
+        assert texts == expected[0]
+        np.testing.assert_array_equal(finished, expected[1])
+        for dialogue, text, ask in zip(dialogues, texts, following or FIRST, strict=True):
             dialogue += [("assistant", edit(text)), ("user", ask)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_later_turns_are_read_alone(packaged, read, temperature):
-    turns(packaged, ChatSession(packaged, 3), 3, temperature=temperature)
-    # Of three turns in two batches each: the first by the conversation, all by the model.
+    compare_turns(packaged, ChatSession(packaged, 3), 3, temperature=temperature)
+    # Three turns in two batches: the session prefills the first turn alone, the model every turn.
     assert (len(read["prefill"]), len(read["extend"])) == (8, 4)
 
 
 def test_a_changed_answer_is_read_again(packaged, read):
-    turns(packaged, ChatSession(packaged, 4), 4, edit=lambda text: text[: len(text) // 2] + "...")
+    compare_turns(
+        packaged, ChatSession(packaged, 4), 4, edit=lambda text: text[: len(text) // 2] + "..."
+    )
     assert len(read["extend"]) == 2
 
 
 def test_nothing_is_kept_beyond_the_limit(packaged, read, monkeypatch):
-    monkeypatch.setattr(chat_session, "KEPT_BYTES", 0)
-    turns(packaged, ChatSession(packaged, 4), 4)
+    monkeypatch.setattr(chat_session, "CACHE_BYTES", 0)
+    compare_turns(packaged, ChatSession(packaged, 4), 4)
     assert not read["extend"]
 
 
 def test_devices_share_the_rows():
     split = language_model.load_pretrained("package:model", mesh=make_mesh())
-    turns(split, ChatSession(split, 8), 8)
+    compare_turns(split, ChatSession(split, 8), 8)
 
 
 def test_a_dialogue_cut_to_the_context_is_read_anew(packaged):
-    talk = ChatSession(packaged)
+    session = ChatSession(packaged)
     dialogue = [("user", "word " * 480)]
     for _ in range(3):
-        (found,), _ = talk.answer_dialogues([dialogue], 24, truncate=True)
+        (answer,), _ = session.answer_dialogues([dialogue], 24, truncate=True)
         (expected,), _ = packaged.answer_dialogues([dialogue], 24, truncate=True)
-        assert found == expected
-        dialogue += [("assistant", found), ("user", "word " * 300)]
+        assert answer == expected
+        dialogue += [("assistant", answer), ("user", "word " * 300)]
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
@@ -90,13 +92,19 @@ def test_tokens_and_windows(tmp_path, family, read):
         def decode(self, ids, skip_special_tokens):
             return " ".join(map(str, ids))
 
-    lm = language_model.LanguageModel(config, params, Ids(), hf_config={})
-    lm.render = lambda dialogues, max_new_tokens, cut: dialogues
+    class IdModel(language_model.LanguageModel):
+        """A model whose dialogues are token ids already."""
+
+        def render(self, dialogues, max_new_tokens, truncate):
+            del max_new_tokens, truncate
+            return dialogues
+
+    lm = IdModel(config, params, Ids(), hf_config={})
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, VOCAB, n).tolist() for n in (3, 30, 17, 9)]
-    talk = ChatSession(lm, 4)
+    session = ChatSession(lm, 4)
     for _ in range(3):
-        texts, _ = talk.answer_dialogues(rows, 12)
+        texts, _ = session.answer_dialogues(rows, 12)
         (expected,) = generation.generate_ids(
             lm.model,
             params,

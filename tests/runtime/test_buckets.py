@@ -1,6 +1,7 @@
 """A workdir on a bucket: every file but checkpoints, which Orbax writes there by itself."""
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -55,10 +56,8 @@ def test_figures_and_exports(workdir, packaged):
     )
     assert (workdir / "figures" / "a.png").read_bytes()[1:4] == b"PNG"
     shape = lora.LoraConfig(2, 4.0, ("q_proj",))
-    import jax
-
-    adapter = lora.init(jax.random.key(0), packaged.config, shape)
-    export.export(packaged, lora.Adapter(adapter, shape), workdir / "export", "a card")
+    factors = lora.init(jax.random.key(0), packaged.config, shape)
+    export.export(packaged, lora.Adapter(factors, shape), workdir / "export", "a card")
     assert (workdir / "export" / "merged" / "model.safetensors").stat().length > 1e6
     assert (workdir / "export" / "adapter" / "README.md").read_text() == "a card"
     assert np.isfinite(workdir.joinpath("export/adapter/adapter_model.safetensors").stat().length)

@@ -1,8 +1,6 @@
 """Checkpoints: what was saved comes back to the bit, and damage costs one round, not the run."""
 
 import logging
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +16,13 @@ from fedsafe_jax.runtime.checkpoint import RoundCheckpoints
 
 
 def state(value):
-    adapter = {"q": {"a": jnp.full((2, 3), value), "b": jnp.zeros((3, 2))}}
+    factors = {"q": {"a": jnp.full((2, 3), value), "b": jnp.zeros((3, 2))}}
     optimizer = adaptive(ADAM, Hyperparameters(adaptive_learning_rate=0.1))
-    server = ServerState(adapter, (), optimizer.init(adapter))
+    server = ServerState(factors, (), optimizer.init(factors))
     return FederatedState(server, {"states": {"c": np.full((5, 3), value)}, "residuals": ()})
 
 
-def same(a, b):
+def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -34,12 +32,12 @@ def test_the_newest_comes_back(tmp_path):
     assert saved.restore(state(0.0))[1] == 0
     for t in (1, 2, 3):
         saved.save(t, state(float(t)))
-    saved.save(3, state(9.0))  # there already: left alone
+    saved.save(3, state(9.0))  # this round is saved already: left alone
     saved.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
-    found, done = RoundCheckpoints(tmp_path).restore(state(0.0))
+    restored, done = RoundCheckpoints(tmp_path).restore(state(0.0))
     assert done == 3
-    same(found, state(3.0))
+    assert_same(restored, state(3.0))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "unfinished"])
@@ -57,47 +55,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
             file.write_bytes(file.read_bytes()[: size // 2])
     again = RoundCheckpoints(tmp_path)
     with caplog.at_level(logging.WARNING):
-        found, done = again.restore(state(0.0))
+        restored, done = again.restore(state(0.0))
     assert done == 1
-    same(found, state(1.0))
+    assert_same(restored, state(1.0))
     assert damage == "unfinished" or "cannot be read" in caplog.text
     again.save(2, state(5.0))
     again.close()
-    found, done = RoundCheckpoints(tmp_path).restore(state(0.0))
+    restored, done = RoundCheckpoints(tmp_path).restore(state(0.0))
     assert done == 2
-    same(found, state(5.0))
+    assert_same(restored, state(5.0))
 
 
 def test_every_algorithms_state_is_stored(tmp_path):
-    adapter = {"q": {"a": jnp.ones((2, 3)), "b": jnp.zeros((3, 2))}}
+    factors = {"q": {"a": jnp.ones((2, 3)), "b": jnp.zeros((3, 2))}}
     for name in algorithms.ALGORITHMS:
         method = algorithms.make(name, LocalTraining(None, make_optimizer()), 4)
-        stepped = method.server_update(method.init(adapter), adapter, adapter)
+        stepped = method.server_update(method.init(factors), factors, factors)
         before = FederatedState(stepped, {"states": (), "residuals": np.ones((4, 2))})
         saved = RoundCheckpoints(tmp_path / name)
         saved.save(1, before)
         saved.close()
-        same(RoundCheckpoints(tmp_path / name).restore(before)[0], before)
-
-
-def test_signals_wait_while_a_round_is_recorded():
-    import signal
-
-    from fedsafe_jax.runtime import preemption
-
-    old = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    preemption.listen()
-    try:
-        reached = False
-        with pytest.raises(preemption.Preempted, match="SIGTERM"):
-            with preemption.hold():
-                signal.raise_signal(signal.SIGTERM)
-                reached = True
-            time.sleep(1)
-            sys.exit("not reached")
-        assert reached
-        with pytest.raises(preemption.Preempted, match="SIGINT"):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, old[0])
-        signal.signal(signal.SIGINT, old[1])
+        assert_same(RoundCheckpoints(tmp_path / name).restore(before)[0], before)

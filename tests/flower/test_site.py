@@ -1,0 +1,72 @@
+"""A site: the settings of its operator, its description, the state it keeps."""
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr")
+
+from test_flower import node_config, run_config  # noqa: E402
+
+from fedsafe_jax.config import ConfigError  # noqa: E402
+from fedsafe_jax.flower import server, site  # noqa: E402
+from fedsafe_jax.models import lora  # noqa: E402
+
+
+def test_settings_are_read_and_checked(folder):
+    settings = site.settings_of(node_config(folder, 1) | {"partition-id": 1, "num-partitions": 3})
+    assert settings == site.SiteSettings(
+        client=1,
+        sources=("chat:site1.jsonl",),
+        data_dir=str(folder),
+        workdir=str(folder / "work1"),
+    )
+    for change, message in (
+        ({"client": "1"}, "client='1': expected a number from 0 on"),
+        ({"color": "red"}, "color: no such key"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            site.settings_of(node_config(folder, 1) | change)
+    with pytest.raises(ConfigError, match="no such key; expected client, sources"):
+        site.settings_of({"client": 0, "source": "x"})
+
+
+@pytest.fixture(scope="module")
+def site_and_lines(folder, tmp_path_factory):
+    """A site, and the lines that it wrote while it loaded and filtered its pairs."""
+    workdir = tmp_path_factory.mktemp("site")
+    settings = site.settings_of(node_config(folder, 1) | {"workdir": str(workdir)})
+    lines = []
+    return site.Site(server.read_config(run_config(workdir)), settings, lines.append), lines
+
+
+def test_a_site_describes_its_pairs(site_and_lines):
+    here, lines = site_and_lines
+    said = here.describe()
+    # The fixture wrote 10 safe and 5 unsafe pairs; no count tells which are unsafe.
+    assert said["client"] == 1
+    assert said["filter"]["kept"] + said["filter"]["dropped"] == 15
+    assert said["examples"] == said["filter"]["kept"] == len(here.encoded)
+    assert not any(name.startswith("unsafe") for name in said["filter"])
+    assert said["base"] == site.base_fingerprint("package:model")
+    assert f"client 1: {said['examples']} pairs to train on" in lines
+
+
+def test_a_repeated_round_starts_from_the_state_before_it(site_and_lines):
+    here, _ = site_and_lines
+    factors = lora.init(jax.random.key(0), here.inputs.lm.config, here.inputs.lora)
+    # SCAFFOLD's control of the server; the site keeps its own between rounds.
+    message = {"adapter": factors, "control": jax.tree.map(np.zeros_like, factors)}
+
+    def update(t):
+        return here.train(message, t=t, steps=3).sent.updates
+
+    first, second = update(0), update(1)
+    assert first.shape[0] == 1 and np.abs(first).max() > 0
+    states = sorted((here.folder / "state").iterdir())
+    assert [path.name for path in states] == ["round_0000.safetensors", "round_0001.safetensors"]
+    np.testing.assert_array_equal(update(0), first)
+    np.testing.assert_array_equal(update(1), second)
+    for path in states:
+        path.unlink()
+    assert not np.array_equal(update(1), second)

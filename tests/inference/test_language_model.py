@@ -1,0 +1,51 @@
+"""The language model as users hold it: its examples, finished answers, long dialogues."""
+
+import dataclasses
+import doctest
+
+import numpy as np
+import pytest
+
+from fedsafe_jax.inference import generation, language_model
+from fedsafe_jax.models import hub
+
+
+def test_the_examples_in_docstrings_run():
+    results = doctest.testmod(language_model)
+    assert results.failed == 0 and results.attempted >= 8
+
+
+def test_a_model_is_never_changed(packaged):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        packaged.adapter = None
+
+
+def test_finished_tells_a_stop_from_a_cut(packaged):
+    _, finished = packaged.answer_dialogues([(("user", "Hello!"),)], max_new_tokens=48)
+    _, cut = packaged.answer_dialogues([(("user", "Hello!"),)], max_new_tokens=1)
+    np.testing.assert_array_equal(finished, [True])
+    np.testing.assert_array_equal(cut, [False])
+
+
+def test_long_prompts_are_refused_unless_they_may_be_truncated(packaged, caplog):
+    prompts = ["Hello!", "first " + "word " * 2000 + "last"]
+    with pytest.raises(hub.ModelError, match=r"prompt 1 has \d+ tokens.*room for 1016"):
+        packaged.generate(prompts, max_new_tokens=8)
+    answers = packaged.generate(prompts, max_new_tokens=8, truncate=True)
+    (warning,) = caplog.records
+    assert warning.getMessage() == "1 of 2 dialogues cut to 1016 tokens"
+
+    # The model read the whole short prompt, and the end of the long one with the last words.
+    short, long = packaged.render([[("user", text)] for text in prompts], 8, truncate=False)
+    kept = long[-1016:]
+    assert "last" in packaged.text(kept) and "first" not in packaged.text(kept)
+    (expected,) = generation.generate_ids(
+        packaged.model,
+        packaged.params,
+        None,
+        prompts=[short, kept],
+        stop_ids=packaged.stop_ids,
+        max_new_tokens=8,
+    )
+    assert answers == [packaged.text(ids) for ids in expected.ids]
+    assert packaged.render([[("user", prompts[1])]], 8, truncate=True) == [kept]
