@@ -39,7 +39,7 @@ def finetune(
 ) -> Adapter:
     """Trains one adapter on several clients' pairs, without filter and CAI.
 
-    `fedsafe_jax.main` runs the whole method, with evaluation, checkpoints and a report.
+    `fedsafe run` runs the whole method, with evaluation, checkpoints and a report.
 
     Args:
       lm: the frozen base; its own adapter, if any, is not used.
