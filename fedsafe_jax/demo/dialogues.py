@@ -10,7 +10,8 @@ from fedsafe_jax.data import overlap, sources
 from fedsafe_jax.data.examples import SAFE
 from fedsafe_jax.demo import templates
 from fedsafe_jax.evals.tasks.hhh import load_choices
-from fedsafe_jax.models.decoder import DecoderConfig, num_parameters
+from fedsafe_jax.models.decoder import num_parameters
+from fedsafe_jax.models.decoder_config import DecoderConfig
 
 
 class Dialogue(NamedTuple):

@@ -15,7 +15,7 @@ def get_config(arg=""):
     c.compute_dtype, c.steps, c.rows_per_step = "float32", 52, 2  # 50 warm up
     c.benign_sources = (("chat:package/clients_safe.jsonl", 0.2, 1),)
     c.red_team = "chat:package/clients_unsafe.jsonl"
-    c.harmful_prompts = ("chat:package/cai_red_team.jsonl",)
+    c.harmful_prompts = ("chat:package/red_team_heldout.jsonl",)
     c.templated_harmful = c.templated_benign = c.everyday = c.critique_threads = 20
     c.evaluation_sets = ("chat:package/red_team_heldout.jsonl",)
     c.hhh = "package/hhh_heldout.jsonl"
