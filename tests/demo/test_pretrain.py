@@ -12,7 +12,7 @@ SMALL = """from fedsafe_jax.cli import config_file
 def get_config(arg=""):
     c = config_file.read("configs/pretrain_demo.py" + (":balance" if arg else ""))
     c.vocab_size, c.hidden_size, c.intermediate_size, c.num_layers = 400, 32, 48, 1
-    c.compute_dtype, c.steps, c.rows_per_step = "float32", 52, 2  # 50 warm up
+    c.compute_dtype, c.steps, c.rows_per_step = "float32", 52, 1  # 50 warm up
     c.benign_sources = (("chat:package/clients_safe.jsonl", 0.2, 1),)
     c.red_team = "chat:package/clients_unsafe.jsonl"
     c.harmful_prompts = ("chat:package/red_team_heldout.jsonl",)
@@ -33,6 +33,8 @@ def test_two_stages_leave_a_model_that_loads(tmp_path, capsys):
     data, rows, *steps = said.err.splitlines()
     assert data.startswith("data: {") and rows.endswith("52 steps")
     assert [line.split(" answer nll ")[0] for line in steps] == ["step 50/52", "step 52/52"]
+    counts = json.loads(data.removeprefix("data: "))
+    assert counts["chat:package/red_team_heldout.jsonl"]["kept"] == 0  # it is evaluated on
     # Better than every token alike.
     assert float(steps[1].split(" answer nll ")[1].split(",")[0]) < np.log(400)
     flags = [f"--config={tmp_path / 'small.py'}:{first}", f"--output={second}"]
