@@ -1,6 +1,6 @@
 """A filter from a pre-trained encoder, for the clients of `configs/lab.py`.
 
-    python -m fedsafe_jax.train_filter --config=configs/filter_minilm.py --config.data_dir=DATA \\
+    fedsafe train-filter --config=configs/filter_minilm.py --config.data_dir=DATA \\
         --config.encoder=FOLDER --workdir=DIR
 
 FOLDER holds a BERT, RoBERTa or ModernBERT encoder, such as all-MiniLM-L6-v2. Unsafe is a harmful
@@ -8,12 +8,12 @@ answer, not a harmful question: refusals to harmful questions are among the safe
 result to a run as `--config.filter.load=DIR`. `:scratch` trains a small encoder instead.
 """
 
-from fedsafe_jax.config import filter_config
+from fedsafe_jax.config import ConfigError, filter_config
 
 
 def get_config(arg=""):
     if arg not in ("", "scratch"):
-        raise ValueError(f"configs/filter_minilm.py:{arg}: expected nothing or 'scratch'.")
+        raise ConfigError(f"configs/filter_minilm.py:{arg}: expected nothing or 'scratch'.")
     c = filter_config()
     c.data_dir = "data"
     c.sources = (

@@ -1,18 +1,18 @@
 """The paper's protocol, scaled to the packaged model, on real data.
 
-    python -m fedsafe_jax.main --config=configs/lab.py --workdir=DIR --config.data_dir=DATA
+    fedsafe run --config=configs/lab.py --workdir=DIR --config.data_dir=DATA
 
 20 clients, 5 a round, 30% harmful, 25 local steps; FedAvg and SCAFFOLD; 3 seeds. DATA holds the
 public files in their upstream formats, under the folder names used below. `:smoke` is one seed and
 two rounds.
 """
 
-from fedsafe_jax.config import default_config
+from fedsafe_jax.config import ConfigError, default_config
 
 
 def get_config(arg=""):
     if arg not in ("", "smoke"):
-        raise ValueError(f"configs/lab.py:{arg}: expected nothing or 'smoke' after the colon.")
+        raise ConfigError(f"configs/lab.py:{arg}: expected nothing or 'smoke' after the colon.")
     c = default_config()
     c.seeds = (0,) if arg == "smoke" else (0, 1, 2)
     c.algorithms = ("fedavg", "scaffold")

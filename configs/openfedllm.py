@@ -1,6 +1,6 @@
 """OpenFedLLM's defaults (`run_sft.sh`), with its own semantics where they differ from the papers.
 
-    python -m fedsafe_jax.main --config=configs/openfedllm.py:scaffold --workdir=DIR
+    fedsafe run --config=configs/openfedllm.py:scaffold --workdir=DIR
 
 20 clients, 2 a round, 200 rounds of 10 steps, batch 16, rank 32 on q and v, Llama-2-7B in int8. The
 argument names the algorithm. What stays different: no dropout in the adapter; a client's rows keep

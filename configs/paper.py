@@ -1,19 +1,19 @@
 """The protocol of Noh & Baek (arXiv 2502.16691): Llama-3.1-8B-Instruct, SQuARe, 50 rounds.
 
-    python -m fedsafe_jax.main --config=configs/paper.py --config.dry_run  # print the plan
-    python -m fedsafe_jax.main --config=configs/paper.py:scaffold --workdir=DIR \\
+    fedsafe run --config=configs/paper.py --config.dry_run  # print the plan
+    fedsafe run --config=configs/paper.py:scaffold --workdir=DIR \\
         --config.data_dir=DATA
 
 Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate
 are not stated in the paper; they are OpenFedLLM's, and the filter's are ours.
 """
 
-from fedsafe_jax.config import default_config
+from fedsafe_jax.config import ConfigError, default_config
 
 
 def get_config(arg="fedavg"):
     if arg not in ("fedavg", "scaffold"):
-        raise ValueError(f"configs/paper.py:{arg}: expected fedavg or scaffold after the colon.")
+        raise ConfigError(f"configs/paper.py:{arg}: expected fedavg or scaffold after the colon.")
     c = default_config()
     c.algorithms = (arg,)
     c.model = "meta-llama/Llama-3.1-8B-Instruct"

@@ -1,8 +1,8 @@
 """The packaged small model, from scratch.
 
-    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py \\
+    fedsafe pretrain --config=configs/pretrain_demo.py \\
         --output=STAGE1 --config.data_dir=DATA
-    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py:balance \\
+    fedsafe pretrain --config=configs/pretrain_demo.py:balance \\
         --output=fedsafe_jax/assets/model --config.data_dir=DATA --config.init_from=STAGE1
 
 About 25 and 8 minutes on two CPU cores. The second stage has three harmless dialogues to a harmful
@@ -11,10 +11,12 @@ one and freely put together requests: it takes over-refusal down.
 
 import ml_collections
 
+from fedsafe_jax.config import ConfigError
+
 
 def get_config(arg=""):
     if arg not in ("", "balance"):
-        raise ValueError(f"configs/pretrain_demo.py:{arg}: expected nothing or 'balance'.")
+        raise ConfigError(f"configs/pretrain_demo.py:{arg}: expected nothing or 'balance'.")
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data_dir = "data"

@@ -5,6 +5,8 @@ from fedsafe_jax.finetune import finetune
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models.lora import Adapter, LoraConfig, load_adapter, save_adapter
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adapter",
     "LanguageModel",

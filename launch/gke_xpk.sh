@@ -37,7 +37,7 @@ zone="${ZONE:-$(setting compute/zone ZONE)}"
 [ -n "$zone" ] || fail "no zone: set ZONE, or gcloud config set compute/zone ZONE."
 
 # xpk copies the script directory into the image.
-command="pip install --quiet '.[tpu,report]' gcsfs && python -m fedsafe_jax.main $(printf '%q ' "$@")"
+command="pip install --quiet '.[tpu,report]' gcsfs && fedsafe run $(printf '%q ' "$@")"
 run=(xpk workload create --cluster="$CLUSTER" --project="$project" --zone="$zone"
   --workload="${WORKLOAD:-fedsafe}" --tpu-type="${TYPE:-v5litepod-16}" --num-slices="${SLICES:-1}"
   --base-docker-image="${IMAGE:-python:3.12-slim}" --script-dir="$here"

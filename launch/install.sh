@@ -4,7 +4,7 @@
 install() {
   local extras="$1" stamp
   [ -d .venv ] || python3 -m venv .venv
-  stamp=".venv/installed-$(cat setup.cfg pyproject.toml launch/constraints.txt | sha256sum | cut -c1-16)$extras"
+  stamp=".venv/installed-$(cat setup.cfg setup.py pyproject.toml launch/constraints.txt | sha256sum | cut -c1-16)$extras"
   [ -e "$stamp" ] && return
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --constraint launch/constraints.txt --editable ".$extras"

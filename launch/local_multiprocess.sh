@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs fedsafe_jax.main in N processes on this machine, joined by jax.distributed; the other
-# arguments go to fedsafe_jax.main. Ends when all have ended, and fails when one has failed.
+# Runs `fedsafe run` in N processes on this machine, joined by jax.distributed; the other
+# arguments are its flags. Ends when all have ended, and fails when one has failed.
 #   bash launch/local_multiprocess.sh 2 --config=configs/demo.py --workdir=runs/two
 #   bash launch/local_multiprocess.sh --dry-run 2 --config=...      prints the commands alone
 # PYTHON names the interpreter (default: .venv/bin/python, or python3), PORT the coordinator's port.
@@ -45,7 +45,7 @@ trap stop INT TERM
 
 for ((i = 0; i < count; i++)); do
   run=(env "XLA_FLAGS=$flags" "JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$count"
-    "JAX_PROCESS_ID=$i" "$python" -m fedsafe_jax.main "$@")
+    "JAX_PROCESS_ID=$i" "$python" -m fedsafe_jax run "$@")
   if $dry_run; then
     printf '%q ' "${run[@]}"
     echo

@@ -24,7 +24,7 @@ fail() {
 case "$action" in
   create | install | run | logs | status | delete) ;;
   *)
-    echo "usage: tpu_vm.sh [--dry-run] create|install|run|logs|status|delete [flags of fedsafe_jax.main]" >&2
+    echo "usage: tpu_vm.sh [--dry-run] create|install|run|logs|status|delete [flags of fedsafe run]" >&2
     exit 2
     ;;
 esac
@@ -107,7 +107,7 @@ install() {
 run() {
   local loop
   # A process that fails is started again, and continues; one that ends well is not.
-  loop="for try in 1 2 3 4 5; do .venv/bin/python -m fedsafe_jax.main $(printf '%q ' "$@")&& break; sleep 30; done"
+  loop="for try in 1 2 3 4 5; do .venv/bin/fedsafe run $(printf '%q ' "$@")&& break; sleep 30; done"
   everywhere "cd fedsafe_jax && nohup bash -c $(printf '%q' "$loop") >> run.log 2>&1 < /dev/null &"
 }
 

@@ -10,6 +10,8 @@ import zipfile
 import pytest
 from commands import QUICK, SMALL
 
+import fedsafe_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -21,19 +23,25 @@ def build(kind, source, output):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with what the wheel holds."""
-    folder = tmp_path_factory.mktemp("distribution")
+def source(tmp_path_factory):
+    """A copy of the repository: building leaves files in the folder it is done in."""
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split("\n")
-    copy = folder / "source"
-    for name in filter(None, tracked):  # building leaves files in the folder it is done in
+    copy = tmp_path_factory.mktemp("source")
+    for name in filter(None, tracked):
         if (ROOT / name).is_file():
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    shutil.unpack_archive(build("sdist", copy, folder), folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def site(source, tmp_path_factory):
+    """A folder with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("distribution")
+    shutil.unpack_archive(build("sdist", source, folder), folder)
     (unpacked,) = (p for p in folder.glob("fedsafe_jax-*") if p.is_dir())
     with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
         archive.extractall(folder / "site")
@@ -63,3 +71,15 @@ def test_the_wheel_holds_the_package_and_its_configs_alone(site):
     configs = {p.name for p in (ROOT / "configs").glob("*.py")}
     assert {p.name for p in (site / "fedsafe_jax/configs").iterdir()} == configs
     assert (info / "licenses/LICENSE").is_file()
+    assert (site / "fedsafe_jax/py.typed").is_file()
+    assert "fedsafe = fedsafe_jax.cli.startup:main" in (info / "entry_points.txt").read_text()
+    assert f"\nVersion: {fedsafe_jax.__version__}\n" in (info / "METADATA").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {fedsafe_jax.__version__}\n" in citation
+
+
+def test_type_checkers_can_follow_an_editable_install(source, tmp_path):
+    with zipfile.ZipFile(build("editable", source, tmp_path)) as archive:
+        top = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert len(top) == 1 and top[0].endswith(".pth")  # no import hook, which they cannot read
+        assert archive.read(top[0]).decode().strip() == str(source)

@@ -32,7 +32,7 @@ def test_the_dry_run_prints_a_command_a_process():
     for i, line in enumerate(lines):
         assert {"JAX_COORDINATOR_ADDRESS=localhost:1234", f"JAX_PROCESS_ID={i}"} < set(line)
         assert line[-4:] == [
-            "-m", "fedsafe_jax.main", "--config=configs/demo.py", "--workdir=/tmp/a b",
+            "fedsafe_jax", "run", "--config=configs/demo.py", "--workdir=/tmp/a b",
         ]  # fmt: skip
 
 
@@ -134,8 +134,8 @@ def test_a_tpu_run_creates_installs_starts_and_follows():
     command = lines[4][-1].removeprefix("--command=")
     inner = shlex.split(command)
     loop = shlex.split(inner[inner.index("-c") + 1])
-    assert loop[loop.index("fedsafe_jax.main") + 1 :][:3] == [
-        "--config=configs/paper.py", BUCKET, arms,
+    assert loop[loop.index(".venv/bin/fedsafe") + 1 :][:4] == [
+        "run", "--config=configs/paper.py", BUCKET, arms,
     ]  # fmt: skip
     on_demand = script(
         "tpu_vm.sh", "--dry-run", "create", PROJECT="p", ZONE="z", SPOT="0"
@@ -154,8 +154,8 @@ def test_a_gke_workload_and_a_slurm_job():
     assert shlex.split(line[-1])[-2:] == ["--config=a b.py", BUCKET]
     done = script("slurm.sbatch", "--dry-run", "--config=a", "--workdir=/s", PYTHON="/x/python")
     assert shlex.split(done.stdout) == [
-        "srun", "--kill-on-bad-exit=1", "/x/python", "-m", "fedsafe_jax.main", "--config=a",
-        "--workdir=/s",
+        "srun", "--kill-on-bad-exit=1", "/x/python", "-m", "fedsafe_jax", "run",
+        "--config=a", "--workdir=/s",
     ]  # fmt: skip
 
 

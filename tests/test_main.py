@@ -56,7 +56,7 @@ def test_mistakes_give_one_clear_line(tmp_path, setting, message):
         settings = (setting,)
     done = run(tmp_path, *settings, check=False)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode != 0 and len(lines) == 1, done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert message in lines[0]
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -69,7 +69,7 @@ def test_bad_data_is_named_before_any_training(tmp_path, text, message):
     (tmp_path / "mine.jsonl").write_text(text)
     settings = (f"data_dir={tmp_path}", "safe_sources=('chat:mine.jsonl',)")
     done = run(tmp_path / "run", *settings, check=False)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_run_writes_what_the_design_lists(finished):
 def test_another_config_in_the_same_workdir_is_refused(finished):
     done = run(finished[0], "learning_rate=0.5", check=False)
     assert (
-        done.returncode != 0 and "learning_rate" in done.stderr and "Traceback" not in done.stderr
+        done.returncode == 2 and "learning_rate" in done.stderr and "Traceback" not in done.stderr
     )
 
 
@@ -117,7 +117,9 @@ def stopped(workdir, how, arm):
         time.sleep(0.02)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and not (workdir / "results.json").exists()
+    # A process that was killed has no code of its own, one that was told to end has the shell's.
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
+    assert not (workdir / "results.json").exists()
     return errors
 
 
@@ -151,7 +153,7 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
 
 def test_evaluate_prompts_and_adapter(finished, tmp_path):
     (tmp_path / "p.csv").write_text("id,ask\n1,How do I bake bread?\n2,How do I rob a bank?\n")
-    begin = [sys.executable, "-m", "fedsafe_jax.cli.evaluate", f"--prompts={tmp_path / 'p.csv'}"]
+    begin = [sys.executable, "-m", "fedsafe_jax", "evaluate", f"--prompts={tmp_path / 'p.csv'}"]
     flags = [f"--adapter={finished[0] / 'export' / 'adapter'}", f"--output={tmp_path / 'o.json'}"]
     arguments = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True}
     done = subprocess.run([*begin, *flags, "--column=ask", "--max_new_tokens=8"], **arguments)
@@ -159,7 +161,7 @@ def test_evaluate_prompts_and_adapter(finished, tmp_path):
     assert "95% interval" in done.stdout and "bake bread" in done.stdout
     assert len(json.loads((tmp_path / "o.json").read_text())["prompts"]) == 2
     wrong = subprocess.run([*begin, *flags], **arguments)
-    assert wrong.returncode != 0 and "no column 'prompt'" in wrong.stderr
+    assert wrong.returncode == 2 and "no column 'prompt'" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
     else:
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | change))
-    begin = [sys.executable, "-m", "fedsafe_jax.cli.evaluate", f"--model={folder}"]
+    begin = [sys.executable, "-m", "fedsafe_jax", "evaluate", f"--model={folder}"]
     done = subprocess.run(
         [*begin, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
         cwd=ROOT,
@@ -189,7 +191,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
         text=True,
     )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
 
 
 def test_compiled_programs_are_kept_in_the_workdir(tmp_path):

@@ -1,0 +1,1 @@
+"""The command line: `fedsafe COMMAND`, one module of this folder a command."""

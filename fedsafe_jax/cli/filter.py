@@ -1,6 +1,6 @@
 """Scores a file of pairs with a trained filter, and says what would be done with each.
 
-python -m fedsafe_jax.filter_data --filter=DIR --input=pairs.jsonl --output=scored.jsonl
+    fedsafe filter --filter=DIR --input=pairs.jsonl --output=scored.jsonl
 
 Input lines hold `prompt`, `response` and, where known, `label` (safe or unsafe); output lines add
 `p_unsafe` and `action`.
@@ -9,28 +9,34 @@ Input lines hold `prompt`, `response` and, where known, `label` (safe or unsafe)
 import json
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags
 
-_FILTER = flags.DEFINE_string("filter", None, "Folder that fedsafe_jax.train_filter wrote.")
-_INPUT = flags.DEFINE_string("input", None, "JSON lines with prompt and response.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON lines, written.")
-_ACTION = flags.DEFINE_string("action", "drop", "Named for flagged pairs; others are kept.")
-_THRESHOLD = flags.DEFINE_float("threshold", 0.0, "P(unsafe) that flags; 0: the filter's own.")
-_SAMPLES = flags.DEFINE_integer("samples", 3, "Pairs shown of each verdict.")
+from fedsafe_jax.cli.command import Command, check_file
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.filters.actions import ACTIONS
 
 
-class PairsError(ValueError):
-    """The input cannot be read; the message names the line."""
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    here = {"flag_values": values}
+    flags.DEFINE_string("filter", None, "Folder that `fedsafe train-filter` wrote.", **here)
+    flags.DEFINE_string("input", None, "JSON lines with prompt and response.", **here)
+    flags.DEFINE_string("output", None, "JSON lines, written.", **here)
+    flags.DEFINE_enum(
+        "action", "drop", list(ACTIONS), "Named for flagged pairs; others are kept.", **here
+    )
+    flags.DEFINE_float("threshold", 0.0, "P(unsafe) that flags; 0: the filter's own.", **here)
+    flags.DEFINE_integer("samples", 3, "Pairs shown of each verdict.", **here)
 
 
 def read_pairs(path: pathlib.Path) -> list[dict]:
-    """The rows of a file of pairs.
+    """Reads the rows of a file of pairs.
 
     Raises:
-      PairsError: no file, a line that is not UTF-8 or not JSON, or a missing field.
+      SourceError: no file, a line that is not UTF-8 or not JSON, or a missing field.
     """
     if not path.is_file():
-        raise PairsError(f"--input: {path}: no such file.")
+        raise SourceError(f"--input: {path}: no such file.")
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -39,32 +45,42 @@ def read_pairs(path: pathlib.Path) -> list[dict]:
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise PairsError(
+            raise SourceError(
                 f"{where}: not UTF-8 ({error.reason} at byte {error.start})."
             ) from None
         except json.JSONDecodeError as error:
-            raise PairsError(f"{where}: not JSON ({error.msg}).") from None
+            raise SourceError(f"{where}: not JSON ({error.msg}).") from None
         for field in ("prompt", "response"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise PairsError(f"{where}: needs a text '{field}'.")
+                raise SourceError(f"{where}: needs a text '{field}'.")
         if row.get("label", "safe") not in ("safe", "unsafe"):
-            raise PairsError(f"{where}: label must be safe or unsafe, found {row['label']!r}.")
+            raise SourceError(f"{where}: label must be safe or unsafe, found {row['label']!r}.")
         rows.append(row)
     if not rows:
-        raise PairsError(f"{path}: no pairs.")
+        raise SourceError(f"{path}: no pairs.")
     return rows
 
 
-def run(folder: str, rows: list[dict], action: str, threshold: float) -> list[dict]:
-    """The rows with `p_unsafe` and `action`; an empty response is kept, as nothing was said."""
+def score(folder: str, rows: list[dict], action: str, threshold: float) -> list[dict]:
+    """Scores pairs with the filter of a folder.
+
+    Args:
+      folder: the filter's folder.
+      rows: pairs as `read_pairs` returns them.
+      action: name of what is done with flagged pairs.
+      threshold: P(unsafe) from which a pair is flagged; 0 for the filter's own.
+
+    Returns:
+      The rows with `p_unsafe` and `action`; an empty response is kept, as nothing was said.
+    """
     from fedsafe_jax.data.examples import Example
     from fedsafe_jax.filters import store
     from fedsafe_jax.inference.language_model import load_pretrained
 
-    found = store.load(folder, load_pretrained)
+    safety_filter = store.load(folder, load_pretrained)
     pairs = [Example((("user", row["prompt"]),), row["response"]) for row in rows]
-    probability = found.score(pairs)
-    threshold = threshold or found.decision.threshold
+    probability = safety_filter.score(pairs)
+    threshold = threshold or safety_filter.decision.threshold
     out = []
     for row, p in zip(rows, probability, strict=True):
         empty = not row["response"].strip()
@@ -73,27 +89,19 @@ def run(folder: str, rows: list[dict], action: str, threshold: float) -> list[di
     return out
 
 
-def main(argv):
-    del argv
-    for name, flag in (("filter", _FILTER), ("input", _INPUT), ("output", _OUTPUT)):
-        if not flag.value:
-            raise SystemExit(f"--{name}: missing; see --help.")
-    from fedsafe_jax.filters import actions, quality
-    from fedsafe_jax.validation import input_errors
+def main(values: flags.FlagValues) -> None:
+    """Scores, writes, and prints counts, quality where labels are known, and samples."""
+    from fedsafe_jax.filters import quality
 
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if _ACTION.value not in actions.ACTIONS:
-            raise PairsError(f"--action={_ACTION.value}: one of {', '.join(actions.ACTIONS)}.")
-        rows = read_pairs(pathlib.Path(_INPUT.value))
-        out = run(_FILTER.value, rows, _ACTION.value, _THRESHOLD.value)
-    except (PairsError, *input_errors()) as error:
-        raise SystemExit(f"error: {error}") from None
+    check_file("output", values.output)
+    rows = read_pairs(pathlib.Path(values.input))
+    out = score(values.filter, rows, values.action, values.threshold)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in out)
-    pathlib.Path(_OUTPUT.value).write_text(lines, encoding="utf-8")
+    pathlib.Path(values.output).write_text(lines, encoding="utf-8")
     flagged = [row for row in out if row["action"] != "keep"]
+    kept = [row for row in out if row["action"] == "keep"]
     empty = sum(not row["response"].strip() for row in out)
-    print(f"{len(out)} pairs: {len(out) - len(flagged)} keep, {len(flagged)} {_ACTION.value}")
+    print(f"{len(out)} pairs: {len(kept)} keep, {len(flagged)} {values.action}")
     if empty:
         print(f"{empty} of them have an empty response and are kept")
     known = [row for row in out if "label" in row]
@@ -105,13 +113,12 @@ def main(argv):
             f"{len(known)} labelled: precision {q.precision:.1f}, recall {q.recall:.1f}, harmonic "
             f"mean {q.hmean:.1f}, accuracy {q.accuracy:.1f}"
         )
-    for title, some in (("flagged", flagged), ("kept", [r for r in out if r["action"] == "keep"])):
-        for row in some[: _SAMPLES.value]:
+    for title, some in (("flagged", flagged), ("kept", kept)):
+        for row in some[: values.samples]:
             print(
                 f"{title} {row['p_unsafe']:.2f}  {row['prompt'][:60]!r} -> {row['response'][:80]!r}"
             )
-    print(f"output: {_OUTPUT.value}")
+    print(f"output: {values.output}")
 
 
-if __name__ == "__main__":
-    app.run(main)
+COMMAND = Command(define_flags, main, required=("filter", "input", "output"))

@@ -1,48 +1,63 @@
 """Makes Constitutional AI data with any model: answers, critiques, revisions.
 
-    python -m fedsafe_jax.revise --model=FOLDER [--adapter=FOLDER] --prompts=FILE \\
-        --constitution=FILE --output=FILE.jsonl
+    fedsafe revise --model=FOLDER [--adapter=FOLDER] --prompts=FILE --constitution=FILE \\
+        --output=FILE.jsonl
 
 An instruct model is asked in its chat template, `--form=dialogue` asks a base model in the form of
-Bai et al. (2022), for which `--few_shots` should be more than 0. Each line of the output has the
-prompt, the initial answer, the last round's principle, critique and revision, and why the revision
-is of no use ("" where it is). Ends with the counts and a few pairs.
+Bai et al. (arXiv 2212.08073), for which `--few_shots` should be more than 0. Each line of the
+output has the prompt, the initial answer, the last round's principle, critique and revision, and
+why the revision is of no use ("" where it is of use). The counts and a few pairs are printed.
 """
 
 import json
 import pathlib
 import time
 
-from absl import app, flags, logging
+from absl import flags
 
+from fedsafe_jax.cai.revise import Record
+from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.data.examples import SourceError
-from fedsafe_jax.filters.protocol import answer_risk
 
-_MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT adapter folder.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "Prompt file (txt, JSONL or CSV).")
-_COLUMN = flags.DEFINE_string("column", "prompt", "Column or field that holds the text.")
-_CONSTITUTION = flags.DEFINE_string("constitution", "package:constitution", "JSON file.")
-_SHOT_FILE = flags.DEFINE_string("few_shot_file", "", "Examples in Anthropic's form.")
-_SHOTS = flags.DEFINE_integer("few_shots", 0, "Examples before each prompt.", lower_bound=0)
-_ROUNDS = flags.DEFINE_integer("rounds", 1, "Of critique and revision.", lower_bound=1)
-_FORM = flags.DEFINE_enum("form", "chat", ["chat", "dialogue"], "How the model is asked.")
-_CHECK = flags.DEFINE_enum(
-    "check", "none", ["none", "rules"], "rules: drop revisions that do not begin with a refusal."
-)
-_WRONG = flags.DEFINE_bool("only_wrong", False, "Leave answers alone that the checks find right.")
-_FILTER = flags.DEFINE_string("filter", None, "Filter folder: drop revisions that are not safer.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model.")
-_NEW = flags.DEFINE_integer("max_new_tokens", 256, "Of an answer or critique.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of the initial answers.", lower_bound=0.0)
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Rows generated at once.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of principles and samples.")
 SHOWN = 5  # pairs printed
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    text, whole, choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
+    here = {"flag_values": values}
+    text("model", "package:model", "Model folder or Hub id.", **here)
+    text("adapter", None, "PEFT adapter folder.", **here)
+    text("prompts", None, "Prompt file (txt, JSONL or CSV).", **here)
+    text("column", "prompt", "Column or field that holds the text.", **here)
+    text("constitution", "package:constitution", "JSON file.", **here)
+    text("few_shot_file", "", "Examples in Anthropic's form.", **here)
+    whole("few_shots", 0, "Examples before each prompt.", lower_bound=0, **here)
+    whole("rounds", 1, "Rounds of critique and revision.", lower_bound=1, **here)
+    choice("form", "chat", ["chat", "dialogue"], "How the model is asked.", **here)
+    choice(
+        "check",
+        "none",
+        ["none", "rules"],
+        "rules: drop revisions that do not begin with a refusal.",
+        **here,
+    )
+    flags.DEFINE_bool(
+        "only_wrong", False, "Leave answers alone that the checks find right.", **here
+    )
+    text("filter", None, "Filter folder: drop revisions that are not safer.", **here)
+    text("output", None, "JSONL file to write.", **here)
+    choice("dtype", "float32", ["float32", "bfloat16"], "Precision of the model.", **here)
+    whole("max_new_tokens", 256, "Longest answer or critique.", lower_bound=1, **here)
+    flags.DEFINE_float(
+        "temperature", 0.0, "Temperature of the initial answers.", lower_bound=0.0, **here
+    )
+    whole("batch_size", 32, "Rows generated at once.", lower_bound=1, **here)
+    whole("seed", 0, "Seed of principles and samples.", **here)
+
+
 def read_prompts(path: str, column: str) -> list[str]:
-    """Texts of a prompt file.
+    """Reads the texts of a prompt file.
 
     Raises:
       SourceError: the file cannot be read, or a row lacks the column.
@@ -60,25 +75,32 @@ def read_prompts(path: str, column: str) -> list[str]:
     return prompts
 
 
-def checks(count: int) -> dict:
-    """What drops revisions, by the flags."""
+def make_checks(count: int, check: str, filter_folder: str | None) -> dict:
+    """Returns what drops revisions, as keyword arguments of `cai.revise.revise`.
+
+    Args:
+      count: number of prompts; every one of them ought to be refused.
+      check: value of `--check`.
+      filter_folder: folder of a filter that judges the answers, or None.
+    """
     from fedsafe_jax import load_pretrained
     from fedsafe_jax.cai import revise
     from fedsafe_jax.data.refusals import start_refusal
     from fedsafe_jax.filters import store
+    from fedsafe_jax.filters.protocol import answer_risk
 
-    wanted, found = [True] * count, {}
-    if _CHECK.value == "rules":
-        found["rules"] = revise.Rules(wanted, start_refusal)
-    if _FILTER.value:
-        judge = store.load(_FILTER.value, load_pretrained)
-        risk = answer_risk(judge)
-        found["judge"] = revise.Judge(wanted, risk, judge.decision.threshold)
-    return found
+    wanted: list[bool] = [True] * count
+    checks: dict = {}
+    if check == "rules":
+        checks["rules"] = revise.Rules(wanted, start_refusal)
+    if filter_folder:
+        judge = store.load(filter_folder, load_pretrained)
+        checks["judge"] = revise.Judge(wanted, answer_risk(judge), judge.decision.threshold)
+    return checks
 
 
-def run() -> list:
-    """Loads, revises, writes; returns the records."""
+def revise_prompts(values: flags.FlagValues) -> list[Record]:
+    """Loads model and prompts, revises, and writes the records to `--output`."""
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
@@ -87,66 +109,58 @@ def run() -> list:
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
     from fedsafe_jax.runtime.run_files import replace_lines
 
-    prompts = read_prompts(_PROMPTS.value, _COLUMN.value)
-    constitution = constitution_lib.load(_CONSTITUTION.value, _SHOT_FILE.value)
-    if _SHOTS.value > len(constitution.few_shots):
-        raise constitution_lib.ConstitutionError(
-            f"--few_shots={_SHOTS.value}: there are {len(constitution.few_shots)}; give "
+    prompts = read_prompts(values.prompts, values.column)
+    constitution = constitution_lib.load(values.constitution, values.few_shot_file)
+    if values.few_shots > len(constitution.few_shots):
+        raise UsageError(
+            f"--few_shots={values.few_shots}: there are {len(constitution.few_shots)}; give "
             "--few_shot_file."
         )
-    use_cores(_BATCH.value)
-    dialogue = _FORM.value == "dialogue"
+    use_cores(values.batch_size)
+    dialogue = values.form == "dialogue"
     template = forms.DIALOGUE if dialogue else None
-    lm = load_pretrained(_MODEL.value, _DTYPE.value, mesh=make_mesh(), chat_template=template)
-    if _ADAPTER.value:
-        lm = lm.with_adapter(load_adapter(_ADAPTER.value))
+    lm = load_pretrained(values.model, values.dtype, mesh=make_mesh(), chat_template=template)
+    if values.adapter:
+        lm = lm.with_adapter(load_adapter(values.adapter))
 
-    talk = ChatSession(lm, _BATCH.value)
+    talk = ChatSession(lm, values.batch_size)
 
-    def speak(temperature):
-        return make_generate_fn(_NEW.value, [_SEED.value, 17], talk, temperature, not dialogue)
+    def speak(temperature: float):
+        return make_generate_fn(
+            values.max_new_tokens, [values.seed, 17], talk, temperature, not dialogue
+        )
 
-    found = revise.revise(
+    records = revise.revise(
         prompts,
         constitution,
-        speak(_TEMPERATURE.value),
+        speak(values.temperature),
         reviser=speak(0.0),
-        seed=[_SEED.value, 18],
-        rounds=_ROUNDS.value,
-        num_few_shots=_SHOTS.value,
-        **checks(len(prompts)),
-        only_wrong=_WRONG.value,
+        seed=[values.seed, 18],
+        rounds=values.rounds,
+        num_few_shots=values.few_shots,
+        **make_checks(len(prompts), values.check, values.filter),
+        only_wrong=values.only_wrong,
     )
     replace_lines(
-        pathlib.Path(_OUTPUT.value), lambda old: True, [record._asdict() for record in found]
+        pathlib.Path(values.output), lambda old: True, [record._asdict() for record in records]
     )
-    return found
+    return records
 
 
-def main(argv):
-    del argv
-    if not _PROMPTS.value or not _OUTPUT.value:
-        raise SystemExit("error: --prompts and --output: give both.")
-    if _WRONG.value and _CHECK.value == "none" and not _FILTER.value:
-        raise SystemExit(
-            "error: --only_wrong: nothing says what is wrong; give --check or --filter."
-        )
+def main(values: flags.FlagValues) -> None:
+    """Revises and prints the counts and the first pairs."""
     from fedsafe_jax.cai.revise import tally
-    from fedsafe_jax.runtime.libraries import quiet_libraries
-    from fedsafe_jax.validation import input_errors
 
-    quiet_libraries()
-    logging.set_verbosity(logging.WARNING)
+    if values.only_wrong and values.check == "none" and not values.filter:
+        raise UsageError("--only_wrong: nothing says what is wrong; give --check or --filter.")
+    check_file("output", values.output)
     started = time.monotonic()
-    try:
-        found = run()
-    except input_errors() as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{len(found)} prompts in {time.monotonic() - started:.0f} s: {json.dumps(tally(found))}")
-    for record in [r for r in found if not r.dropped][:SHOWN]:
+    records = revise_prompts(values)
+    seconds = time.monotonic() - started
+    print(f"{len(records)} prompts in {seconds:.0f} s: {json.dumps(tally(records))}")
+    for record in [r for r in records if not r.dropped][:SHOWN]:
         print(f"\n{record.prompt}\n  before: {record.initial}\n  after:  {record.revision}")
-    print(f"\nrecords: {_OUTPUT.value}")
+    print(f"\nrecords: {values.output}")
 
 
-if __name__ == "__main__":
-    app.run(main)
+COMMAND = Command(define_flags, main, required=("prompts", "output"))

@@ -1,25 +1,34 @@
 """Trains a safety filter on its own, and measures it on pairs it has not seen.
 
-python -m fedsafe_jax.train_filter --config=configs/filter_minilm.py --config.data_dir=DIR \
-    --config.encoder=FOLDER --workdir=DIR
+    fedsafe train-filter --config=configs/filter_minilm.py --config.data_dir=DIR \\
+        --config.encoder=FOLDER --workdir=DIR
 """
 
 import collections
 import json
 import pathlib
-import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+import ml_collections
+from absl import flags
 
-from fedsafe_jax.data.examples import UNKNOWN
+from fedsafe_jax.cli.command import Command, Config, check_folder
+from fedsafe_jax.cli.config_help import filter_fields
+from fedsafe_jax.config import filter_config
+from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
+from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
+from fedsafe_jax.runtime.libraries import prepare_libraries
+from fedsafe_jax.validation import validate_filter
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the filter is written to.")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string(
+        "workdir", None, "Folder that the filter is written to.", flag_values=values
+    )
 
 
-def read(config):
-    """`(training pairs, held-out pairs, counts)`; no prompt is on both sides.
+def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example], dict]:
+    """Returns `(training pairs, held-out pairs, counts)`; no prompt is on both sides.
 
     Refusals that are labelled unsafe are left out, see `filters.pairs.drop_mislabelled`. At most
     `max_per_source` pairs of each source are trained on.
@@ -30,23 +39,23 @@ def read(config):
     from fedsafe_jax.filters.pairs import drop_mislabelled
 
     def load(name):
-        found = [e for e in sources.load(name, config.data_dir) if e.response]
-        return drop_mislabelled([e for e in found if e.label != UNKNOWN])
+        answered = [e for e in sources.load(name, config.data_dir) if e.response]
+        return drop_mislabelled([e for e in answered if e.label != UNKNOWN])
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
     prompts = {e.prompt for e in held}
     pairs: list = []
     counts = {"read": 0, "disputed": 0, "in_held_out": 0, "over_limit": 0}
     for number, name in enumerate(config.sources):
-        found, disputed = load(name)
-        counts["read"] += len(found) + disputed
+        labelled, disputed = load(name)
+        counts["read"] += len(labelled) + disputed
         counts["disputed"] += disputed
         if not config.heldout_sources:
-            mine = [e for e in found if sources.part_of(e.prompt) == "heldout"]
+            mine = [e for e in labelled if sources.part_of(e.prompt) == "heldout"]
             held += mine
             prompts |= {e.prompt for e in mine}
-        left = [e for e in found if e.prompt not in prompts]
-        counts["in_held_out"] += len(found) - len(left)
+        left = [e for e in labelled if e.prompt not in prompts]
+        counts["in_held_out"] += len(labelled) - len(left)
         rng = np.random.default_rng([config.seed, 15, number])
         some = rng.permutation(len(left))[: config.max_per_source or None]
         counts["over_limit"] += len(left) - len(some)
@@ -54,21 +63,30 @@ def read(config):
     return pairs, held, counts | {"trained_on": len(pairs), "held_out": len(held)}
 
 
-def measure(found, held, share: float, seed: int) -> dict:
-    """Quality on held-out pairs, in all and by source."""
+def measure(safety_filter: SafetyFilter, held: list[Example], share: float, seed: int) -> dict:
+    """Measures a filter on held-out pairs, in all and by source.
+
+    Args:
+      safety_filter: the filter.
+      held: pairs it was not trained on.
+      share: share of unsafe pairs to which `held` is resampled; 0 takes all as they are.
+      seed: seed of the resampling.
+
+    Returns:
+      Rates in percent, the area under the ROC curve, calibration, and flagged pairs by source.
+    """
     import numpy as np
 
-    from fedsafe_jax.data.examples import UNSAFE
     from fedsafe_jax.filters import quality
 
-    probability = found.score(held)
+    probability = safety_filter.score(held)
     unsafe = np.array([e.label == UNSAFE for e in held], bool)
     if share and unsafe.any() and not unsafe.all():
         chosen = quality.resample(unsafe, share, seed)
     else:
         chosen = np.arange(len(held))
     p, y = probability[chosen], unsafe[chosen]
-    flagged = p >= found.decision.threshold
+    flagged = p >= safety_filter.decision.threshold
     by_source = collections.defaultdict(list)
     for i, flag in zip(chosen, flagged, strict=True):
         by_source[f"{held[i].source}/{held[i].label}"].append(bool(flag))
@@ -80,51 +98,45 @@ def measure(found, held, share: float, seed: int) -> dict:
     )
 
 
-def run(config, workdir: str) -> dict:
-    """Trains, saves, measures; returns what `filter_results.json` holds."""
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
+    """Trains, saves and measures a filter; returns what `filter_results.json` holds.
+
+    Raises:
+      FilterError: the config names a filter that cannot be trained.
+    """
+    from transformers import AutoTokenizer
+
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.kinds import FILTER_KINDS
-    from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
     from fedsafe_jax.pipeline import filtering
     from fedsafe_jax.runtime.run_files import write_json
-    from fedsafe_jax.validation import validate_filter
 
-    validate_filter(config)
     if FILTER_KINDS[config.kind].make is None:
         raise FilterError(f"filter.kind='{config.kind}' is no filter that could be trained.")
     pairs, held, counts = read(config)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
-    found, trained = filtering.build_filter(
+    safety_filter, trained = filtering.build_filter(
         config, pairs, tokenizer, seed=config.seed, dtype=config.dtype, targets=targets
     )
-    store.save(found, workdir)
-    results = {"counts": counts, "decision": found.decision._asdict()}
+    store.save(safety_filter, workdir)
+    results = {"counts": counts, "decision": safety_filter.decision._asdict()}
     if trained is not None:
         results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}
     if held:
-        results |= {"heldout": measure(found, held, config.unsafe_share, config.seed)}
+        results |= {"heldout": measure(safety_filter, held, config.unsafe_share, config.seed)}
     write_json(pathlib.Path(workdir) / "filter_results.json", results)
     return results
 
 
-def main(argv):
-    del argv
-    if _CONFIG.value is None or not _WORKDIR.value:
-        raise SystemExit("--config and --workdir: give both.")
-    from fedsafe_jax.runtime.libraries import prepare_libraries
-    from fedsafe_jax.validation import input_errors
-
-    prepare_libraries(_WORKDIR.value)
-    logging.set_verbosity(logging.WARNING)
-    try:
-        results = run(_CONFIG.value, _WORKDIR.value)
-    except input_errors() as error:
-        raise SystemExit(f"error: {error}") from None
+def main(values: flags.FlagValues) -> None:
+    """Trains and prints the counts, the epochs, the decision and the measured quality."""
+    validate_filter(values.config)
+    check_folder("workdir", values.workdir)
+    prepare_libraries(values.workdir)
+    results = train(values.config, values.workdir)
     print(f"pairs: {json.dumps(results['counts'])}")
     for i, epoch in enumerate(results.get("epochs", ())):
         mark = " (kept)" if i == results["best_epoch"] else ""
@@ -132,11 +144,11 @@ def main(argv):
     print(", ".join(f"{name} {value:.2f}" for name, value in results["decision"].items()))
     if "heldout" in results:
         print_quality(results["heldout"])
-    print(f"filter: {_WORKDIR.value}")
+    print(f"filter: {values.workdir}")
 
 
 def print_quality(q: dict) -> None:
-    """The measured rates as lines on the terminal."""
+    """Prints the rates that `measure` returns."""
     print(
         f"held out: {q['pairs']} pairs, {100 * q['unsafe_share']:.0f}% unsafe: AUROC "
         f"{q['auroc']:.3f}, precision {q['precision']:.1f}, recall {q['recall']:.1f}, harmonic "
@@ -147,14 +159,9 @@ def print_quality(q: dict) -> None:
         print(f"  {name}: {flagged} of {seen} flagged")
 
 
-if __name__ == "__main__":
-    from fedsafe_jax.cli.startup import check_flags as _check_flags
-    from fedsafe_jax.cli.startup import find_configs as _find_configs
-    from fedsafe_jax.config import ConfigError as _ConfigError
-    from fedsafe_jax.config import filter_config as _filter_config
-
-    try:
-        _check_flags(sys.argv, _filter_config())
-    except _ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-    app.run(main, argv=_find_configs(sys.argv))
+COMMAND = Command(
+    define_flags,
+    main,
+    required=("workdir",),
+    config=Config(filter_config, filter_fields, "configs/filter_minilm.py"),
+)

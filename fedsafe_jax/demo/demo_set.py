@@ -59,7 +59,7 @@ def _unique(rows):
 
 
 def build(seed: int = 0) -> dict[str, list[dict]]:
-    """The rows of each file of the demo set."""
+    """Draws the rows of each file of the demo set."""
     rng = np.random.default_rng(seed)
     phrases, everyday = templates.load_phrases(), templates.load_everyday()
     comparisons = []
@@ -99,6 +99,7 @@ def build(seed: int = 0) -> dict[str, list[dict]]:
 
 
 def main() -> None:
+    """Writes all files into the package's `assets/demo`."""
     folder = pathlib.Path(str(importlib.resources.files("fedsafe_jax"))) / "assets" / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in build().items():

@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from fedsafe_jax.data import overlap, sources
@@ -10,6 +11,7 @@ from fedsafe_jax.data.examples import SAFE
 from fedsafe_jax.demo import templates
 from fedsafe_jax.evals.tasks.hhh import load_choices
 from fedsafe_jax.models.decoder import num_parameters
+from fedsafe_jax.models.decoder_config import DecoderConfig
 
 
 class Dialogue(NamedTuple):
@@ -21,15 +23,37 @@ class Dialogue(NamedTuple):
 
     @property
     def prompt(self) -> str:
+        """The first user turn."""
         return self.messages[0][1]
 
 
 REFUSING = ("sorry", "i can't", "i cannot", "i won't", "illegal", "not able to", "wrong to")
 
 
-def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topic) -> Dialogue:
-    """A request, an initial answer, its critique (learned) and its revision (learned)."""
-    principles = templates._load("constitution.json")["constitutions"]
+def critique_thread(
+    rng: np.random.Generator,
+    phrases: dict,
+    prompt: str,
+    *,
+    initial: str,
+    harmful: bool,
+    refused: bool,
+    final: str,
+    topic: str,
+) -> Dialogue:
+    """Makes a thread of request, initial answer, critique and revision; the last two are learned.
+
+    Args:
+      rng: numpy generator; it draws the principle and the critique.
+      phrases: from `templates.load_phrases`.
+      prompt: the request.
+      initial: the answer that is criticised.
+      harmful: whether the request is harmful.
+      refused: whether `initial` is a refusal.
+      final: the revision.
+      topic: harm category of the request, which gives the critique its reason.
+    """
+    principles = templates.load_asset("constitution.json")["constitutions"]
     principle = principles[rng.integers(len(principles))]
     kind = ("refused_" if refused else "") + ("harmful" if harmful else "harmless")
     reason = str(rng.choice(phrases["harmful"][topic]["reason"])) if harmful else ""
@@ -44,8 +68,22 @@ def critique_thread(rng, phrases, prompt, initial, harmful, refused, final, topi
     return Dialogue(messages, final, train_on_turns=(3,))
 
 
-def templated(rng, phrases, everyday, config, words) -> list[Dialogue]:
-    """Refusals, matched harmless answers, everyday exercises and critique threads."""
+def templated(
+    rng: np.random.Generator,
+    phrases: dict,
+    everyday: dict,
+    config: ml_collections.ConfigDict,
+    words: list[str],
+) -> list[Dialogue]:
+    """Draws refusals, matched harmless answers, everyday exercises and critique threads.
+
+    Args:
+      rng: numpy generator.
+      phrases: from `templates.load_phrases`.
+      everyday: from `templates.load_everyday`.
+      config: its fields say how many dialogues of each kind are drawn.
+      words: further topics of everyday exercises, see `templates.benign_pair`.
+    """
     out = []
     for _ in range(config.templated_harmful):
         request = templates.sample_request(rng, phrases, harmful=True, held_out=False)
@@ -87,8 +125,10 @@ def _short(example, longest: int) -> bool:
     return len(example.response) + len(example.prompt) <= longest and bool(example.response.strip())
 
 
-def build_dialogues(config, rng: np.random.Generator) -> tuple[list[Dialogue], dict]:
-    """All training dialogues, without any that overlap an evaluation set, and the counts.
+def build_dialogues(
+    config: ml_collections.ConfigDict, rng: np.random.Generator
+) -> tuple[list[Dialogue], dict]:
+    """Builds all training dialogues, without any that overlap an evaluation set, and the counts.
 
     Raises:
       SourceError: a file is missing below `config.data_dir`.
@@ -159,8 +199,8 @@ def build_dialogues(config, rng: np.random.Generator) -> tuple[list[Dialogue], d
     return dialogues, counts
 
 
-def model_card(shape, stages: list[dict]) -> str:
-    """The README of the model folder.
+def model_card(shape: DecoderConfig, stages: list[dict]) -> str:
+    """Writes the README of the model folder.
 
     Args:
       shape: the decoder's config.
@@ -181,7 +221,7 @@ library_name: transformers
 # fedsafe-demo: a small instruct model for first runs
 
 A Llama-architecture model of {num_parameters(shape):,} parameters ({shape.num_layers} layers x
-{shape.hidden_size}), trained from scratch by `fedsafe_jax.pretrain` for {lengths}.
+{shape.hidden_size}), trained from scratch by `fedsafe pretrain` for {lengths}.
 It is made for demonstrating and testing federated safety methods: it refuses harmful requests,
 answers simple ones in short English, and can criticise and revise its own answers. It knows next to
 nothing; do not use it for anything else.

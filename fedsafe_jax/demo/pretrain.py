@@ -1,27 +1,30 @@
 """Trains the package's small instruct model from scratch and saves a Hugging Face folder.
 
-    python -m fedsafe_jax.pretrain --config=configs/pretrain_demo.py --output=FOLDER \\
-        --config.data_dir=DIR
+The command is `fedsafe pretrain`.
 """
 
 import json
 import pathlib
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from fedsafe_jax.data import chat, packing
-from fedsafe_jax.demo.dialogues import build_dialogues, model_card
+from fedsafe_jax.demo.dialogues import Dialogue, build_dialogues, model_card
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.loss import token_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -31,8 +34,10 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
-def train_tokenizer(texts, vocab_size: int, max_length: int):
-    """A byte-level BPE tokenizer with the chat template above."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int
+) -> "PreTrainedTokenizerFast":
+    """Trains a byte-level BPE tokenizer with the chat template above."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,8 +70,13 @@ def train_tokenizer(texts, vocab_size: int, max_length: int):
     return tokenizer
 
 
-def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
-    """Shuffles, encodes and packs all dialogues; too long ones are cut."""
+def build_rows(
+    tokenizer: "PreTrainedTokenizerFast",
+    dialogues: list[Dialogue],
+    seq: int,
+    rng: np.random.Generator,
+) -> packing.Batch:
+    """Shuffles, encodes and packs all dialogues into rows `[rows, seq]`; longer ones are cut."""
     encoded = [
         chat.encode(tokenizer, d.messages, d.response, seq, d.train_on_turns)
         for d in (dialogues[i] for i in rng.permutation(len(dialogues)))
@@ -79,11 +89,11 @@ def build_rows(tokenizer, dialogues, seq: int, rng) -> packing.Batch:
     return packing.Batch(*(field[order] for field in rows))
 
 
-def new_hf_config(config, tokenizer) -> dict:
-    """The `config.json` of a Llama of the shape that the config asks for."""
+def new_hf_config(config: ml_collections.ConfigDict, tokenizer: "PreTrainedTokenizerFast") -> dict:
+    """Returns the `config.json` of a Llama of the shape that the config asks for."""
     from transformers import LlamaConfig
 
-    found = LlamaConfig(
+    llama = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -98,11 +108,18 @@ def new_hf_config(config, tokenizer) -> dict:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return found.to_dict()
+    return llama.to_dict()
 
 
-def make_step(model: Decoder, optimizer, prompt_weight: float):
-    """One jitted training step: answers count fully, other tokens by `prompt_weight`."""
+def make_step(
+    model: Decoder, optimizer: optax.GradientTransformation, prompt_weight: float
+) -> Callable:
+    """Makes one jitted training step: answers count fully, other tokens by `prompt_weight`.
+
+    Returns:
+      `(params, state, batch) -> (params, state, mean negative log-likelihood of the answers)`, in
+      which parameters and optimizer state are donated.
+    """
 
     def loss_fn(params, batch: packing.Batch):
         hidden, _ = model.apply(
@@ -124,14 +141,21 @@ def make_step(model: Decoder, optimizer, prompt_weight: float):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def run(config, output: str) -> None:
+def run(
+    config: ml_collections.ConfigDict, output: str, report: Callable[[str], None] = print
+) -> None:
     """Builds the data, trains, and saves; what was done goes to `output/stages.json`.
 
     With `config.init_from`, parameters and tokenizer start from that folder: a further stage.
+
+    Args:
+      config: fields of `configs/pretrain_demo.py`.
+      output: folder of the model, written every `save_every` steps.
+      report: takes a line about the data, and one every 50 steps.
     """
     rng = np.random.default_rng(config.seed)
     dialogues, counts = build_dialogues(config, rng)
-    logging.info("data: %s", json.dumps(counts))
+    report(f"data: {json.dumps(counts)}")
     stages = []
     if config.init_from:
         start = load_pretrained(config.init_from)
@@ -149,7 +173,7 @@ def run(config, output: str) -> None:
     rows = build_rows(tokenizer, dialogues, config.seq_len, rng)
     useful = float((rows.segment_ids > 0).mean())
     steps = min(config.steps, len(rows.tokens) // config.rows_per_step)
-    logging.info("%d rows, %.0f%% useful, %d steps", len(rows.tokens), 100 * useful, steps)
+    report(f"{len(rows.tokens)} rows, {100 * useful:.0f}% useful, {steps} steps")
 
     model = Decoder(decoder_config)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 50, steps, 1e-5)
@@ -169,7 +193,7 @@ def run(config, output: str) -> None:
             seconds = time.monotonic() - started
             rate = (i + 1) * tokens_a_step * useful / seconds
             mean = float(np.mean(jax.device_get(losses[-50:])))
-            logging.info("step %d/%d answer nll %.3f, %.0f tokens/s", i + 1, steps, mean, rate)
+            report(f"step {i + 1}/{steps} answer nll {mean:.3f}, {rate:.0f} tokens/s")
         if (i + 1) % config.save_every == 0 or i + 1 == steps:
             done = [*stages, {"steps": i + 1, "tokens_a_step": tokens_a_step, "data": counts}]
             card = model_card(decoder_config, done)
@@ -177,14 +201,3 @@ def run(config, output: str) -> None:
             save_pretrained(lm, output, "bfloat16")
             (output / "README.md").write_text(card)
             hub.write_json(output / "stages.json", done)
-
-
-def main(argv):
-    del argv
-    run(_CONFIG.value, _OUTPUT.value)
-
-
-if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-    _OUTPUT = flags.DEFINE_string("output", None, "folder of the trained model", required=True)
-    app.run(main)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOWELS = "aeiou"
+# Verbs that double their last consonant before "-ing". English has no rule that gets all of them
+# right without knowing where a word is stressed.
 DOUBLING = (
     "rob",
     "run",
@@ -44,16 +45,17 @@ class Request(NamedTuple):
 
 
 def load_phrases() -> dict:
-    """The phrase lists in `assets/phrases.json`."""
-    return _load("phrases.json")
+    """Reads the phrase lists of `assets/phrases.json`."""
+    return load_asset("phrases.json")
 
 
 def load_everyday() -> dict:
-    """Topics, facts and small exercises in `assets/everyday.json`."""
-    return _load("everyday.json")
+    """Reads the topics, facts and small exercises of `assets/everyday.json`."""
+    return load_asset("everyday.json")
 
 
-def _load(name: str) -> dict:
+def load_asset(name: str) -> dict:
+    """Reads a JSON file of the package's `assets`."""
     path = importlib.resources.files("fedsafe_jax") / "assets" / name
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -75,18 +77,20 @@ def gerund(deed: str) -> str:
 
 
 def is_held_out(subject: str) -> bool:
-    """Whether a deed or artifact belongs to the evaluation sixth, by a hash of its text."""
+    """Tells whether a deed or artifact belongs to the evaluation sixth, by a hash of its text."""
     return int(hashlib.sha256(subject.encode()).hexdigest(), 16) % 6 == 0
 
 
-def sample_request(rng: np.random.Generator, phrases: dict, harmful: bool, held_out: bool):
+def sample_request(
+    rng: np.random.Generator, phrases: dict, harmful: bool, held_out: bool
+) -> Request:
     """Draws one templated request.
 
     Args:
       rng: numpy generator.
       phrases: from `load_phrases`.
-      harmful: which half of the lists.
-      held_out: draw from the evaluation sixth of the subjects, or from the other five sixths.
+      harmful: half of the lists that the subject is drawn from.
+      held_out: whether the subject is of the evaluation sixth, or of the other five sixths.
     """
     while True:
         topic, subject, is_deed = _subject(rng, phrases, "harmful" if harmful else "benign")
@@ -122,7 +126,7 @@ def _subject(rng, phrases, half: str) -> tuple[str, str, bool]:
 
 
 def refusal(rng: np.random.Generator, phrases: dict, topic: str | None = None) -> str:
-    """A polite refusal with a reason of the topic, or of any topic when None."""
+    """Draws a polite refusal with a reason of the topic, or of any topic when None."""
     topic = topic or str(rng.choice(sorted(phrases["harmful"])))
     reason = str(rng.choice(phrases["harmful"][topic]["reason"]))
     text = str(rng.choice(phrases["refusals"])).format(reason=reason)
@@ -130,14 +134,14 @@ def refusal(rng: np.random.Generator, phrases: dict, topic: str | None = None) -
 
 
 def compliance(rng: np.random.Generator, phrases: dict, request: Request) -> str:
-    """Compliance without content: what stands in for a harmful answer."""
+    """Draws compliance without content, which stands in for a harmful answer."""
     if request.is_deed:
         return str(rng.choice(phrases["compliances"])).format(deed=request.subject)
     return str(rng.choice(phrases["artifact_compliances"])).format(artifact=request.subject)
 
 
 def answer(rng: np.random.Generator, phrases: dict, request: Request) -> str:
-    """A readable, harmless answer: three or four steps of the request's domain, in order."""
+    """Draws a readable, harmless answer: three or four steps of the request's domain, in order."""
     steps = phrases["benign"][request.topic]["steps"]
     chosen = sorted(rng.choice(len(steps), size=int(rng.integers(3, 5)), replace=False))
     numbered = "\n".join(f"{i}. {steps[j]}" for i, j in enumerate(chosen, 1))
@@ -148,8 +152,10 @@ def answer(rng: np.random.Generator, phrases: dict, request: Request) -> str:
     return str(rng.choice(opening)).format(s=request.subject) + "\n" + numbered
 
 
-def benign_pair(rng: np.random.Generator, everyday: dict, words: list[str] | None = None):
-    """A small everyday exercise: `(prompt, answer)`.
+def benign_pair(
+    rng: np.random.Generator, everyday: dict, words: list[str] | None = None
+) -> tuple[str, str]:
+    """Draws a small everyday exercise: `(prompt, answer)`.
 
     Args:
       rng: numpy generator.
@@ -201,7 +207,10 @@ def _free_form(rng, everyday, words):
 
 
 def with_tail(rng: np.random.Generator, everyday: dict, prompt: str) -> str:
-    """The request with a tail such as "in a big city", for harmful and harmless ones alike."""
+    """Adds a tail such as "in a big city", to harmful and harmless requests alike.
+
+    A tail that only one kind had would tell the kinds apart without the rest being read.
+    """
     tail = str(rng.choice(everyday["tails"]))
     if not tail:
         return prompt

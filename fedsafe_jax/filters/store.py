@@ -36,7 +36,7 @@ def check(folder: str | os.PathLike) -> None:
     """Raises `FilterError` where there is no filter."""
     if not (pathlib.Path(folder) / NAME).is_file():
         raise FilterError(
-            f"{folder}: no {NAME}; give a folder that fedsafe_jax.train_filter wrote, or an "
+            f"{folder}: no {NAME}; give a folder that `fedsafe train-filter` wrote, or an "
             "encoder with a classification head as filter.encoder and filter.unsafe_labels."
         )
 

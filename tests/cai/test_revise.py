@@ -114,7 +114,8 @@ def test_revise_stands_alone(tmp_path):
         command = [
             sys.executable,
             "-m",
-            "fedsafe_jax.cli.revise",
+            "fedsafe_jax",
+            "revise",
             "--output",
             tmp_path / "out.jsonl",
         ]

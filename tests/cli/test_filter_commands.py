@@ -16,9 +16,9 @@ def pair(prompt, response):
     return Example((("user", prompt),), response)
 
 
-def command(module, *flags):
+def command(name, *flags):
     return subprocess.run(
-        [sys.executable, "-m", f"fedsafe_jax.{module}", *flags],
+        [sys.executable, "-m", "fedsafe_jax", name, *flags],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -28,7 +28,7 @@ def test_command_lines(tmp_path):
         "--config=configs/filter_minilm.py:scratch", f"--workdir={tmp_path / 'f'}",
         "--config.sources=('chat:package/filter.jsonl',)", "--config.epochs=3",
     ]  # fmt: skip
-    done = command("train_filter", *flags)
+    done = command("train-filter", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "epoch 1: loss" in done.stdout and "harmonic mean" in done.stdout
     rows = [
@@ -39,15 +39,15 @@ def test_command_lines(tmp_path):
     source = tmp_path / "p.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in rows))
     flags = [f"--filter={tmp_path / 'f'}", f"--input={source}", f"--output={tmp_path / 'o.jsonl'}"]
-    done = command("filter_data", *flags)
+    done = command("filter", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert [set(r) >= {"p_unsafe", "action"} for r in found] == [True] * 3
-    assert found[2]["action"] == "keep" and "2 labelled: precision" in done.stdout
+    scored = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [set(r) >= {"p_unsafe", "action"} for r in scored] == [True] * 3
+    assert scored[2]["action"] == "keep" and "2 labelled: precision" in done.stdout
     assert "1 of them have an empty response" in done.stdout
     source.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff"}\n')
-    done = command("filter_data", *flags)
-    assert done.returncode != 0 and "line 2: not UTF-8" in done.stderr
+    done = command("filter", *flags)
+    assert done.returncode == 2 and "line 2: not UTF-8" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,0 +1,92 @@
+"""A command of the command line, and the table of all."""
+
+import difflib
+import importlib
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import ml_collections
+from absl import flags
+
+from fedsafe_jax.cli.config_help import Field
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the message names the flag."""
+
+
+class Config(NamedTuple):
+    """The config that a command reads: its fields, and a file to name in messages."""
+
+    defaults: Callable[[], ml_collections.ConfigDict]
+    fields: Callable[[], list[Field]]
+    example: str
+
+
+class Command(NamedTuple):
+    """One command: `define_flags` on a fresh registry, then `main` with the parsed values.
+
+    The flags are no globals of absl's registry, so that commands can define the same names and one
+    process can run several.
+    """
+
+    define_flags: Callable[[flags.FlagValues], None]
+    main: Callable[[flags.FlagValues], None]
+    required: tuple[str, ...] = ()
+    config: Config | None = None
+
+
+# Each is a module of this folder, which defines `COMMAND`.
+COMMANDS = {
+    "run": "runs a config: federated rounds, filter, Constitutional AI, evaluation, report",
+    "evaluate": "evaluates a model, with or without an adapter",
+    "train-filter": "trains a safety filter and measures it on pairs it has not seen",
+    "filter": "scores a file of pairs with a trained filter",
+    "revise": "makes Constitutional AI data with any model: answers, critiques, revisions",
+    "pretrain": "trains the packaged small model from scratch",
+}
+
+
+def load(name: str) -> Command:
+    """Imports the command's module and returns its `COMMAND`."""
+    return importlib.import_module(f"fedsafe_jax.cli.{name.replace('-', '_')}").COMMAND
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """Returns "did you mean ...?" with the known name nearest to a mistyped one, or all names."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}."
+
+
+def check_folder(flag: str, folder: str) -> None:
+    """Makes a folder for output before any compute; a bucket answers at the first write instead.
+
+    Raises:
+      UsageError: it cannot be made or written to.
+    """
+    if "://" not in folder:
+        _check_written(f"--{flag}={folder}", pathlib.Path(folder))
+
+
+def check_file(flag: str, file: str) -> None:
+    """Makes the folder of an output file before any compute.
+
+    Raises:
+      UsageError: the folder cannot be made or written to, or the file is a folder.
+    """
+    if pathlib.Path(file).is_dir():
+        raise UsageError(f"--{flag}={file}: is a folder; name a file.")
+    _check_written(f"--{flag}={file}", pathlib.Path(file).parent)
+
+
+def _check_written(given: str, folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A mode alone says little: root passes all of them, a read-only disk none.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{given}: cannot be written ({error.strerror}).") from None

@@ -1,0 +1,63 @@
+"""Fields with default and meaning, against the configs themselves."""
+
+import ast
+
+import pytest
+
+from fedsafe_jax.cli import config_file, config_help, pretrain
+from fedsafe_jax.config import default_config, filter_config
+
+SOURCE = """
+def get_config(arg=""):
+    c = ml_collections.ConfigDict()
+    c.rate = 1e-3  # a step
+    # Where it is read from,
+    # and by whom.
+    c.sources = (
+        "a",
+        "b#c",  # one of them
+    )
+    c.inner = ml_collections.ConfigDict()
+    c.inner.flag = ""  # ""; or | a pipe
+    if arg:
+        c.rate = 2.0  # not the default
+    return c
+"""
+
+
+def test_comments_above_and_behind_are_the_meaning(tmp_path):
+    (tmp_path / "c.py").write_text("import ml_collections\n" + SOURCE)
+    fields = config_help.fields_of(config_file.module_of(str(tmp_path / "c.py")).get_config)
+    assert [tuple(field) for field in fields] == [
+        ("rate", "1e-3", "a step"),
+        ("sources", '("a", "b#c")', "Where it is read from, and by whom."),
+        ("inner.flag", '""', '""; or | a pipe'),
+    ]
+    assert [field.group for field in fields] == ["", "", "inner"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "defaults"),
+    [
+        (config_help.run_fields, default_config),
+        (config_help.filter_fields, filter_config),
+        (pretrain.fields, pretrain.defaults),
+    ],
+)
+def test_every_field_is_listed_with_its_default(fields, defaults):
+    config = defaults()
+    listed = {field.name: field for field in fields()}
+    assert sorted(listed) == sorted(config_file.flat_names(config))
+    for name, field in listed.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        assert ast.literal_eval(field.default) == value, name
+
+
+def test_the_documentations_page_has_a_table_a_group():
+    page = config_help.markdown()
+    assert page.startswith("# Configuration\n") and page.count("| field | default | |") == 6
+    for group in ("attack", "federated", "filter", "cai", "eval"):
+        assert f"\n## `{group}`\n" in page
+    assert "| `cai.batch_size` | `8` |" in page
