@@ -184,7 +184,7 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
         (folder / "config.json").write_text(json.dumps(raw | change))
     begin = [sys.executable, "-m", "fedsafe_jax", "evaluate", f"--model={folder}"]
     done = subprocess.run(
-        [*begin, "--tasks=hhh", f"--output={tmp_path / 'o.json'}"],
+        [*begin, "--tasks=hhh=package/hhh_heldout.jsonl", f"--output={tmp_path / 'o.json'}"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,

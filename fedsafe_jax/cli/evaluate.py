@@ -102,10 +102,11 @@ def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions)
     """Runs the tasks and prints their figures with intervals."""
     outcome = evaluate(lm, sets, options)
     summary = summarise(sets, [outcome], options)
+    print("mean (95% interval)")
     for name, one in sets.items():
         for column in one.columns:
             if cell := column.cell(summary[name]):
-                print(f"{name}: {column.label} {cell}, 95% interval in brackets")
+                print(f"{name}: {column.label}: {cell}")
     return {"summary": summary, "outcomes": outcome}
 
 

@@ -16,6 +16,6 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def render(name: str, **values) -> str:
+def render(name: str, **values: object) -> str:
     """Renders the template `name` with the values; raises where it asks for one not given."""
     return _environment().get_template(name).render(**values)
