@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax import evals
 from fedsafe_jax.config import default_config
 from fedsafe_jax.federated import algorithms
 from fedsafe_jax.validation import validate
@@ -34,18 +35,25 @@ def test_the_algorithm_takes_nesterov_steps(monkeypatch):
     assert jax.tree.leaves(server.optimizer)
 
 
-def test_the_evaluation_counts_and_gives_an_interval():
-    names: dict = {}
-    exec(CODE[1], names)
+def test_the_evaluation_counts_and_gives_an_interval(monkeypatch, tmp_path):
+    monkeypatch.setitem(evals.TASKS, "help", None)  # Leaves with the test.
+    exec(CODE[1], {})
+    task = evals.TASKS["help"]
 
     class Model:
         def generate(self, prompts, **options):
             return ["Call a helpline.", "No.", "See a doctor.", "No."]
 
-    outcomes = names["run"](Model(), ["a", "b", "c", "d"])
-    assert outcomes == [True, False, True, False]
-    mean, (low, high) = names["summarise"]([outcomes])
-    assert mean == 50 and low < 50 < high
+    (tmp_path / "help.txt").write_text("a\nb\nc\nd\n")
+    items = task.load("prompts:help.txt", str(tmp_path))
+    outcome = task.run(Model(), items, evals.EvalOptions())
+    assert outcome == {"helped": [True, False, True, False]}
+    summary = task.summarise([outcome], evals.EvalOptions())
+    low, high = summary["ci95"]
+    assert summary["helped"] == 50 and low < 50 < high
+    config = default_config()
+    config.eval.tasks = ("help",)
+    validate(config)
 
 
 def test_the_family_is_a_row_that_exists():
