@@ -48,7 +48,8 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
 
     lora_config = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
     factors = random_factors(packaged.config, lora_config)
-    export.export(packaged, factors, lora_config, tmp_path, "card")
+    adapter = lora.Adapter(factors, lora_config, packaged.name)
+    export.export(packaged, adapter, tmp_path, "card")
     language_model.save_pretrained(packaged, tmp_path / "base")
 
     read = lora.load_adapter(tmp_path / "adapter")
