@@ -45,7 +45,9 @@ def plain(query, key, value, segments, window, scale, softcap):
 def test_backends_equal_the_formula(arrays, window, softcap):
     query, key, value, segments = arrays
     scale = HEAD_DIM**-0.5
-    expected = plain(*arrays, window, scale, softcap)
+    expected = plain(
+        query, key, value, segments=segments, window=window, scale=scale, softcap=softcap
+    )
     real = segments > 0
     mask = Visibility(segments, segments, jnp.arange(segments.shape[1])).mask(window)
     out = attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
@@ -136,5 +138,8 @@ def test_blocks_under_vmap_are_the_same_rows(arrays):
 )
 def test_choice_of_backend(monkeypatch, platform, dtype, lengths, head_dim, softcap, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    chosen = attention.choose_backend("auto", *lengths, head_dim, dtype, softcap)
+    q_len, kv_len = lengths
+    chosen = attention.choose_backend(
+        "auto", q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype, softcap=softcap
+    )
     assert chosen == expected
