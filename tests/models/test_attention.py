@@ -140,6 +140,6 @@ def test_choice_of_backend(monkeypatch, platform, dtype, lengths, head_dim, soft
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     q_len, kv_len = lengths
     chosen = attention.choose_backend(
-        "auto", q_len, kv_len, head_dim=head_dim, dtype=dtype, softcap=softcap
+        "auto", q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype, softcap=softcap
     )
     assert chosen == expected
