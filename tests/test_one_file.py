@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from fedsafe_jax import evals, experiment
+from fedsafe_jax.cli import startup
 from fedsafe_jax.config import default_config
+from fedsafe_jax.evals.task import select
 from fedsafe_jax.federated import aggregation, algorithms
+from fedsafe_jax.report.table import print_table
 
 TOYS = ("evals/toy_task.py", "federated/toy_algorithm.py", "federated/toy_aggregator.py")
 REGISTRIES = (evals.TASKS, algorithms.ALGORITHMS, aggregation.AGGREGATORS)
@@ -76,10 +79,18 @@ def test_the_task_is_in_the_report_the_figures_and_the_card(workdir):
 
 
 def test_the_task_is_in_the_printed_table(workdir, capsys):
-    from fedsafe_jax.evals.task import select
-    from fedsafe_jax.report.table import print_table
-
     results = json.loads((workdir / "results.json").read_text())
     print_table(results, select(("toy", "utility"), evals.TASKS))
     shown = capsys.readouterr().out
     assert "said" in shown and f"{results['arms']['fl']['toy']['spoken']:.1f}" in shown
+
+
+def test_the_task_is_evaluated_by_its_name(toys, capsys, tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--tasks=toy", "--max_prompts=3", "--max_new_tokens=4", f"--output={output}"]
+    startup.start("evaluate", arguments)
+    assert "toy: said something, %: " in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert len(result["outcomes"]["toy"]["spoke"]) == 3
+    startup.start("evaluate", ["--help"])
+    assert "toy" in capsys.readouterr().out

@@ -68,9 +68,12 @@ def refused(capsys, name, *arguments):
         (("pretrain", PRETRAIN), "--output: missing; `fedsafe pretrain --help` lists the flags."),
         (("filter", "--filter=a", "--input=b"), "--output: missing; `fedsafe filter --help`"),
         (("filter", "--action=dorp"), "value should be one of <drop|"),
-        (("evaluate", "--tasks=advbnch", "--max_prompts=1"), "['advbnch'] unknown; expected some"),
+        (("evaluate", "--tasks=advbnch"), "--tasks: 'advbnch': no such task; expected some of"),
         (("evaluate", "--model=/no/such"), "model '/no/such': no such folder"),
-        (("evaluate", "--tasks=mt_bench"), "give both --judge_url and --judge_model."),
+        (("evaluate", "--tasks=mt_bench"), "a chat model; give --judge_url and --judge_model."),
+        (("evaluate", "--judge_url=a"), "give both --judge_url and --judge_model."),
+        (("evaluate", "--tasks=utility"), "the pairs that a run holds out; give utility=SOURCE."),
+        (("evaluate", "--tasks=advbench"), "'advbench' is never shown without 'over_refusal'"),
         (("evaluate", "--output=configs"), "--output=configs: is a folder; name a file."),
         (("evaluate", "--batch_size=0"), "flag --batch_size=0"),
         (("revise", "--prompts=a"), "--output: missing; `fedsafe revise --help` lists the flags."),
@@ -207,6 +210,6 @@ def test_evaluate_works_as_it_is(tmp_path):
     done = fedsafe("evaluate", *small, f"--output={tmp_path / 'new' / 'o.json'}", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert sorted(lines) == ["advbench", "hhh", "over_refusal"]
+    assert sorted(lines) == ["advbench", "hhh", "mean (95% interval)", "over_refusal"]
     results = json.loads((tmp_path / "new" / "o.json").read_text())
     assert results["model"] == "package:model" and results["summary"]["advbench"]["n"] == 2
