@@ -6,7 +6,6 @@ Constitutional AI on the aggregated model, evaluation.
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.report import model_card, page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
+from fedsafe_jax.runtime.libraries import versions
 from fedsafe_jax.runtime.progress import PhaseTimer, Progress
 from fedsafe_jax.validation import validate
 
@@ -348,12 +348,6 @@ def summarise(
         mean = {n: float(np.mean([q[n] for q in filter_quality])) for n in names}
         results["filter"] = mean | {"per_seed": filter_quality}
     return results
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide a run's numbers."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def export_arm(

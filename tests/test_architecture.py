@@ -39,6 +39,7 @@ STEPS = (
     "clients",
     "filtering",
     "rounds",
+    "refusal_probe",
     "constitutional",
     "export",
     "dry_run",

@@ -38,20 +38,32 @@ class Command(NamedTuple):
     config: Config | None = None
 
 
-# Each is a module of this folder, which defines `COMMAND`.
+class Entry(NamedTuple):
+    """A command of the table: the module of this folder that defines `COMMAND`, and a summary."""
+
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "run": "runs a config: federated rounds, filter, Constitutional AI, evaluation, report",
-    "evaluate": "evaluates a model, with or without an adapter",
-    "train-filter": "trains a safety filter and measures it on pairs it has not seen",
-    "filter": "scores a file of pairs with a trained filter",
-    "revise": "makes Constitutional AI data with any model: answers, critiques, revisions",
-    "pretrain": "trains the packaged small model from scratch",
+    "run": Entry(
+        "run", "runs a config: rounds, filter, Constitutional AI, evaluation, report"
+    ),
+    "evaluate": Entry("evaluate", "evaluates a model, with or without an adapter"),
+    "train-filter": Entry(
+        "train_filter", "trains a safety filter, measures it on unseen pairs"
+    ),
+    "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
+    "revise": Entry(
+        "revise", "makes answers, critiques and revisions with any model"
+    ),
+    "pretrain": Entry("pretrain", "trains the packaged small model from scratch"),
 }
 
 
 def load(name: str) -> Command:
     """Imports the command's module and returns its `COMMAND`."""
-    return importlib.import_module(f"fedsafe_jax.cli.{name.replace('-', '_')}").COMMAND
+    return importlib.import_module(f"fedsafe_jax.cli.{COMMANDS[name].module}").COMMAND
 
 
 def hint(name: str, known: Iterable[str]) -> str:

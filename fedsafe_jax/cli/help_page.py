@@ -16,7 +16,7 @@ KINDS = {"int": "NUMBER", "float": "NUMBER", "comma separated list of strings": 
 def overview() -> str:
     """Returns the page of `fedsafe --help`: the commands."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {entry.summary}" for name, entry in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fedsafe COMMAND [--flag=value ...]",

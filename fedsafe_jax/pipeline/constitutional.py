@@ -17,7 +17,6 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.refusals import start_refusal
-from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.schedules import round_rate
 from fedsafe_jax.inference.chat_session import ChatSession
@@ -25,13 +24,12 @@ from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.pipeline.rounds import learning_rates
 from fedsafe_jax.runtime import run_files
 from fedsafe_jax.runtime.progress import PhaseTimer
 
 BATCH = 32  # dialogues generated at once
-PROBED = 64  # prompts of a probe asked at once; no more where these show that CAI is needed
-PROBE_TOKENS = 10  # tokens of a probe's answer: a refusal shows in its first words
 
 
 class ConstitutionalStage:
@@ -123,7 +121,7 @@ class ConstitutionalStage:
             counts["tokens_generated"] = counts.get("tokens_generated", 0) + probe.tokens
         return factors, counts, records
 
-    def _probe(self, clock: PhaseTimer) -> "Probe":
+    def _probe(self, clock: PhaseTimer) -> Probe:
         c = self.config.cai
 
         def decide(refused: float, high: float) -> int:
@@ -232,7 +230,7 @@ class ConstitutionalStage:
         data: Sequence[Step],
         num_steps: int,
         learning_rate: jax.Array,
-        probe: "Probe | None",
+        probe: Probe | None,
     ) -> tuple[dict, list[dict]]:
         """`(LoRA factors, losses of each step taken)`.
 
@@ -273,62 +271,6 @@ def learning_rate_share(config: ConfigDict, t: int) -> float:
     still learn, and over-refusal grows.
     """
     return round_rate(learning_rates(config), t) / config.learning_rate
-
-
-class Probe:
-    """Probe of the refusal rate on the server's own prompts.
-
-    Args:
-      prompts: prompts that are not trained on.
-      decide: `(refused, upper bound of its 95% interval) -> steps to train`, both in percent.
-      count_tokens: counts the tokens of texts.
-      clock: told which phase has ended.
-
-    Attributes:
-      results: one row per probe: share refused and its 95% interval in percent, prompts asked.
-      tokens: number of tokens generated.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        decide: Callable[[float, float], int],
-        count_tokens: Callable[[Sequence[str]], int],
-        clock: PhaseTimer,
-    ):
-        self.prompts, self.decide = prompts, decide
-        self.count_tokens, self.clock = count_tokens, clock
-        self.results: list[dict] = []
-        self.tokens = 0
-
-    def __call__(self, current: LanguageModel, factors: dict | None = None) -> int:
-        """Asks the model, and returns the number of steps to go on with.
-
-        Args:
-          current: the model.
-          factors: LoRA factors on one device that take the place of the model's own.
-        """
-        if factors is not None:
-            shardings = jax.tree.map(lambda x: x.sharding, current.factors)
-            factors = jax.block_until_ready(jax.device_put(factors, shardings))
-            current = current.with_adapter(current.adapter._replace(factors=factors))
-            self.clock.mark("cai_train")
-        num_steps, refused = 0, []
-        for start in range(0, len(self.prompts), PROBED):
-            answers = current.generate(
-                self.prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, truncate=True
-            )
-            self.tokens += self.count_tokens(answers)
-            refused += [start_refusal(a) for a in answers]
-            mean, interval = float(np.mean(refused)), wilson(sum(refused), len(refused))
-            num_steps = self.decide(100 * mean, 100 * interval[1])
-            if num_steps:
-                break
-        self.results.append(
-            {"refused": 100 * mean, "ci95": [100 * x for x in interval], "asked": len(refused)}
-        )
-        self.clock.mark("cai_probe")
-        return num_steps
 
 
 def make_generate_fn(

@@ -1,5 +1,6 @@
 """Settings of the libraries that a command uses: quiet, with a persistent compilation cache."""
 
+import importlib.metadata
 import os
 
 from etils import epath
@@ -27,3 +28,9 @@ def prepare_libraries(workdir: str) -> None:
         cache = str(epath.Path(workdir).resolve() / "compilation_cache")
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide a run's numbers."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

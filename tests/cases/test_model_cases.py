@@ -20,7 +20,7 @@ from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 from fedsafe_jax.pipeline import export
 from fedsafe_jax.pipeline.inputs import load_inputs
-from fedsafe_jax.report.model_card import model_card
+from fedsafe_jax.report import model_card
 
 IDS = np.array([[1, 5, 6, 7, 9, 300]])
 HI = (("user", "Hi"),)
@@ -262,7 +262,10 @@ def export_packaged(lm, folder):
     config = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
     factors = lora.init(jax.random.key(0), lm.config, config)
     export.export(
-        lm, lora.Adapter(factors, config, lm.name), folder, model_card(small_config(), "fl", {})
+        lm,
+        lora.Adapter(factors, config, lm.name),
+        folder,
+        model_card.text("fl", small_config().to_dict(), {}, {}),
     )
 
 
