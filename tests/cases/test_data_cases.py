@@ -17,7 +17,7 @@ from fedsafe_jax.pipeline.inputs import load_inputs
 STRICT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('ChatSession roles must alternate') }}{% endif %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
@@ -106,7 +106,7 @@ def test_files_of_spreadsheets_are_refused_with_file_and_place(source, place):
     ("source", "said"),
     [
         ("chat:system.jsonl", "System role not supported"),
-        ("hh_rlhf:hh.jsonl", "ChatSession roles must alternate"),
+        ("hh_rlhf:hh.jsonl", "Conversation roles must alternate"),
     ],
 )
 @fails_today("the template's own exception, after the model has loaded", TemplateError)
