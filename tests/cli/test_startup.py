@@ -193,8 +193,8 @@ def test_a_commands_page_lists_flags_and_fields(capsys):
 def test_the_ways_in_are_one(tmp_path):
     pages = [fedsafe("--help"), fedsafe("--help", begin=("-m", "fedsafe_jax.main"))]
     assert all(page.returncode == 0 and not page.stderr for page in pages)
-    for name, summary in command.COMMANDS.items():
-        assert f"  {name}" in pages[0].stdout and summary in pages[0].stdout
+    for name, entry in command.COMMANDS.items():
+        assert f"  {name}" in pages[0].stdout and entry.summary in pages[0].stdout
     assert pages[1].stdout.startswith("fedsafe run: ")
     script = ("-c", "from fedsafe_jax.cli.startup import main; main()")  # the console script's call
     done = fedsafe("--version", begin=script)
