@@ -60,7 +60,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _choice("algorithms", c.algorithms, ALGORITHMS)
     _validate_cai(c.cai)
     validate_filter(c.filter)
-    if c.cai.check in ("filter", "both"):
+    if CHECKS[c.cai.check].judge:
         judging = FILTER_KINDS[c.filter.kind].make is not None and any_filter(c)
         if not judging:
             raise ConfigError(

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedsafe_jax import experiment
+from fedsafe_jax.cai.revise import CHECKS
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
@@ -68,7 +69,7 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
         ("federated.client_ranks", f.client_ranks, "all sites train lora_rank"),
         ("federated.dropout", f.dropout, "sites drop out by themselves"),
         ("attack.clients", config.attack.clients, "attacks are simulated only"),
-        ("cai.check", config.cai.check in ("filter", "both"), "the filter is at the sites"),
+        ("cai.check", CHECKS[config.cai.check].judge, "the filter is at the sites"),
     ):
         if value:
             raise ConfigError(f"{field} is not for a federation of sites: {reason}.")

@@ -1,13 +1,12 @@
 """Sources, packing, partition, overlap and chat encoding."""
 
-import doctest
 import gzip
 import json
 
 import numpy as np
 import pytest
 
-from fedsafe_jax.data import chat, overlap, packing, partition, refusals, sources
+from fedsafe_jax.data import chat, overlap, packing, partition, sources
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example, SourceError
@@ -242,9 +241,3 @@ def test_templates_keep_harm_without_content_and_evaluation_apart():
     assert templates.gerund("rob a bank") == "robbing a bank"
     assert templates.gerund("make bread") == "making bread"
     assert templates.gerund("illegally take over a site") == "illegally taking over a site"
-
-
-@pytest.mark.parametrize("module", [packing, refusals])
-def test_the_examples_in_docstrings_hold(module):
-    outcome = doctest.testmod(module)
-    assert outcome.attempted and not outcome.failed

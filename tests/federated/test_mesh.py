@@ -1,17 +1,10 @@
-"""The example of the mesh, and what it refuses."""
-
-import doctest
+"""What the mesh refuses."""
 
 import jax
 import pytest
 
 from fedsafe_jax.federated import mesh
 from fedsafe_jax.models.decoder_config import ModelError
-
-
-def test_the_example_holds():
-    outcome = doctest.testmod(mesh)
-    assert outcome.attempted and not outcome.failed
 
 
 def test_devices_are_shared_out_evenly():

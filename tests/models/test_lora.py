@@ -1,6 +1,5 @@
 """Adapters against peft, and against merging by hand."""
 
-import doctest
 import json
 
 import jax
@@ -138,8 +137,3 @@ def test_adapters_that_do_not_fit_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(lora.ModelError, match="pickled adapters"):
         lora.load_adapter(tmp_path)
-
-
-def test_examples_of_docstrings_run():
-    results = doctest.testmod(lora)
-    assert results.failed == 0 and results.attempted >= 15
