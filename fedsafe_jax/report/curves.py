@@ -37,6 +37,7 @@ def _draw(plt, rows: list[dict], value: Callable, label: str):
         colour = COLOURS[(i + 1) % len(COLOURS)]
         axis.plot(x, y, label=arm, color=colour, marker="o", markersize=3)
     axis.set_xlabel("round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(label)
     axis.legend(fontsize=8)
     return drawing

@@ -1,5 +1,7 @@
 """A workdir on a bucket: every file but checkpoints, which Orbax writes there by itself."""
 
+import base64
+
 import fsspec
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fedsafe_jax.filters import cache
 from fedsafe_jax.models import lora
 from fedsafe_jax.pipeline import export
-from fedsafe_jax.report import drawing
+from fedsafe_jax.report.blocks import figure
 from fedsafe_jax.runtime import run_files
 
 
@@ -51,10 +53,10 @@ def test_figures_and_exports(workdir, packaged):
         return plt.figure()
 
     (workdir / "figures").mkdir(parents=True)
-    assert drawing.figure_tag(workdir / "figures" / "a.png", draw).startswith(
-        '<div class="scroll"><img'
-    )
-    assert (workdir / "figures" / "a.png").read_bytes()[1:4] == b"PNG"
+    drawn = figure(workdir / "figures" / "a_b.png", draw)
+    written = (workdir / "figures" / "a_b.png").read_bytes()
+    assert written[1:4] == b"PNG" and base64.b64decode(drawn.png) == written
+    assert drawn.alt == "a b"
     shape = lora.LoraConfig(2, 4.0, ("q_proj",))
     factors = lora.init(jax.random.key(0), packaged.config, shape)
     export.export(packaged, lora.Adapter(factors, shape), workdir / "export", "a card")

@@ -1,0 +1,97 @@
+"""The report of a run that never was: sections, their order, and text that is no markup."""
+
+import json
+import re
+
+import pytest
+from etils import epath
+
+from fedsafe_jax.config import default_config
+from fedsafe_jax.evals import TASKS
+from fedsafe_jax.evals.task import select
+from fedsafe_jax.report import model_card, page
+from fedsafe_jax.report.table import table_rows
+
+NASTY = "<script>alert('&')</script>"
+
+
+def row(t, **changes):
+    """A line of `metrics.jsonl`."""
+    return {
+        "arm": "fl", "seed": 0, "round": t, "loss": 1.0 / (t + 1), "update_norm": 0.1,
+        "tokens_per_second": 10.0, "clients": [0, 1], "delta_norms": [1.0, 2.0],
+        "cosines": [0.5, -0.5], "malicious": [1], "bytes_up": 2**20, "bytes_down": 2**20,
+        "product_gap": None, "excluded": [], "no_data": [], "skipped": False,
+        "seconds": {"federated": 1.0, "cai_train": 2.0}, "eval": {"advbench": 50.0},
+    } | changes  # fmt: skip
+
+
+def refusals(field, value):
+    """A refusal task's part of `results.json`."""
+    rate = {field: value, "ci95": [value - 5, value + 5]}
+    return rate | {"by_judge": {"start": rate, "keyword": rate}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`(workdir, config, results, outcomes, sets)` of a run with a nasty answer."""
+    sets = select(("advbench=chat:mine.jsonl", "over_refusal", "utility"), TASKS)
+    arm = {
+        "algorithm": "fedavg", "advbench": refusals("safety", 60.0),
+        "over_refusal": refusals("rate", 10.0), "utility": {"nll": 1.5, "ci95": [1.4, 1.6]},
+    }  # fmt: skip
+    compared = {"win_rate": 55.0, "win_rate_ci95": [50.0, 60.0]}
+    results = {
+        "arms": {
+            "base": arm | {"algorithm": ""},
+            "fedavg/fl": arm | {"utility": arm["utility"] | compared},
+        },
+        "data": {
+            "filter": {
+                "read": 9, "disputed": 1, "dropped_near_evaluation": 2, "dropped_heldout": 3,
+                "kept": 3,
+            }
+        },
+        "device": "1 x cpu", "versions": {"jax": "1"},
+    }  # fmt: skip
+    samples = {"advbench": {"samples": [{"prompt": NASTY, "answer": NASTY}] * 5}}
+    outcomes = {"base": [samples], "fedavg/fl": [samples]}
+    lines = [row(0), row(1, cai={"steps": 2, "kept": 3, "pairs": 1})]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    return epath.Path(tmp_path), default_config().to_dict(), results, outcomes, sets
+
+
+def test_sections_in_order_and_no_markup_from_data(run):
+    workdir, config, results, outcomes, sets = run
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    report = (workdir / "report.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", report) == [
+        "By round", "Clients", "Constitutional AI", "Both judges",
+        "Answers before and after each defence", "Seconds by phase", "Data", "Config",
+    ]  # fmt: skip
+    # Four prompts, each with two answers.
+    assert NASTY not in report and report.count("&lt;script&gt;") == 4 * 3
+    assert "Harmful prompts: chat:mine.jsonl; harmless prompts: prompts:" in report
+    assert report.count("<img ") == 4  # bars, loss, one probed task, clients
+    assert "{{" not in report and (workdir / "figures/advbench_by_round.png").is_file()
+
+
+def test_the_table_shows_what_an_arm_has(run):
+    _, _, results, _, sets = run
+    header, rows = table_rows(results, sets)
+    assert header[2:] == [
+        "harmful refused % \u2191", "harmless refused % \u2193", "benign loss \u2193",
+        "win rate % \u2191",
+    ]  # fmt: skip
+    cells = ["60.0 (55.0-65.0)", "10.0 (5.0-15.0)", "1.500 (1.400-1.600)"]
+    assert rows == [["", "base", *cells, ""], ["fedavg", "fl", *cells, "55.0 (50.0-60.0)"]]
+
+
+def test_the_card_is_markdown_with_the_scores(run):
+    _, config, results, _, sets = run
+    card = model_card.text("fl", config, results["arms"]["fedavg/fl"], sets)
+    assert card.startswith("---\nbase_model: package:model\n") and "30% of client data" in card
+    assert "\n| harmful refused, % | 60.0 (55.0-65.0) |\n" in card
+    assert "\n| benign loss | 1.500 (1.400-1.600) |\n" in card
+    assert "`chat:package/clients_safe.jsonl`, `chat:package/clients_unsafe.jsonl`." in card
