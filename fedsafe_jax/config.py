@@ -12,164 +12,190 @@ class ConfigError(ValueError):
 def default_config() -> ml_collections.ConfigDict:
     """Every field a run reads. Sources are written `name:location#part`, see `data.sources`."""
     c = ml_collections.ConfigDict()
-    c.seeds = (0,)
+    c.seeds = (0,)  # seeds of the runs; each makes its own clients, adapters and samples
+    # what is compared: no training, federated learning alone, with the filter, with CAI, with both
     c.arms = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
-    c.algorithms = ("fedavg",)
-    c.model = "package:model"  # local folder or Hub id
-    c.dtype = "float32"  # of the frozen base; adapters are always float32
-    c.quantization = ""  # of the frozen base's projections: int8 or nf4; "" for none
+    c.algorithms = ("fedavg",)  # federated algorithms to compare
+    c.model = "package:model"  # base model: local folder or Hub id
+    c.dtype = "float32"  # type of the frozen base; adapters are always float32
+    c.quantization = ""  # format of the frozen base's projections; "" for none
     c.model_parallel = 1  # devices that share one copy of the base model
     c.remat = False  # recompute layers in the backward pass: less memory, a third more compute
     c.dry_run = False  # print the plan and stop
-    c.export_arm = "fl+filter+cai"  # which arm's adapter is exported
+    c.export_arm = "fl+filter+cai"  # arm whose adapter and merged model are exported
 
-    c.data_dir = ""  # folder that locations are relative to, or "hub"
-    c.safe_sources = ("chat:package/clients_safe.jsonl",)
+    c.data_dir = ""  # folder that sources are relative to, or "hub"
+    c.safe_sources = ("chat:package/clients_safe.jsonl",)  # sources of the clients' harmless pairs
+    # sources of the clients' harmful pairs
     c.unsafe_sources = ("chat:package/clients_unsafe.jsonl",)
-    # Benign pairs for the held-out loss; () holds out a tenth of safe_sources.
+    # sources of benign pairs for the held-out loss; () holds out a tenth of safe_sources
     c.heldout_sources = ()
-    c.partition = "iid"  # or dirichlet, user, language, category, source
+    c.partition = "iid"  # how pairs are dealt out to the clients
+    # concentration of the dirichlet partition: the smaller, the less alike clients are
     c.dirichlet_alpha = 0.5
-    c.num_clients = 20
-    c.examples_per_client = 43  # what the packaged pools give 20 clients
-    c.size_sigma = 0.0  # clients hold log-normally different numbers around it
-    c.harmful_share = 0.3  # of each client's examples
+    c.num_clients = 20  # clients of the federation
+    c.examples_per_client = 43  # pairs of a client; 43 is what the packaged pools give 20 clients
+    # spread of client sizes, log-normal around examples_per_client; 0 for equal sizes
+    c.size_sigma = 0.0
+    c.harmful_share = 0.3  # share of each client's pairs that is harmful
 
     c.attack = ml_collections.ConfigDict()
     c.attack.clients = 0.0  # share of the clients that are malicious
-    c.attack.harmful_share = 1.0  # of a malicious client's examples
-    c.attack.boost = 1.0  # factor on what a malicious client sends
+    c.attack.harmful_share = 1.0  # share of a malicious client's pairs that is harmful
+    c.attack.boost = 1.0  # factor on the update of a malicious client
 
-    c.rounds = 6
-    c.clients_per_round = 5
-    c.local_steps = 10
+    c.rounds = 6  # rounds of local training and aggregation
+    c.clients_per_round = 5  # clients sampled for each round
+    c.local_steps = 10  # optimizer steps of a client in a round
     c.batch_size = 8  # examples a local step
-    c.seq_len = 128  # tokens a packed row; longer examples are cut
+    c.seq_len = 128  # tokens of a packed row; longer examples are truncated
     c.accumulation = 1  # batches whose gradients are averaged in a step
-    c.optimizer = "adam"  # of the clients, an optax alias, such as adamw(weight_decay=0.01)
-    c.gradient_clip = 1.0  # global norm; 0 for none
-    c.learning_rate = 4e-3
-    c.min_learning_rate = 1e-6  # at the last round's end
-    c.schedule = "cosine"  # over rounds: cosine, linear or constant
-    c.warmup_rounds = 0  # rounds that the rate climbs first
-    c.step_schedule = "constant"  # over a round's local steps, on top
-    c.lora_rank = 16
-    c.lora_alpha = 32.0
-    c.lora_rank_stabilized = False  # scale alpha / sqrt(rank) instead of alpha / rank (rsLoRA)
+    # optimizer of the clients: an optax alias such as adamw(weight_decay=0.01)
+    c.optimizer = "adam"
+    c.gradient_clip = 1.0  # largest global norm of a client's gradient; 0 for no limit
+    c.learning_rate = 4e-3  # learning rate of the clients, after the warm-up
+    c.min_learning_rate = 1e-6  # learning rate at the end of the last round
+    c.schedule = "cosine"  # decay of the learning rate over the rounds
+    c.warmup_rounds = 0  # first rounds, in which the learning rate climbs
+    c.step_schedule = "constant"  # decay over a round's local steps, on top
+    c.lora_rank = 16  # rank of the adapter
+    c.lora_alpha = 32.0  # alpha of the adapter, whose scale is alpha / rank
+    c.lora_rank_stabilized = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
+    # projections that the adapter changes; "all-linear" for all seven
     c.lora_targets = ("q_proj", "v_proj")
-    c.clients_in_parallel = 0  # a device; 0: all of the cohort (on CPU cores share their rows)
-    c.chunk_clients = 0  # clients whose batches and updates are held at once; 0: 64
-    c.checkpoint_every = 1  # rounds
+    # clients that a device trains at once; 0: all (on CPU cores share their rows)
+    c.clients_in_parallel = 0
+    c.chunk_clients = 0  # clients whose batches and updates are held at once; 0 for 64, on CPU 16
+    c.checkpoint_every = 1  # rounds between two checkpoints
 
     c.federated = ml_collections.ConfigDict()
-    c.federated.sampling = "uniform"  # or weighted, poisson, openfedllm
-    c.federated.weighting = "auto"  # examples, uniform; auto: examples where the paper does so
+    c.federated.sampling = "uniform"  # how a cohort is drawn
+    c.federated.weighting = "auto"  # weights of the clients in the mean; auto: what the paper does
     c.federated.dropout = 0.0  # probability that a sampled client never answers
-    c.federated.stragglers = 0.0  # probability that one gets only some of its steps done
-    c.federated.client_ranks = ()  # adapters of these ranks, in turn; () for lora_rank
-    c.federated.prox_mu = 0.01  # fedprox
-    c.federated.scaffold = "gradient"  # what it corrects; or post_step: parameters after a step
-    c.federated.server_learning_rate = 1.0  # fedavg, fedprox, scaffold, fedavgm
-    c.federated.adaptive_learning_rate = 1e-2  # fedadagrad, fedyogi, fedadam
-    c.federated.beta1 = 0.9  # momentum of fedavgm, fedyogi, fedadam
-    c.federated.beta2 = 0.99  # fedyogi, fedadam
-    c.federated.tau = 1e-3  # fedadagrad, fedyogi, fedadam
-    c.federated.second_moment = "d2"  # of the mean update; m2: of the momentum
-    c.federated.first_moment = "zero"  # momentum's start; copy: the first mean update
-    c.federated.average = "factors"  # or product: of the adapters' products, by SVD
-    c.federated.aggregator = "mean"  # or median, trimmed_mean, krum, multi_krum, geometric_median
-    c.federated.trim_share = 0.1  # trimmed_mean: dropped at each end
-    c.federated.byzantine = 1  # krum, multi_krum: malicious clients expected in a cohort
-    c.federated.clip_norm = 0.0  # longest update; 0 for no limit
-    c.federated.noise_multiplier = 0.0  # differential privacy, per clip_norm; 0 for none
-    c.federated.delta = 1e-5  # differential privacy
-    c.federated.compression = ""  # of what clients send: topk or int8; "" for none
-    c.federated.topk_share = 0.05  # topk: numbers that are sent
+    c.federated.stragglers = 0.0  # probability that a client gets only some of its steps done
+    c.federated.client_ranks = ()  # ranks of the clients' adapters, in turn; () for lora_rank
+    c.federated.prox_mu = 0.01  # weight of fedprox's proximal term
+    # what scaffold corrects: each gradient, or post_step: the parameters
+    c.federated.scaffold = "gradient"
+    c.federated.server_learning_rate = 1.0  # step size of fedavg, fedprox, scaffold and fedavgm
+    c.federated.adaptive_learning_rate = 1e-2  # step size of fedadagrad, fedyogi and fedadam
+    c.federated.beta1 = 0.9  # momentum of fedavgm, fedyogi and fedadam
+    c.federated.beta2 = 0.99  # decay of the second moment of fedyogi and fedadam
+    c.federated.tau = 1e-3  # adaptivity of fedadagrad, fedyogi and fedadam
+    c.federated.second_moment = "d2"  # what is squared: d2, the mean update, or m2, the momentum
+    c.federated.first_moment = "zero"  # start of the momentum: zero, or copy, the first mean update
+    # what is averaged: the factors, or product: their products, by SVD
+    c.federated.average = "factors"
+    c.federated.aggregator = "mean"  # rule that combines the updates
+    c.federated.trim_share = 0.1  # share that trimmed_mean drops at each end
+    c.federated.byzantine = 1  # malicious clients that krum and multi_krum expect in a cohort
+    c.federated.clip_norm = 0.0  # longest update that counts in full; 0 for no limit
+    c.federated.noise_multiplier = 0.0  # noise of differential privacy over clip_norm; 0 for none
+    c.federated.delta = 1e-5  # delta of differential privacy
+    c.federated.compression = ""  # code of the updates that clients send; "" for none
+    c.federated.topk_share = 0.05  # share of the numbers that topk sends
 
     c.filter = ml_collections.ConfigDict()
     # classifier: an encoder; guard: a language model such as Llama Guard 3; guardian: a guard that
-    # also learns to answer; simulated: one with the recall and precision below.
+    # also learns to answer; simulated: verdicts with the recall and precision below
     c.filter.kind = "classifier"
     c.filter.load = ""  # folder of a filter that `fedsafe train-filter` wrote; "" trains one
-    c.filter.encoder = ""  # classifier: BERT, RoBERTa or ModernBERT folder; "": small, from scratch
-    c.filter.unsafe_labels = ()  # classifier: the encoder's labels that mean unsafe, as it is
-    c.filter.model = ""  # guard, guardian: folder or Hub id
-    c.filter.lora_rank = 16  # guard, guardian: of its own adapter
+    # classifier: folder of a BERT, RoBERTa or ModernBERT; "" for a small one from scratch
+    c.filter.encoder = ""
+    # classifier: labels of the encoder that mean unsafe, to use it untrained
+    c.filter.unsafe_labels = ()
+    c.filter.model = ""  # guard, guardian: folder or Hub id of the language model
+    c.filter.lora_rank = 16  # guard, guardian: rank of its own adapter
+    # sources of the server's labelled pairs, which the filter learns from
     c.filter.sources = ("chat:package/filter.jsonl",)
     c.filter.hard_negatives = 1.0  # share of the unsafe pairs that get a safe twin: a refusal
-    c.filter.epochs = 5  # at most
-    c.filter.batch_size = 32
-    c.filter.learning_rate = 1e-3  # about 1e-4 for a pre-trained encoder
-    c.filter.patience = 2  # epochs without a better validation loss
-    c.filter.validation_share = 0.15  # of the server's prompts; for stopping and the threshold
-    c.filter.max_length = 128
+    c.filter.epochs = 5  # most passes over the pairs
+    c.filter.batch_size = 32  # pairs a step
+    c.filter.learning_rate = 1e-3  # peak learning rate; about 1e-4 for a pre-trained encoder
+    c.filter.patience = 2  # epochs without a better validation loss before training ends
+    c.filter.validation_share = 0.15  # share of the prompts kept for stopping and the threshold
+    c.filter.max_length = 128  # most tokens of a pair
     c.filter.threshold = 0.0  # P(unsafe) from which a pair is flagged; 0: chosen on validation
-    c.filter.unsafe_share = 0.3  # expected of clients' pairs; 0: as in the server's
-    c.filter.target = "f1"  # of that choice; or recall, with at least precision_floor
-    c.filter.precision_floor = 0.9
-    c.filter.action = "drop"  # or replace (by a refusal), rewrite, mask, weight
-    c.filter.simulated_recall = 0.737  # the paper's fine-tuned Llama Guard 3
-    c.filter.simulated_precision = 0.567
+    # share of unsafe pairs expected at clients; 0: as in the server's pairs
+    c.filter.unsafe_share = 0.3
+    # what the chosen threshold maximises: f1, or recall above precision_floor
+    c.filter.target = "f1"
+    c.filter.precision_floor = 0.9  # least precision where the target is recall
+    # what happens to a flagged pair; replace: by a refusal, rewrite: by a new answer
+    c.filter.action = "drop"
+    # recall of a simulated filter; the paper's fine-tuned Llama Guard 3
+    c.filter.simulated_recall = 0.737
+    c.filter.simulated_precision = 0.567  # precision of a simulated filter, from the same table
 
     c.cai = ml_collections.ConfigDict()
-    c.cai.constitution = "package:constitution"
+    c.cai.constitution = "package:constitution"  # JSON file of principles
+    # sources of the server's red-team prompts
     c.cai.red_team_sources = ("chat:package/cai_red_team.jsonl",)
-    c.cai.benign_sources = ("chat:package/cai_benign.jsonl",)  # prompts with answers: replay
+    # sources of harmless pairs, whose answers are replayed
+    c.cai.benign_sources = ("chat:package/cai_benign.jsonl",)
     c.cai.reviser = "global"  # who criticises and revises: the global model, or the frozen base
-    c.cai.red_team_prompts = 24  # a round
-    c.cai.benign_prompts = 8  # a round: their answers must not turn into refusals
-    c.cai.replay_examples = 48  # a round, imitated beside the revisions
+    c.cai.red_team_prompts = 24  # red-team prompts a round
+    c.cai.benign_prompts = 8  # harmless prompts a round, whose answers must not become refusals
+    c.cai.replay_examples = 48  # replayed pairs a round, imitated beside the revisions
     c.cai.few_shots = 0  # examples of the constitution put before each prompt
-    c.cai.few_shot_file = ""  # such examples in Anthropic's form; "": those of the constitution
-    c.cai.revision_rounds = 1  # of critique and revision
-    c.cai.revise = "all"  # or wrong: answers that the check finds right stay as they are
-    c.cai.check = "rules"  # what drops revisions: rules (refusals), filter, both or none
-    c.cai.data = "on_policy"  # or cached (the first revisions, again and again), or mixed
-    c.cai.schedule = "light"  # or full (an epoch a round), final (last round only), adaptive
-    c.cai.target = 95.0  # adaptive: refusal of its own prompts, in percent, below which CAI runs
-    c.cai.probe_prompts = 48  # adaptive: so many, which are not trained on
-    c.cai.steps = 10  # a light round; adaptive: before the next probe, when nothing is refused
-    c.cai.batch_size = 8
-    c.cai.pairs_per_step = 4
-    c.cai.learning_rate = 1e-3  # decays over rounds as the clients' does; adaptive: does not
-    c.cai.losses = ("sft", "dpo")  # some of sft, dpo, ipo, kto, derta; replay is always imitated
-    c.cai.weights = (1.0, 0.5)  # of each
-    c.cai.beta = 0.1  # of dpo, ipo, kto
-    c.cai.reference = "base"  # of dpo, ipo, kto; or global: the model that the round began with
-    c.cai.refusal_word = " Sorry"  # derta: its first token is what harmful answers turn to
-    c.cai.max_new_tokens = 48
-    c.cai.temperature = 0.0  # of the initial answers
+    c.cai.few_shot_file = ""  # file of examples in Anthropic's form; "" for the constitution's own
+    c.cai.revision_rounds = 1  # rounds of critique and revision of an answer
+    c.cai.revise = "all"  # which answers are revised: all, or wrong ones by the check
+    c.cai.check = "rules"  # what drops revisions: rules (on refusals), the filter, both or none
+    # revisions trained on: on_policy (new), cached (the first ones) or mixed
+    c.cai.data = "on_policy"
+    # when CAI runs: light, full (an epoch a round), final (last round) or adaptive
+    c.cai.schedule = "light"
+    # adaptive: refusal in percent of the server's own prompts, below which CAI runs
+    c.cai.target = 95.0
+    c.cai.probe_prompts = 48  # adaptive: prompts kept for the probe, which are not trained on
+    # steps of a light round; adaptive: before the next probe, if nothing is refused
+    c.cai.steps = 10
+    c.cai.batch_size = 8  # dialogues imitated a step
+    c.cai.pairs_per_step = 4  # preference pairs a step
+    # learning rate of CAI; decays as the clients' does, but not if adaptive
+    c.cai.learning_rate = 1e-3
+    c.cai.losses = ("sft", "dpo")  # losses, added up; replay is always imitated
+    c.cai.weights = (1.0, 0.5)  # weight of each loss
+    c.cai.beta = 0.1  # beta of dpo, ipo and kto
+    # reference of dpo, ipo, kto: the base, or global: the model of the round's start
+    c.cai.reference = "base"
+    c.cai.refusal_word = " Sorry"  # derta: word whose first token harmful answers turn to
+    c.cai.max_new_tokens = 48  # longest answer, critique or revision, in tokens
+    c.cai.temperature = 0.0  # temperature of the first answers; 0 for greedy
 
     c.eval = ml_collections.ConfigDict()
-    # Tasks, "name" or "name=source" each, see `evals.task`; "utility" reads the held-out pairs.
+    # tasks, "name" or "name=source" each; "utility" alone reads the held-out pairs
     c.eval.tasks = (
         "advbench=chat:package/red_team_heldout.jsonl",
         "over_refusal=chat:package/benign_heldout.jsonl",
         "hhh=package/hhh_heldout.jsonl",
         "utility",
     )
-    c.eval.max_prompts = 0  # of each set; 0 for all
-    c.eval.max_heldout = 200
-    c.eval.max_new_tokens = 24
-    c.eval.max_length = 256  # tokens of an HHH dialogue
-    c.eval.batch_size = 64
-    c.eval.judge = "start"  # of the headline rates: start or keyword; both are reported
-    c.eval.judge_url = ""  # OpenAI-compatible endpoint for win rates against the base; "" for none
-    c.eval.judge_model = ""  # its model name; a key is read from OPENAI_API_KEY
-    c.eval.every_round_prompts = 0  # prompts evaluated after each round, for curves
+    c.eval.max_prompts = 0  # items taken of each set; 0 for all
+    c.eval.max_heldout = 200  # items taken of the held-out pairs; 0 for all
+    c.eval.max_new_tokens = 24  # longest answer, in tokens
+    c.eval.max_length = 256  # longest dialogue that is scored, in tokens
+    c.eval.batch_size = 64  # prompts answered at once
+    c.eval.judge = "start"  # judge of the headline rates; all judges are reported
+    # OpenAI-compatible endpoint that grades and compares answers; "" for none
+    c.eval.judge_url = ""
+    c.eval.judge_model = ""  # model name at judge_url; the key is read from OPENAI_API_KEY
+    # items of each task evaluated after every round, for curves; 0 for none
+    c.eval.every_round_prompts = 0
     return c
 
 
 def filter_config() -> ml_collections.ConfigDict:
     """What `train_filter` reads: a run's `filter`, and what else training needs."""
     c = default_config().filter
-    c.data_dir = ""
-    c.max_per_source = 0  # pairs of each source, drawn by the seed; 0 for all
-    c.heldout_sources = ()  # measured on; () holds a tenth of the sources' prompts out
-    c.seed = 0
-    c.tokenizer = "package:model"  # of a classifier from scratch
-    c.dtype = "float32"  # of a guard's base
-    c.lora_targets = ("q_proj", "v_proj")  # of a guard's adapter
+    c.data_dir = ""  # folder that sources are relative to, or "hub"
+    c.max_per_source = 0  # most pairs of each source, drawn by the seed; 0 for all
+    c.heldout_sources = ()  # sources to measure on; () holds out a tenth of the sources' prompts
+    c.seed = 0  # seed of initialisation, order and draws
+    c.tokenizer = "package:model"  # folder or Hub id of the tokenizer of a classifier from scratch
+    c.dtype = "float32"  # type of a guard's base: float32 or bfloat16
+    c.lora_targets = ("q_proj", "v_proj")  # projections that a guard's adapter changes
     return c
 
 

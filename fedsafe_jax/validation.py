@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+from collections.abc import Collection, Sequence
 
 import ml_collections
 
@@ -27,11 +28,54 @@ from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
 from fedsafe_jax.filters.kinds import FILTER_KINDS
+from fedsafe_jax.models.quantize import KINDS as QUANTIZATIONS
 from fedsafe_jax.pipeline.arms import ARMS, any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
 
 
-def _choice(field, values, allowed):
+def choices() -> dict[str, Collection[str]]:
+    """Returns the names that a field may have, by the name of the field, from the registries."""
+    return {
+        "arms": ARMS,
+        "algorithms": ALGORITHMS,
+        "dtype": ("float32", "bfloat16"),
+        "quantization": ("", *QUANTIZATIONS),
+        "partition": PARTITIONS,
+        "schedule": DECAYS,
+        "step_schedule": DECAYS,
+        "federated.sampling": SAMPLINGS,
+        "federated.weighting": ("auto", *WEIGHTINGS),
+        "federated.scaffold": CORRECTIONS,
+        "federated.second_moment": SECOND_MOMENTS,
+        "federated.first_moment": FIRST_MOMENTS,
+        "federated.average": ("factors", "product"),
+        "federated.aggregator": AGGREGATORS,
+        "federated.compression": COMPRESSIONS,
+        "filter.kind": FILTER_KINDS,
+        "filter.action": ACTIONS,
+        "filter.target": TARGETS,
+        "cai.reviser": ("global", "base"),
+        "cai.revise": ("all", "wrong"),
+        "cai.check": CHECKS,
+        "cai.data": DATA,
+        "cai.schedule": SCHEDULES,
+        "cai.losses": LOSSES,
+        "cai.reference": ("base", "global"),
+        "eval.judge": JUDGES,
+    }
+
+
+def _check_choices(c: ml_collections.ConfigDict, prefix: str = "") -> None:
+    """Checks the fields of `choices`; `prefix` is the group that `c` is, such as "filter."."""
+    for name, allowed in choices().items():
+        if name.startswith(prefix):
+            value = c
+            for part in name.removeprefix(prefix).split("."):
+                value = value[part]
+            _choice(name, value if isinstance(value, tuple | list) else (value,), allowed)
+
+
+def _choice(field: str, values: Sequence, allowed: Collection[str]) -> None:
     for value in values:
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, 1)
@@ -40,7 +84,7 @@ def _choice(field, values, allowed):
             raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
 
 
-def _at_least(field, value, low):
+def _at_least(field: str, value: float, low: float) -> None:
     if value < low:
         raise ConfigError(f"{field}={value}: expected at least {low}.")
 
@@ -56,8 +100,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         value = c[field]
         if not isinstance(value, tuple | list) or not value or len(set(value)) != len(value):
             raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
-    _choice("arms", c.arms, ARMS)
-    _choice("algorithms", c.algorithms, ALGORITHMS)
+    _check_choices(c)
     _validate_cai(c.cai)
     validate_filter(c.filter)
     if CHECKS[c.cai.check].judge:
@@ -68,8 +111,6 @@ def validate(c: ml_collections.ConfigDict) -> None:
                 "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
             )
     _validate_eval(c.eval)
-    _choice("dtype", (c.dtype,), ("float32", "bfloat16"))
-    _choice("quantization", (c.quantization,), ("", "int8", "nf4"))
     for field in (
         "rounds",
         "num_clients",
@@ -102,7 +143,6 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of `eval`."""
     if known := sorted(set(c) - set(default_config().eval)):
         check_override(f"eval.{known[0]}", default_config())
-    _choice("eval.judge", (c.judge,), JUDGES)
     if bool(c.judge_url) != bool(c.judge_model):
         raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
     try:
@@ -120,20 +160,6 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
 def _validate_federated(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of training, `federated` and `attack`."""
     f = c.federated
-    for field, value, allowed in (
-        ("schedule", c.schedule, DECAYS),
-        ("step_schedule", c.step_schedule, DECAYS),
-        ("partition", c.partition, PARTITIONS),
-        ("federated.sampling", f.sampling, SAMPLINGS),
-        ("federated.weighting", f.weighting, ("auto", *WEIGHTINGS)),
-        ("federated.scaffold", f.scaffold, CORRECTIONS),
-        ("federated.second_moment", f.second_moment, SECOND_MOMENTS),
-        ("federated.first_moment", f.first_moment, FIRST_MOMENTS),
-        ("federated.average", f.average, ("factors", "product")),
-        ("federated.aggregator", f.aggregator, AGGREGATORS),
-        ("federated.compression", f.compression, COMPRESSIONS),
-    ):
-        _choice(field, (value,), allowed)
     for field in ("clip_norm", "noise_multiplier", "prox_mu", "byzantine"):
         _at_least(f"federated.{field}", f[field], 0)
     for field in ("gradient_clip", "size_sigma", "warmup_rounds", "chunk_clients"):
@@ -214,18 +240,8 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
 
 def _validate_cai(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of `cai`."""
-    for field, allowed in (
-        ("reviser", ("global", "base")),
-        ("revise", ("all", "wrong")),
-        ("check", CHECKS),
-        ("data", DATA),
-        ("schedule", SCHEDULES),
-        ("reference", ("base", "global")),
-    ):
-        _choice(f"cai.{field}", (c[field],), allowed)
     if c.revise == "wrong" and c.check == "none":
         raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'rules'.")
-    _choice("cai.losses", c.losses, LOSSES)
     if not c.losses or len(set(c.losses)) != len(c.losses):
         raise ConfigError(f"cai.losses={tuple(c.losses)}: expected distinct losses, at least one.")
     if len(c.weights) != len(c.losses) or min(c.weights) <= 0:
@@ -250,9 +266,7 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: naming the field, what was found and what is expected.
     """
-    _choice("filter.kind", (f.kind,), FILTER_KINDS)
-    _choice("filter.action", (f.action,), ACTIONS)
-    _choice("filter.target", (f.target,), TARGETS)
+    _check_choices(f, "filter.")
     if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(
             f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import ml_collections
 
 from fedsafe_jax.config import default_config, filter_config
+from fedsafe_jax.validation import choices
 
 
 class Field(NamedTuple):
@@ -63,8 +64,20 @@ def _one_line(code: str) -> str:
 
 
 def run_fields() -> list[Field]:
-    """Returns the fields of a run, in the order of `config.default_config`."""
-    return fields_of(default_config)
+    """Returns the fields of a run, in the order of `config.default_config`.
+
+    Names that a field may have are those of the registries that `validation` reads.
+    """
+    return [_with_choices(field) for field in fields_of(default_config)]
+
+
+def _with_choices(field: Field) -> Field:
+    allowed = choices().get(field.name)
+    if allowed is None:
+        return field
+    some = "some" if field.default.startswith("(") else "one"
+    names = ", ".join(name or '""' for name in allowed)
+    return field._replace(meaning=f"{field.meaning}; {some} of {names}")
 
 
 def filter_fields() -> list[Field]:

@@ -6,6 +6,7 @@ import pytest
 
 from fedsafe_jax.cli import config_file, config_help, pretrain
 from fedsafe_jax.config import default_config, filter_config
+from fedsafe_jax.federated.aggregation import AGGREGATORS
 
 SOURCE = """
 def get_config(arg=""):
@@ -61,3 +62,21 @@ def test_the_documentations_page_has_a_table_a_group():
     for group in ("attack", "federated", "filter", "cai", "eval"):
         assert f"\n## `{group}`\n" in page
     assert "| `cai.batch_size` | `8` |" in page
+
+
+@pytest.mark.parametrize(
+    "fields", [config_help.run_fields, config_help.filter_fields, pretrain.fields]
+)
+def test_every_field_has_a_meaning_that_stands_alone(fields):
+    for field in fields():
+        first = field.meaning.partition(" ")[0].lower()
+        assert field.meaning, field.name
+        assert first not in ("of", "to", "as", "from", "or", "a", "at", "its", "such"), field
+
+
+def test_the_names_a_field_may_have_are_those_of_the_registry(monkeypatch):
+    monkeypatch.setitem(AGGREGATORS, "mine", AGGREGATORS["mean"])
+    meanings = {field.name: field.meaning for field in config_help.run_fields()}
+    assert meanings["federated.aggregator"].endswith(f"; one of {', '.join(AGGREGATORS)}")
+    assert "; some of sft, dpo, ipo, kto, derta" in meanings["cai.losses"]
+    assert meanings["quantization"].endswith('; one of "", int8, nf4')
