@@ -27,7 +27,7 @@ from fedsafe_jax.pipeline import clients, constitutional, evaluation, export, fi
 from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
-from fedsafe_jax.report import model_card, page
+from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
 from fedsafe_jax.runtime.libraries import versions
@@ -130,7 +130,7 @@ def run(
     results = summarise(config, inputs, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     run_files.write_json(workdir / "results.json", results)
-    export_arm(config, inputs, workdir, final_factors, results)
+    export.export_arm(config, inputs, workdir, factors=final_factors, results=results)
     page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
     progress.end()
     print_table(results, inputs.evals)
@@ -348,22 +348,3 @@ def summarise(
         mean = {n: float(np.mean([q[n] for q in filter_quality])) for n in names}
         results["filter"] = mean | {"per_seed": filter_quality}
     return results
-
-
-def export_arm(
-    config: ConfigDict,
-    inputs: RunInputs,
-    workdir: epath.Path,
-    factors: dict[str, Any],
-    results: dict,
-) -> None:
-    """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run."""
-    for planned in planned_arms(config):
-        if planned.arm.name == config.export_arm and planned.arm.trains:
-            own = multihost.local(factors[planned.id], inputs.mesh)
-            adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
-            card = model_card.text(
-                planned.id, config.to_dict(), results["arms"][planned.id], inputs.evals
-            )
-            export.export(inputs.lm, adapter, workdir / "export", card)
-            return

@@ -299,5 +299,5 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.runtime.multihost import ClusterError
     from fedsafe_jax.runtime.run_files import WorkdirError
 
-    data = ConstitutionError, PartitionError, SourceError, WorkdirError
+    data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
     return *data, ClusterError, EndpointError, FilterError, ModelError

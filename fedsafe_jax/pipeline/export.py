@@ -1,12 +1,18 @@
-"""Hugging Face export of an arm: the PEFT adapter and the merged model."""
+"""Hugging Face export of an arm: the PEFT adapter and the merged model, each with its card."""
 
 import contextlib
 import tempfile
+from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
 from fedsafe_jax.models import lora
+from fedsafe_jax.pipeline.arms import planned_arms
+from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.report import model_card
+from fedsafe_jax.runtime import multihost
 
 
 def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
@@ -31,3 +37,28 @@ def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: s
                 target = folder / path.parent.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.copy(target, overwrite=True)
+
+
+def export_arm(
+    config: ConfigDict,
+    inputs: RunInputs,
+    workdir: epath.Path,
+    factors: dict[str, Any],
+    results: dict,
+) -> None:
+    """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run.
+
+    Args:
+      config, inputs: config and inputs of the run.
+      workdir: folder of the run, which receives `export/`.
+      factors: final LoRA factors by the id of the arm.
+      results: content of `results.json`, for the card.
+    """
+    for planned in planned_arms(config):
+        if planned.arm.name == config.export_arm and planned.arm.trains:
+            own = multihost.local(factors[planned.id], inputs.mesh)
+            adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
+            summary = results["arms"][planned.id]
+            card = model_card.text(planned.id, config.to_dict(), summary, inputs.evals)
+            export(inputs.lm, adapter, workdir / "export", card)
+            return
