@@ -185,7 +185,7 @@ def _read(pool: Pool, config: ConfigDict) -> list[Example]:
 
 
 def _evaluated_prompts(evals: dict[str, EvalSet]) -> tuple[list[str], set[str]]:
-    """Returns prompts that nothing trained on may be near, and prompts it may not be.
+    """Returns prompts that training must not come near, and prompts that it must not copy.
 
     Held-out pairs come from the clients' distribution: templates make near-duplicates unavoidable
     there, so only the same prompt, normalised, is dropped.
