@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
@@ -17,6 +16,9 @@ from fedsafe_jax.filters.protocol import answer_risk
 from fedsafe_jax.filters.quality import FilterQuality, Reliability
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Roles(NamedTuple):
@@ -91,7 +93,7 @@ def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) 
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
     seq_len: int,
     weights: Sequence[float] | None = None,
