@@ -13,24 +13,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
 
-from fedsafe_jax.models.decoder import DecoderConfig  # noqa: E402
-
-
-def tiny_config(**changes) -> DecoderConfig:
-    """Two layers, grouped-query attention, an odd intermediate size."""
-    fields = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 72,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "max_length": 64,
-    }
-    return DecoderConfig(**(fields | changes))
-
-
 # Minutes each; begun first, so that two processes that share the files end together.
 LONG = (
     "flower survival guard classifier main launch notebook processes clients constitutional"

@@ -10,9 +10,8 @@ import pytest
 from fedsafe_jax import evals, experiment
 from fedsafe_jax.cli import startup
 from fedsafe_jax.config import default_config
-from fedsafe_jax.evals.task import select
 from fedsafe_jax.federated import aggregation, algorithms
-from fedsafe_jax.report.table import print_table
+from fedsafe_jax.report.table import print_workdir
 
 TOYS = ("evals/toy_task.py", "federated/toy_algorithm.py", "federated/toy_aggregator.py")
 REGISTRIES = (evals.TASKS, algorithms.ALGORITHMS, aggregation.AGGREGATORS)
@@ -80,7 +79,7 @@ def test_the_task_is_in_the_report_the_figures_and_the_card(workdir):
 
 def test_the_task_is_in_the_printed_table(workdir, capsys):
     results = json.loads((workdir / "results.json").read_text())
-    print_table(results, select(("toy", "utility"), evals.TASKS))
+    print_workdir(str(workdir))
     shown = capsys.readouterr().out
     assert "said" in shown and f"{results['arms']['fl']['toy']['spoken']:.1f}" in shown
 

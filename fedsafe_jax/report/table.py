@@ -1,12 +1,15 @@
 """The table of a run: an arm a row, a column for each figure of its tasks."""
 
+import json
 import sys
 from collections.abc import Mapping
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.evals.task import EvalSet
+from fedsafe_jax.evals.task import EvalSet, select
+from fedsafe_jax.evals.tasks import TASKS
 
 
 def table_rows(results: dict, sets: Mapping[str, EvalSet]) -> tuple[list[str], list[list[str]]]:
@@ -48,3 +51,12 @@ def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
             f"filter: accuracy {f['accuracy']:.1f}, precision {f['precision']:.1f}, "
             f"recall {f['recall']:.1f}, harmonic mean {f['hmean']:.1f}"
         )
+
+
+def print_workdir(workdir: str) -> None:
+    """Prints the table of a finished run from the files in its workdir."""
+    folder = epath.Path(workdir)
+    config, results = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
+    )
+    print_table(results, select(config["eval"]["tasks"], TASKS))

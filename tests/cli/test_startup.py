@@ -185,7 +185,7 @@ def test_a_commands_page_lists_flags_and_fields(capsys):
             assert f"\n  {field.name} = {field.default}" in page
     startup.start("run", ["--help=federated"])
     page = capsys.readouterr().out
-    assert "probability that a sampled client never answers" in page
+    assert "probability that a sampled client never answers" in " ".join(page.split())
     names = [line.split()[0] for line in page.splitlines() if " = " in line]
     assert sorted(names) == sorted(f"federated.{name}" for name in default_config().federated)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import tiny_config
+from tiny import tiny_config
 
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import aggregation, algorithms, simulation

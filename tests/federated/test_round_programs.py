@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
 from federation import (
     CLIENTS,
     IDS,
@@ -17,6 +16,7 @@ from federation import (
     make_federation,
     sgd_by_hand,
 )
+from tiny import tiny_config
 
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import round_programs, simulation

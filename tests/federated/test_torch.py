@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from tiny import tiny_config
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

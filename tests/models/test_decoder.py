@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
 from families import FAMILIES, VOCAB, checkpoint
+from tiny import tiny_config
 
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import hub

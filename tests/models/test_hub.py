@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
 from safetensors.numpy import load_file, save_file
+from tiny import tiny_config
 
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder

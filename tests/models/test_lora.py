@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
 from families import VOCAB, checkpoint
+from tiny import tiny_config
 
 from fedsafe_jax.inference import language_model
 from fedsafe_jax.models import hub, lora

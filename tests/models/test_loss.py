@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import tiny_config
+from tiny import tiny_config
 
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from tiny import tiny_config
 
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.models import lora, loss, microbatch
