@@ -187,7 +187,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def filter_config() -> ml_collections.ConfigDict:
-    """What `train_filter` reads: a run's `filter`, and what else training needs."""
+    """What `fedsafe train-filter` reads: a run's `filter`, and what else training needs."""
     c = default_config().filter
     c.data_dir = ""  # folder that sources are relative to, or "hub"
     c.max_per_source = 0  # most pairs of each source, drawn by the seed; 0 for all

@@ -130,7 +130,8 @@ def run(
     results = summarise(config, inputs, outcomes, filter_quality)
     results["seconds"] = {"this_process": time.monotonic() - started}
     run_files.write_json(workdir / "results.json", results)
-    export.export_arm(config, inputs, workdir, factors=final_factors, results=results)
+    if not export.export_arm(config, inputs, workdir, factors=final_factors, results=results):
+        progress.note(f"nothing is exported: export_arm='{config.export_arm}' was not trained")
     page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
     progress.end()
     print_table(results, inputs.evals)

@@ -38,6 +38,7 @@ def choices() -> dict[str, Collection[str]]:
     return {
         "arms": ARMS,
         "algorithms": ALGORITHMS,
+        "export_arm": ARMS,
         "dtype": ("float32", "bfloat16"),
         "quantization": ("", *QUANTIZATIONS),
         "partition": PARTITIONS,

@@ -3,19 +3,46 @@
 import importlib
 import json
 import pathlib
+import shutil
+import subprocess
 import sys
 
 import pytest
+from commands import ENVIRONMENT
 
 from fedsafe_jax import evals, experiment
 from fedsafe_jax.cli import startup
 from fedsafe_jax.config import default_config
+from fedsafe_jax.evals.task import TaskError, load_items, select
 from fedsafe_jax.federated import aggregation, algorithms
 from fedsafe_jax.report.table import print_workdir
 
 TOYS = ("evals/toy_task.py", "federated/toy_algorithm.py", "federated/toy_aggregator.py")
 REGISTRIES = (evals.TASKS, algorithms.ALGORITHMS, aggregation.AGGREGATORS)
 HERE = pathlib.Path(__file__).parent
+CONFIG = """
+import toy_aggregator
+import toy_algorithm
+import toy_task
+
+from fedsafe_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.algorithms = ("toy_unit",)
+    c.eval.tasks = ("toy", "utility")
+    return c
+"""
+
+
+def fedsafe(folder, *arguments):
+    """Runs a command as a user does, in a folder of the user's."""
+    return subprocess.run(
+        [sys.executable, "-m", "fedsafe_jax", *arguments],
+        cwd=folder, env=ENVIRONMENT | {"PYTHONPATH": str(HERE.parent)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +120,38 @@ def test_the_task_is_evaluated_by_its_name(toys, capsys, tmp_path):
     assert len(result["outcomes"]["toy"]["spoke"]) == 3
     startup.start("evaluate", ["--help"])
     assert "toy" in capsys.readouterr().out
+
+
+def test_a_config_imports_what_lies_beside_it(tmp_path):
+    for file in TOYS:
+        shutil.copy(HERE / file, tmp_path)
+    (tmp_path / "mine.py").write_text(CONFIG)
+    flags = ["--config.dry_run", "--config.federated.aggregator=toy_midrange"]
+    done = fedsafe(tmp_path, "run", "--config=mine.py", *flags)
+    assert done.returncode == 0 and "evaluation       toy, " in done.stdout, done.stderr
+    assert "toy_unit" in done.stdout and "eval.tasks, federated.aggregator" in done.stdout
+    small = ["--max_prompts=2", "--max_new_tokens=2"]
+    done = fedsafe(tmp_path, "evaluate", "--register=toy_task.py", "--tasks=toy", *small)
+    assert done.returncode == 0 and "toy: said something" in done.stdout, done.stderr
+    done = fedsafe(tmp_path, "evaluate", "--register=none.py", "--tasks=toy")
+    assert done.stderr == "error: --register=none.py: no such file.\n" and done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "other"}, "the task calls itself 'other'"),
+        ({"columns": ()}, "needs at least one column"),
+        ({"columns": (evals.Column("t", "f", "higher"),)}, "better='higher'; expected up or down"),
+    ],
+)
+def test_mistakes_in_a_task_are_found_before_any_compute(toys, monkeypatch, changes, message):
+    monkeypatch.setitem(evals.TASKS, "toy", evals.TASKS["toy"]._replace(**changes))
+    with pytest.raises(TaskError, match=message):
+        select(("toy",), evals.TASKS)
+
+
+def test_a_set_without_items_is_an_error(toys):
+    empty = evals.TASKS["toy"]._replace(load=lambda source, data_dir: [])
+    with pytest.raises(TaskError, match="'toy': x holds no item"):
+        load_items("toy", evals.EvalSet(empty, "x"), "", 0)

@@ -4,7 +4,9 @@ import importlib.resources
 import importlib.util
 import inspect
 import pathlib
+import sys
 import traceback
+import types
 
 import ml_collections
 
@@ -26,25 +28,46 @@ def find(path: str) -> pathlib.Path:
     return file
 
 
-def module_of(path: str) -> object:
+def module_of(path: str) -> types.ModuleType:
     """Runs a config file and returns its module, which has a function `get_config`.
 
     Raises:
       UsageError: there is no such file, it raises, or it has no `get_config`.
     """
+    module = run_file("config", path)
+    if not callable(getattr(module, "get_config", None)):
+        raise UsageError(f"--config={path}: it defines no function get_config().")
+    return module
+
+
+def run_file(flag: str, path: str) -> types.ModuleType:
+    """Runs a Python file of the user's and returns its module.
+
+    The file may import what lies beside it, such as a task or an algorithm of one file.
+
+    Args:
+      flag: flag that named the file.
+      path: the file.
+
+    Raises:
+      UsageError: there is no such file, or it raises.
+    """
     file = find(path)
     if not file.is_file():
-        raise UsageError(f"--config={path}: no such file.")
-    spec = importlib.util.spec_from_file_location("fedsafe_config", file)
+        raise UsageError(f"--{flag}={path}: no such file.")
+    name = f"fedsafe_{flag}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--config={path}: expected a Python file, NAME.py.")
+        raise UsageError(f"--{flag}={path}: expected a Python file, NAME.py.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise _blamed(path, file, error) from None
-    if not callable(getattr(module, "get_config", None)):
-        raise UsageError(f"--config={path}: it defines no function get_config().")
+        raise _blamed(flag, path, error) from None
     return module
 
 
@@ -66,15 +89,16 @@ def read(text: str) -> ml_collections.ConfigDict:
     try:
         config = builder(*given)
     except Exception as error:
-        raise _blamed(path, find(path), error) from None
+        raise _blamed("config", path, error) from None
     if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
         raise UsageError(f"--config={text}: get_config() returned {kind}, expected a ConfigDict.")
     return config
 
 
-def _blamed(path: str, file: pathlib.Path, error: Exception) -> ValueError:
-    """The error that names the line of the config file; a `ConfigError` is a message as it is."""
+def _blamed(flag: str, path: str, error: Exception) -> ValueError:
+    """The error that names the line of the user's file; a `ConfigError` is a message as it is."""
+    file = find(path)
     if isinstance(error, ConfigError | UsageError):
         return error
     frames = [
@@ -83,7 +107,7 @@ def _blamed(path: str, file: pathlib.Path, error: Exception) -> ValueError:
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
     what = error.msg if isinstance(error, SyntaxError) else error
     where = f"{path} line {line}" if line else path
-    return UsageError(f"--config: {where}: {type(error).__name__}: {what}")
+    return UsageError(f"--{flag}: {where}: {type(error).__name__}: {what}")
 
 
 def flat_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:

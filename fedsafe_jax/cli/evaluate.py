@@ -1,6 +1,6 @@
 """Evaluates any model folder or Hub id, with or without an adapter.
 
-    fedsafe evaluate [--model=FOLDER] [--adapter=FOLDER] [--tasks=hhh,TASK=SOURCE] [--output=FILE]
+    fedsafe evaluate [--model=FOLDER] [--adapter=FOLDER] [--tasks=TASK=SOURCE,...] [--output=FILE]
     fedsafe evaluate [--model=FOLDER] --prompts=FILE [--column=NAME] [--output=FILE.json]
 
 The second form prints a line per prompt with the answer and each judge's verdict. Without further
@@ -16,10 +16,11 @@ from collections.abc import Iterable
 from absl import flags
 
 from fedsafe_jax.cli.command import Command, UsageError, check_file
+from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint
-from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, select, subset
+from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, load_items, select
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.pipeline.evaluation import evaluate, summarise, tasks
 
@@ -34,6 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "tasks", packaged, f"TASK or TASK=SOURCE, some of {', '.join(tasks())}.", **here
     )
+    text("register", None, "Python file, run first, that registers tasks of your own.", **here)
     text("data_dir", "", "Folder of the data, or 'hub'.", **here)
     text("output", None, "JSON file to write.", **here)
     text("prompts", None, "Prompt file (txt, JSONL or CSV) instead of tasks.", **here)
@@ -79,6 +81,8 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
       UsageError: a task is unknown, needs a judge, or needs a run's held-out pairs.
       SourceError: a source cannot be read.
     """
+    if not values.tasks:
+        raise UsageError(f"--tasks: give some of {', '.join(tasks())}.")
     try:
         chosen = select(values.tasks, tasks())
     except TaskError as error:
@@ -93,8 +97,7 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
             raise UsageError(
                 f"--tasks: '{name}' reads the pairs that a run holds out; give {name}=SOURCE."
             )
-        items = one.task.load(one.source, values.data_dir)
-        sets[name] = one._replace(items=subset(items, values.max_prompts))
+        sets[name] = load_items(name, one, values.data_dir, values.max_prompts)
     return sets
 
 
@@ -156,7 +159,11 @@ def main(values: flags.FlagValues) -> None:
         check_file("output", values.output)
     started = time.monotonic()
     options, prompts, sets = options_of(values), [], {}
+    if values.register:
+        run_file("register", values.register)
     if values.prompts:
+        if values["tasks"].present:
+            raise UsageError("--prompts and --tasks: give one of them.")
         file = pathlib.Path(values.prompts)
         prompts = read_prompts(sources.read_rows(file.name, str(file.parent)), values.column)
     else:

@@ -31,6 +31,9 @@ def main(values: flags.FlagValues) -> None:
     if not workdir and not config.dry_run:
         raise UsageError("--workdir: give a folder for the run, such as --workdir=/tmp/demo")
     validate(config)
+    from fedsafe_jax.federated.mesh import use_cores
+
+    use_cores(config.clients_per_round)
     if config.dry_run:
         from fedsafe_jax.pipeline import dry_run
 
@@ -39,10 +42,8 @@ def main(values: flags.FlagValues) -> None:
     check_folder("workdir", workdir)
     prepare_libraries(workdir)
     from fedsafe_jax import experiment
-    from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import multihost, preemption
 
-    use_cores(config.clients_per_round)
     multihost.join()
     preemption.listen()
     experiment.run(config, workdir)

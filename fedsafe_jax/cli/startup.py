@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -65,6 +66,9 @@ def start(name: str, arguments: Sequence[str]) -> None:
     except (UsageError, flags.Error, ConfigError, *input_errors()) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Preempted as signal_:
         print(f"\n{signal_}: the same command continues from the last round.", file=sys.stderr)
         sys.stderr.flush()

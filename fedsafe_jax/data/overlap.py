@@ -1,7 +1,7 @@
 """Removal of training prompts that also occur, exactly or nearly, in an evaluation set."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse
@@ -61,21 +61,18 @@ def nearest_similarity(prompts: Sequence[str], evaluation: Sequence[str]) -> np.
     return best
 
 
-def drop_overlap(
-    items: Sequence, evaluation: Sequence[str], prompt_of: Callable = lambda item: item.prompt
-) -> tuple[list, int]:
+def drop_overlap(items: Sequence, evaluation: Sequence[str]) -> tuple[list, int]:
     """Keeps the items whose prompt is no near-duplicate of an evaluation prompt.
 
     Args:
-      items: items to look at, such as examples.
+      items: items with a `prompt`, such as examples.
       evaluation: prompts of the evaluation set.
-      prompt_of: `item -> prompt`.
 
     Returns:
       `(kept, dropped_count)`.
     """
-    unique = sorted({prompt_of(item) for item in items})
+    unique = sorted({item.prompt for item in items})
     similar = nearest_similarity(unique, evaluation) >= NEAR
     bad = {prompt for prompt, near in zip(unique, similar, strict=True) if near}
-    kept = [item for item in items if prompt_of(item) not in bad]
+    kept = [item for item in items if item.prompt not in bad]
     return kept, len(items) - len(kept)

@@ -118,12 +118,12 @@ class EvalSet(NamedTuple):
     Attributes:
       task: the task.
       source: where its items come from.
-      items: the items; [] before they are loaded.
+      items: the items; () before they are loaded.
     """
 
     task: Task
     source: str
-    items: list = []
+    items: Sequence = ()
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -152,6 +152,7 @@ def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalS
         name, _, source = str(entry).partition("=")
         if name not in tasks:
             raise TaskError(f"'{name}': no such task; expected some of {', '.join(tasks)}.")
+        _check(name, tasks[name])
         one = EvalSet(tasks[name], source or tasks[name].source)
         if one in chosen.values():
             raise TaskError(f"'{entry}' is there twice.")
@@ -165,6 +166,39 @@ def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalS
                 f"'{one.task.beside}', or '{one.task.beside}=SOURCE'."
             )
     return chosen
+
+
+def _check(name: str, task: Task) -> None:
+    """Finds the mistakes in a task that would show at the end of a run otherwise."""
+    if task.name != name:
+        raise TaskError(f"'{name}': the task calls itself '{task.name}'; both must be the same.")
+    if not task.columns:
+        raise TaskError(f"'{name}': a task needs at least one column.")
+    for column in task.columns:
+        if column.better not in ARROWS:
+            raise TaskError(
+                f"'{name}': column '{column.title}' has better={column.better!r}; expected "
+                f"{' or '.join(ARROWS)}."
+            )
+
+
+def load_items(name: str, chosen: EvalSet, data_dir: str, count: int) -> EvalSet:
+    """Returns a set with its items, at most `count` (0: all).
+
+    Args:
+      name: name of the set in the results.
+      chosen: the set without items.
+      data_dir: folder that the source is relative to, or "hub".
+      count: most items.
+
+    Raises:
+      TaskError: the source holds no item.
+      SourceError: the source cannot be read.
+    """
+    items = subset(chosen.task.load(chosen.source, data_dir), count)
+    if not items:
+        raise TaskError(f"'{name}': {chosen.source} holds no item.")
+    return chosen._replace(items=items)
 
 
 def subset(items: list, count: int) -> list:

@@ -47,6 +47,17 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
+def _changed(values: dict, defaults: dict, prefix: str = "") -> list[str]:
+    """Returns the names of the fields that are not the default, such as "cai.steps"."""
+    names = []
+    for name, value in sorted(values.items()):
+        if isinstance(value, dict):
+            names += _changed(value, defaults.get(name, {}), f"{prefix}{name}.")
+        elif value != defaults.get(name):
+            names.append(prefix + name)
+    return names
+
+
 def describe(config: ConfigDict) -> str:
     """Returns the plan as text: shapes, memory a device, tokens, and what would be loaded.
 
@@ -60,7 +71,7 @@ def describe(config: ConfigDict) -> str:
     per_adapter = shape.num_layers * config.lora_rank * sum(
         sum(shape.projection_shape(name)) for name in targets
     )  # fmt: skip
-    clients_here = -(-config.clients_per_round // (devices // config.model_parallel))
+    clients_here = -(-config.clients_per_round // max(devices // config.model_parallel, 1))
     kind = f" in {config.quantization}" if config.quantization else ""
     parallel = min(config.clients_in_parallel or clients_here, clients_here)
     rows = config.batch_size  # at most; packing needs fewer
@@ -72,13 +83,13 @@ def describe(config: ConfigDict) -> str:
     sets = chosen_sets(config)
     runs = len(config.seeds) * len(config.algorithms) * len(trained)
     examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
-    default = default_config()
-    changed = sorted(k for k in config if k in default and config[k] != default[k])
+    changed = _changed(config.to_dict(), default_config().to_dict())
     base = _base_bytes(shape, config)
     total = per_adapter * 4 * (4 * parallel + 2) + base + activations
     loaded = [
         *(config.model, config.filter.model, config.filter.encoder, config.filter.load),
-        *(*config.safe_sources, *config.unsafe_sources),
+        *(*config.safe_sources, *config.unsafe_sources, *config.heldout_sources),
+        *(config.cai.constitution, config.cai.few_shot_file),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
         *(one.source for one in sets.values() if one.source != HELDOUT),
     ]

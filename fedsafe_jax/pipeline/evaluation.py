@@ -8,7 +8,15 @@ from ml_collections import ConfigDict
 from fedsafe_jax import evals
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals.judges import ChatEndpoint
-from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, Task, select, subset
+from fedsafe_jax.evals.task import (
+    HELDOUT,
+    EvalOptions,
+    EvalSet,
+    Task,
+    load_items,
+    select,
+    subset,
+)
 from fedsafe_jax.inference.language_model import LanguageModel
 
 ROOMS: tuple[dict[str, Task], ...] = (evals.TASKS,)  # each room that has tasks
@@ -36,15 +44,13 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
       heldout: pairs held out from the clients' data, for tasks whose source is `HELDOUT`.
 
     Returns:
-      The sets by name; a set without items is left out.
+      The sets by name; where nothing is held out, a set that reads it is left out.
     """
     c, loaded = config.eval, {}
     for name, chosen in chosen_sets(config).items():
-        if chosen.source == HELDOUT:
-            items = subset([e for e in heldout if e.response], c.max_heldout)
-        else:
-            items = subset(chosen.task.load(chosen.source, config.data_dir), c.max_prompts)
-        if items:
+        if chosen.source != HELDOUT:
+            loaded[name] = load_items(name, chosen, config.data_dir, c.max_prompts)
+        elif items := subset([e for e in heldout if e.response], c.max_heldout):
             loaded[name] = chosen._replace(items=items)
     return loaded
 

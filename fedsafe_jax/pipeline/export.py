@@ -45,7 +45,7 @@ def export_arm(
     workdir: epath.Path,
     factors: dict[str, Any],
     results: dict,
-) -> None:
+) -> bool:
     """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run.
 
     Args:
@@ -53,6 +53,9 @@ def export_arm(
       workdir: folder of the run, which receives `export/`.
       factors: final LoRA factors by the id of the arm.
       results: content of `results.json`, for the card.
+
+    Returns:
+      Whether there was an adapter to export.
     """
     for planned in planned_arms(config):
         if planned.arm.name == config.export_arm and planned.arm.trains:
@@ -61,4 +64,5 @@ def export_arm(
             summary = results["arms"][planned.id]
             card = model_card.text(planned.id, config.to_dict(), summary, inputs.evals)
             export(inputs.lm, adapter, workdir / "export", card)
-            return
+            return True
+    return False

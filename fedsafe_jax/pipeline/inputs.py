@@ -92,7 +92,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
       roles: which of `POOLS` to read.
 
     Raises:
-      ConfigError, SourceError, PartitionError, ConstitutionError, ModelError: naming what is wrong.
+      SourceError, TaskError, PartitionError, FilterError, ConstitutionError, ModelError: naming
+        what is wrong.
     """
     pools = {role: _read(POOLS[role], config) for role in roles}
     if config.heldout_sources:

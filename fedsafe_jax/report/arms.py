@@ -9,11 +9,11 @@ def sections(run: RunData) -> list[Section]:
     """Returns the table with its note, and the bars, which are written to `arms.png`."""
     asked = [one for one in run.sets.values() if one.task.generates]
     prompts = "; ".join(f"{one.task.title}: {one.source}" for one in asked)
-    note = (
-        "Mean and 95% interval; an arrow says which direction is better. Refusals by the judge "
-        f"'{run.config['eval']['judge']}'. {prompts[:1].upper()}{prompts[1:]}. "
-        f"Seeds: {list(run.config['seeds'])}."
-    )
+    note = "Mean and 95% interval; an arrow says which direction is better. "
+    if asked:
+        judge = run.config["eval"]["judge"]
+        note += f"Refusals by the judge '{judge}'. {prompts[:1].upper()}{prompts[1:]}. "
+    note += f"Seeds: {list(run.config['seeds'])}."
     blocks = [Text(note), Table(*table_rows(run.results, run.sets))]
     if panels := _panels(run):
         blocks.append(figure(run.figures / "arms.png", lambda plt: _bars(plt, run, panels)))

@@ -12,7 +12,8 @@ def sections(run: RunData) -> list[Section]:
         for other_name, other in run.sets.items()
         if one.task.beside == other.task.name
     ]
-    blocks = [_table(run, name, beside) for name, beside in pairs]
+    tables = [_table(run, name, beside) for name, beside in pairs]
+    blocks = [table for table in tables if table.rows]
     return [Section("Both judges", blocks)] if blocks else []
 
 

@@ -8,7 +8,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.evals.task import EvalSet, select
+from fedsafe_jax.evals.task import EvalSet, Task, select
 from fedsafe_jax.evals.tasks import TASKS
 
 
@@ -53,10 +53,15 @@ def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
         )
 
 
-def print_workdir(workdir: str) -> None:
-    """Prints the table of a finished run from the files in its workdir."""
+def print_workdir(workdir: str, tasks: Mapping[str, Task] = TASKS) -> None:
+    """Prints the table of a finished run from the files in its workdir.
+
+    Args:
+      workdir: the run's folder.
+      tasks: registry of the tasks that were run.
+    """
     folder = epath.Path(workdir)
     config, results = (
         json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
     )
-    print_table(results, select(config["eval"]["tasks"], TASKS))
+    print_table(results, select(config["eval"]["tasks"], tasks))

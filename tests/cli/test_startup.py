@@ -72,6 +72,9 @@ def refused(capsys, name, *arguments):
         (("evaluate", "--model=/no/such"), "model '/no/such': no such folder"),
         (("evaluate", "--tasks=mt_bench"), "a chat model; give --judge_url and --judge_model."),
         (("evaluate", "--judge_url=a"), "give both --judge_url and --judge_model."),
+        (("evaluate", "--tasks="), "--tasks: give some of advbench, over_refusal, hhh, utility"),
+        (("evaluate", "--tasks=hhh", "--prompts=a"), "--prompts and --tasks: give one of them."),
+        (("run", DEMO, "--config.export_arm=fl+fitler", "--workdir=a"), "mean 'fl+filter'?"),
         (("evaluate", "--tasks=utility"), "the pairs that a run holds out; give utility=SOURCE."),
         (("evaluate", "--tasks=advbench"), "'advbench' is never shown without 'over_refusal'"),
         (("evaluate", "--output=configs"), "--output=configs: is a folder; name a file."),
@@ -213,3 +216,14 @@ def test_evaluate_works_as_it_is(tmp_path):
     assert sorted(lines) == ["advbench", "hhh", "mean (95% interval)", "over_refusal"]
     results = json.loads((tmp_path / "new" / "o.json").read_text())
     assert results["model"] == "package:model" and results["summary"]["advbench"]["n"] == 2
+
+
+def test_ctrl_c_is_a_line(capsys, monkeypatch):
+    def interrupted(values):
+        raise KeyboardInterrupt
+
+    loaded = command.load("evaluate")._replace(main=interrupted)
+    monkeypatch.setattr(startup, "load", lambda name: loaded)
+    with pytest.raises(SystemExit) as end:
+        startup.start("evaluate", [])
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"

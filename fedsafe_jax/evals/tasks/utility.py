@@ -8,11 +8,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedsafe_jax.data import chat, sources
-from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task
 from fedsafe_jax.evals.tasks import mt_bench, refusal
 from fedsafe_jax.inference.language_model import LanguageModel
+
+
+def load(source: str, data_dir: str) -> list[Example]:
+    """Returns the examples of a source that have an answer.
+
+    Raises:
+      SourceError: none has one.
+    """
+    examples = [e for e in sources.load(source, data_dir) if e.response]
+    if not examples:
+        raise SourceError(f"{source}: no example has an answer, whose loss is measured.")
+    return examples
 
 
 def answer_nll(lm: LanguageModel, examples: Sequence[Example], max_length: int) -> np.ndarray:
@@ -63,7 +75,7 @@ UTILITY = Task(
         Column("benign loss", "nll", "down", digits=3, unit=""),
         Column("win rate", "win_rate", "up", interval="win_rate_ci95"),
     ),
-    load=sources.load,
+    load=load,
     prompts=lambda examples: [e.prompt for e in examples],
     run=run,
     summarise=summarise,
