@@ -83,7 +83,7 @@ def describe(config: ConfigDict) -> str:
     sets = chosen_sets(config)
     runs = len(config.seeds) * len(config.algorithms) * len(trained)
     examples = config.rounds * config.clients_per_round * config.local_steps * config.batch_size
-    changed = _changed(config.to_dict(), default_config().to_dict())
+    changed = _changed(config.to_dict() | {"dry_run": False}, default_config().to_dict())
     base = _base_bytes(shape, config)
     total = per_adapter * 4 * (4 * parallel + 2) + base + activations
     loaded = [
