@@ -37,6 +37,6 @@ def test_the_architecture_names_what_exists_once_in_a_walk():
             assert (ROOT / "fedsafe_jax" / file).exists(), file
     registries = text.partition("## Registries")[2].partition("## Walks")[0]
     for name in re.findall(r"`((?:[a-z_]+\.)+[A-Z_]+)`", registries):
-        module, _, registry = name.rpartition(".")
-        package = __import__(f"fedsafe_jax.{module}", fromlist=[registry])
-        assert isinstance(getattr(package, registry), dict), name
+        module, _, attribute = name.rpartition(".")
+        package = __import__(f"fedsafe_jax.{module}", fromlist=[attribute])
+        assert isinstance(getattr(package, attribute), dict), name
