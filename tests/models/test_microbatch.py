@@ -1,5 +1,7 @@
 """Gradients in microbatches against the gradient of all rows at once."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,9 @@ def test_microbatches_equal_all_rows_at_once(monkeypatch, filled):
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     microbatch.compiler_options.cache_clear()
-    assert microbatch.compiler_options() == microbatch.CPU_OPTIONS
+    # jaxlib 0.11 has the newer code generator alone.
+    is_known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    assert microbatch.compiler_options() == (microbatch.CPU_OPTIONS if is_known else None)
     microbatch.compiler_options.cache_clear()
     monkeypatch.setattr(microbatch, "CPU_OPTIONS", {"xla_cpu_no_such_option": False})
     assert microbatch.compiler_options() is None
