@@ -336,13 +336,14 @@ def summarise(
         for planned in planned_arms(config)
     }
     asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
+    task_versions = {name: one.task.version for name, one in inputs.evals.items()}
     results = {
         "arms": arms,
         "seeds": list(config.seeds),
         "data": inputs.counts,
         "sources": {name: one.source for name, one in asked.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": versions() | {name: one.task.version for name, one in inputs.evals.items()},
+        "versions": versions() | {"tasks": task_versions},
     }
     if filter_quality:
         names = ("accuracy", "precision", "recall", "hmean", "auroc")

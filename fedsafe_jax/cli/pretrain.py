@@ -1,6 +1,6 @@
 """Trains the packaged small instruct model from scratch and saves a Hugging Face folder.
 
-fedsafe pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
+    fedsafe pretrain --config=configs/pretrain_demo.py --output=FOLDER --config.data_dir=DIR
 
 The folder is written every `save_every` steps, with a card that lists what was read and dropped.
 """
