@@ -67,7 +67,7 @@ def our_round(lm, examples):
 
     count = _CLIENTS.value
     parallel, shared = mesh.clients_at_once(lm.mesh, 0, count)
-    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
+    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=lm.config.platform)
     method = algorithms.make("fedavg", training, count)
     adapter = lora.init(jax.random.key(0), lm.config, config)
     programs = make_round(RoundSpec(method, aggregation.make("mean")), lm.mesh, parallel)
@@ -85,7 +85,7 @@ def our_round(lm, examples):
         batch_size=_BATCH.value,
         seq=_SEQ.value,
     )
-    chunk = simulation.chunk_size(count, lm.mesh.size)
+    chunk = simulation.chunk_size(count, lm.mesh)
     segments = batches.chunk(0, -(-count // chunk) * chunk).segment_ids
     useful = int((segments > 0).sum())
 
@@ -158,7 +158,7 @@ def main(argv):
             "theirs_peak_memory_mb": max(p["peak_memory_mb"] for p in peers),
             "ratio": round(speed / theirs, 2),
         }
-    elif jax.default_backend() != "cpu":
+    elif lm.config.platform != "cpu":
         weights = sum(x.size for x in jax.tree.leaves(lm.params))
         # Forward and the gradient of activations; the base's weights have none.
         out |= {"share_of_peak": round(speed * 4 * weights / (_PEAK.value * 1e12), 3)}

@@ -105,7 +105,7 @@ def run_rounds(count: int) -> dict:
     watched = programs._replace(**{n: recorded(getattr(programs, n), calls, n) for n in names})
     adapter = lora.init(jax.random.key(0), lm.config, config)
     state = simulation.initial_state(programs, adapter, count)
-    chunk = simulation.chunk_size(count, lm.mesh.shape["clients"], _CHUNK.value)
+    chunk = simulation.chunk_size(count, lm.mesh, _CHUNK.value)
     seconds = []
     for t in range(_ROUNDS.value):
         started = time.perf_counter()

@@ -1,5 +1,7 @@
 """Models of known shapes with random weights, for measuring speed."""
 
+import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 
 import fedsafe_jax as fs
 from fedsafe_jax.models import hub
-from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import DecoderConfig, from_hf
 
 
@@ -44,23 +46,39 @@ def config_of(shape: str, dtype: str = "") -> DecoderConfig:
     return from_hf(hub.hf_config(SHAPES[shape]), dtype)
 
 
-def random_model(shape: str, tokenizer, dtype: str = "float32") -> fs.LanguageModel:
+def random_model(shape: str, tokenizer, dtype: str = "float32", mesh=None) -> fs.LanguageModel:
     """A model with random weights.
 
     Args:
       shape: a key of `SHAPES`.
       tokenizer: of a vocabulary no larger than the shape's.
       dtype: of the weights.
+      mesh: devices; None for the first.
     """
-    config = config_of(shape, dtype)
-    blank = jnp.zeros((1, 1), jnp.int32)
+    config = dataclasses.replace(config_of(shape, dtype), mesh=mesh)
+    places, tree = jax.tree.flatten(param_shapes(config))
 
-    @jax.jit
-    def init(key):
-        params = Decoder(config).init(key, blank, blank, blank)["params"]
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key, shape):  # a leaf at a time: all of 8B in float32 do not fit beside each other
+        if len(shape) < 2 or shape == (config.num_layers, config.hidden_size):
+            return jnp.ones(shape, dtype)  # scale of a norm
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
 
-    return fs.LanguageModel(config, init(jax.random.key(0)), tokenizer, hf_config=SHAPES[shape])
+    keys = jax.random.split(jax.random.key(0), len(places))
+    leaves = [draw(key, place.shape) for key, place in zip(keys, places, strict=True)]
+    params = jax.tree.unflatten(tree, leaves)
+    return fs.LanguageModel(config, params, tokenizer, hf_config=SHAPES[shape])
+
+
+def changed(lm: fs.LanguageModel, **fields) -> fs.LanguageModel:
+    """The same model under a config with other fields."""
+    return dataclasses.replace(lm, config=dataclasses.replace(lm.config, **fields))
+
+
+def write_config(shape: str, tokenizer, folder: pathlib.Path) -> None:
+    """Writes `config.json` and the tokenizer, for a peer that draws its own weights."""
+    tokenizer.save_pretrained(folder)
+    hub.write_json(folder / "config.json", SHAPES[shape])
 
 
 def model(shape: str, folder: pathlib.Path, mesh=None) -> fs.LanguageModel:

@@ -16,7 +16,6 @@ from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.lora import Adapter, LoraConfig
-from fedsafe_jax.models.sharding import CLIENTS
 
 
 def finetune(
@@ -88,13 +87,13 @@ def finetune(
 
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
     parallel, shared = clients_at_once(mesh, clients_in_parallel, count)
-    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared)
+    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=model.config.platform)
     method = algorithms.make(algorithm, training, len(clients))
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
     factors = lora.init(jax.random.key(seed), lm.config, config)
     state = simulation.initial_state(programs, factors, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
-    chunk = simulation.chunk_size(count, mesh.shape[CLIENTS])
+    chunk = simulation.chunk_size(count, mesh)
     for t in range(rounds):
         cohort = draw_cohort(seed, t, sizes, count=count, local_steps=local_steps)
         batches = RoundBatches(

@@ -150,7 +150,9 @@ def make_step(model: Decoder, recipe: Recipe) -> tuple[Callable, Callable]:
     model is held.
     """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    imitate = value_and_grad_in_microbatches(functools.partial(packed_loss, model))
+    imitate = value_and_grad_in_microbatches(
+        functools.partial(packed_loss, model), platform=model.config.platform
+    )
 
     def preference(factors, reference, base, pairs: Pairs):
         count = len(pairs.on) * (4 if recipe.mismatched else 2)
@@ -179,7 +181,7 @@ def make_step(model: Decoder, recipe: Recipe) -> tuple[Callable, Callable]:
         )
         return total, values
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=compiler_options(model.config.platform))
     def step(factors, state, reference, base, data, learning_rate):
         grads, values = gradients(factors, reference, base, data)
         direction, state = optimizer.update(grads, state, factors)

@@ -34,6 +34,7 @@ class Aggregator(NamedTuple):
     min_clients: int = 1
 
 
+@jax.default_matmul_precision("float32")
 def weighted_mean(updates: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the mean by weight, float32 `[params]` (FedAvg, McMahan et al., 2017, arXiv
     1602.05629, Algorithm 1)."""

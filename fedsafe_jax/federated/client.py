@@ -24,12 +24,14 @@ class LocalTraining(NamedTuple):
       accumulation: batches whose gradients are averaged in a step.
       mesh: devices that share the work of all clients that are mapped at once (see
         `models.microbatch`); None: each maps its own.
+      platform: platform of the devices that compute; None for that of `mesh`.
     """
 
     loss_fn: Callable
     optimizer: optax.GradientTransformation
     accumulation: int = 1
     mesh: Mesh | None = None
+    platform: str | None = None
 
 
 class LocalResult(NamedTuple):
@@ -146,7 +148,9 @@ def local_training(
     """
     steps, accumulation = rates.shape[0], training.accumulation
     batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
-    value_and_grad = value_and_grad_in_microbatches(training.loss_fn, training.mesh)
+    value_and_grad = value_and_grad_in_microbatches(
+        training.loss_fn, training.mesh, training.platform
+    )
 
     def gradients(local, micro):
         if accumulation == 1:

@@ -1,6 +1,7 @@
 """Averages of LoRA factors that respect what they are: products, and of different ranks.
 
 The mean of the factors is not the factors of the mean: mean(a_k) mean(b_k) != mean(a_k b_k).
+Products are computed in float32, which accelerators do only where a product says so.
 Projections are stacked as in `models.lora`, `a` `[layers, in, rank]`, `b` `[layers, rank, out]`.
 """
 
@@ -48,6 +49,7 @@ def _stacked(pair: dict, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a.reshape(*a.shape[:-2], -1), b.reshape(b.shape[0], -1, b.shape[-1])
 
 
+@jax.default_matmul_precision("float32")
 def product_mean(client_factors: Any, weights: jax.Array) -> Any:
     """Averages the products a_k b_k, and factors the mean again, to the rank of the clients.
 
@@ -78,6 +80,7 @@ def product_mean(client_factors: Any, weights: jax.Array) -> Any:
     return _map(one, client_factors)
 
 
+@jax.default_matmul_precision("float32")
 def project_products(factors: Any) -> jax.Array:
     """Returns random projections `X^T a b` of the products of LoRA factors, float32, flat.
 
@@ -95,6 +98,7 @@ def project_products(factors: Any) -> jax.Array:
     return jnp.concatenate(projections)
 
 
+@jax.default_matmul_precision("float32")
 def projected_gap(mean_projection: jax.Array, mean: Any) -> jax.Array:
     """Estimates `product_gap`, float32 `[]`.
 
@@ -106,6 +110,7 @@ def projected_gap(mean_projection: jax.Array, mean: Any) -> jax.Array:
     return difference / jnp.maximum(jnp.linalg.norm(mean_projection), 1e-15)
 
 
+@jax.default_matmul_precision("float32")
 def product_gap(client_factors: Any, weights: jax.Array, mean: Any) -> jax.Array:
     """Returns how far the product of LoRA factors is from the mean of the clients' products.
 

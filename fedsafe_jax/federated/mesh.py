@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from fedsafe_jax.models.decoder_config import ModelError
-from fedsafe_jax.models.sharding import CLIENTS, MODEL
+from fedsafe_jax.models.sharding import CLIENTS, MODEL, platform_of
 
 
 def use_cores(most: int) -> None:
@@ -60,7 +60,7 @@ def clients_at_once(mesh: Mesh, asked: int, cohort: int) -> tuple[int, Mesh | No
     Returns:
       `clients_in_parallel` of `make_round`, and `mesh` of `LocalTraining`.
     """
-    if asked or jax.default_backend() != "cpu":
+    if asked or platform_of(mesh) != "cpu":
         return asked or cohort, None
     if jax.process_count() == 1 and mesh.shape[MODEL] == 1:
         return 0, mesh

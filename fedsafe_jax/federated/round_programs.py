@@ -18,7 +18,7 @@ from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
 from fedsafe_jax.federated.compression import Compression
 from fedsafe_jax.models.microbatch import compiler_options
-from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.models.sharding import CLIENTS, manual_axes, platform_of
 
 SKETCH = 4096  # numbers kept of an update, for its angle to the mean
 
@@ -174,14 +174,14 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
 
     def train(server: ServerState, base, inputs: ChunkInputs, rates):
         mapped = train_clients
-        if clients_in_parallel and mesh.shape[CLIENTS] > 1:
+        if clients_in_parallel and mesh.size > 1:
             # check_vma=False: with it on, `grad` of the device-invariant factors would sum
             # gradients over devices inside every local step. `pcast` to varying avoids that too,
             # but failed in the backward pass of a checkpointed `cond` (jax 0.10.2).
             mapped = jax.shard_map(
                 train_clients,
                 mesh=mesh,
-                axis_names={CLIENTS},  # The axis `model` stays automatic.
+                axis_names=manual_axes(mesh),
                 check_vma=False,
                 in_specs=(PartitionSpec(), PartitionSpec(), layout, PartitionSpec()),
                 out_specs=layout,
@@ -190,6 +190,8 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         # Every process reads all clients' figures.
         return sent, states, residuals, jax.lax.with_sharding_constraint(metrics, whole)
 
+    # In float32, which accelerators compute only where a product says so.
+    @jax.default_matmul_precision("float32")
     def collect(so_far: PartialSum | None, sent: ClientUpdates) -> PartialSum:
         present = (sent.weights > 0).astype(jnp.float32)
         new = PartialSum(
@@ -202,6 +204,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         )
         return new if so_far is None else jax.tree.map(jnp.add, so_far, new)
 
+    @jax.default_matmul_precision("float32")
     def finish(server: ServerState, gathered, key):
         current, unravel = ravel_pytree(server.factors)
         if isinstance(gathered, PartialSum):
@@ -237,7 +240,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         spec,
         mesh,
         layout,
-        train=jax.jit(train, compiler_options=compiler_options()),
+        train=jax.jit(train, compiler_options=compiler_options(platform_of(mesh))),
         collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated, since a run that is stopped in a round still saves it.
         finish=jax.jit(finish, out_shardings=whole),

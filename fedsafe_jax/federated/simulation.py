@@ -14,6 +14,7 @@ from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
 from fedsafe_jax.federated.round_programs import ChunkInputs, Programs, RoundSpec
+from fedsafe_jax.models.sharding import CLIENTS, platform_of
 
 # Default number of clients in a chunk. On CPU larger chunks gain nothing, and every core holds all
 # clients of a chunk.
@@ -125,15 +126,16 @@ def wait(tree: Any, interval: float = 0.002) -> None:
             time.sleep(interval)
 
 
-def chunk_size(cohort: int, devices: int, most: int = 0) -> int:
+def chunk_size(cohort: int, mesh: Mesh, most: int = 0) -> int:
     """Returns the number of clients in a chunk, such that all chunks are about even.
 
     Args:
       cohort: clients a round.
-      devices: devices along `clients`; a chunk is a multiple of their number.
+      mesh: devices of the run; a chunk is a multiple of their number along `clients`.
       most: most clients of a chunk; 0 for 64, on CPU for 16.
     """
-    most = most or CHUNK.get(jax.default_backend(), DEFAULT_CHUNK)
+    devices = mesh.shape[CLIENTS]
+    most = most or CHUNK.get(platform_of(mesh), DEFAULT_CHUNK)
     chunks = -(-cohort // max(most, devices))
     return -(-cohort // (chunks * devices)) * devices
 

@@ -279,8 +279,9 @@ def save(classifier: ClassifierFilter, folder: pathlib.Path) -> dict:
     tensors = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
     save_file(tensors, folder / TENSORS)
     classifier.tokenizer.save_pretrained(folder)
+    shape = dataclasses.asdict(classifier.config)
     return {
-        "encoder": dataclasses.asdict(classifier.config),
+        "encoder": {k: v for k, v in shape.items() if k != "platform"},
         "unsafe_classes": list(classifier.unsafe_classes),
     }
 

@@ -25,7 +25,7 @@ from fedsafe_jax.models.cache import (
 )
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
-from fedsafe_jax.models.sharding import CLIENTS, is_shared, share
+from fedsafe_jax.models.sharding import CLIENTS, is_shared, manual_axes, share
 
 # The axes of a cache that `vmap` maps over adapters: all adapters' caches have the same length.
 CACHE_AXES = KVCache(0, 0, 0, None)
@@ -257,13 +257,13 @@ def _split_rows(function, mesh: Mesh | None, in_specs: tuple, out_specs, donate:
       out_specs: specs of the result.
       donate: numbers of the arguments whose memory the results take over.
     """
-    if mesh is None or mesh.shape.get(CLIENTS, 1) == 1:
+    if mesh is None or mesh.size == 1:
         return jax.jit(function, donate_argnums=donate)
     # Nothing is differentiated, so there is nothing for check_vma to check.
     mapped = jax.shard_map(
         function,
         mesh=mesh,
-        axis_names={CLIENTS},
+        axis_names=manual_axes(mesh),
         check_vma=False,
         in_specs=in_specs,
         out_specs=out_specs,

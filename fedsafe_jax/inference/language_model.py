@@ -36,7 +36,6 @@ class LanguageModel:
       hf_config: the model's `config.json`, written back as it was.
       adapter: LoRA factors with their configuration; None for the base model.
       generation_config: the model's `generation_config.json`, {} when it has none.
-      mesh: devices that hold the parameters and split the rows of generation; None for one device.
       name: path or Hub id that the model was loaded from.
 
     Example:
@@ -55,8 +54,12 @@ class LanguageModel:
     hf_config: dict
     adapter: lora.Adapter | None = None
     generation_config: dict = dataclasses.field(default_factory=dict)
-    mesh: Mesh | None = None
     name: str = ""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices that hold the parameters and split the rows of generation; None for one."""
+        return self.config.mesh
 
     @property
     def model(self) -> Decoder:
@@ -103,7 +106,8 @@ class LanguageModel:
 
         params, factors = jax.tree.map(first, (self.params, self.factors))
         adapter = self.adapter and self.adapter._replace(factors=factors)
-        return dataclasses.replace(self, params=params, adapter=adapter, mesh=None)
+        config = dataclasses.replace(self.config, mesh=None)
+        return dataclasses.replace(self, config=config, params=params, adapter=adapter)
 
     def __call__(self, tokens: jax.Array | np.ndarray) -> jax.Array:
         """Returns logits, float32 `[batch, seq, vocab]`, of unpadded tokens `[batch, seq]`."""
@@ -266,7 +270,7 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     folder = model_folder(path_or_hub_id)
-    config = hub.read_config(folder, dtype)
+    config = dataclasses.replace(hub.read_config(folder, dtype), mesh=mesh)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -286,7 +290,6 @@ def load_pretrained(
         tokenizer,
         hf_config=hub.read_json(folder / "config.json"),
         generation_config=hub.read_json(generation_file) if generation_file.is_file() else {},
-        mesh=mesh,
         name=path_or_hub_id,
     )
 

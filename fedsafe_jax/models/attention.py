@@ -1,19 +1,24 @@
-"""Attention: which tokens see which, rotary positions, and the choice of backend."""
+"""Attention: which tokens see which, and the choice of backend."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
+from fedsafe_jax.models import attention_kernels as kernels
 from fedsafe_jax.models import block_attention
-from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError
+from fedsafe_jax.models.sharding import MODEL
 
-BACKENDS = ("auto", "xla", "cudnn", "splash", "blocks")
-SPLASH_BLOCK = 128  # On TPU, sequence length and head size must be multiples of it.
+BACKENDS = ("auto", "xla", "blocks", *kernels.KERNELS)
+# Kernels that `auto` tries, by platform. Triton's comes first, as jax compiles it whole and its
+# numbers can be checked without a GPU; cuDNN's bias serves windows and large heads.
+PREFERENCE = {"gpu": ("triton", "cudnn"), "tpu": ("splash",)}
+SPLASH_HEAD = 256  # largest head
+# On accelerators, XLA takes rows longer than `LONG_ROW` in parts of `PART` queries.
+LONG_ROW, PART = 1024, 512
 
 
 class Visibility(NamedTuple):
@@ -45,30 +50,69 @@ class Visibility(NamedTuple):
         return (is_same & is_near)[:, None]
 
 
-def choose_backend(
-    wanted: str, q_len: int, kv_len: int, head_dim: int, dtype: DTypeLike, softcap: float | None
-) -> str:
-    """Returns `cudnn` (flash) on GPU, `splash` on TPU, `blocks` on CPU, `xla` where none applies.
+def refusal(backend: str, config: DecoderConfig, seq: int) -> str:
+    """Returns why a backend cannot compute a model's attention, in a few words; "" if it can.
 
     Args:
-      wanted: one of `BACKENDS`; any but `auto` is returned as it is.
-      q_len, kv_len: lengths of queries and keys; where they differ, in decoding, XLA is used.
-      head_dim: size of a head.
-      dtype: dtype of the query; cuDNN's flash attention has no float32.
-      softcap: cap of attention logits, which cuDNN does not have.
+      backend: one of `BACKENDS` without `auto`.
+      config: the decoder's config, with the devices that compute.
+      seq: length of the rows.
     """
+    if backend not in kernels.KERNELS:
+        return ""
+    needs, most = ("tpu", SPLASH_HEAD) if backend == "splash" else ("gpu", kernels.CUDNN_HEAD)
+    if backend == "triton":
+        most = kernels.TRITON_HEAD
+    if config.platform != needs:
+        return f"it is a kernel for {needs.upper()}, and the devices are {config.platform}"
+    if config.head_dim > most or config.head_dim % 8:
+        return f"heads have {config.head_dim} numbers, and it takes a multiple of 8 up to {most}"
+    if needs == "gpu" and jnp.dtype(config.dtype).itemsize != 2:
+        return f"it computes in bfloat16, and the model in {config.dtype}"
+    if needs == "gpu" and config.attention_softcap:
+        return "it has no cap of attention logits, which the model has"
+    if backend == "triton" and any(window < seq for window in windows(config) if window):
+        return "it has no sliding window, which the model has"
+    size = 1 if config.mesh is None else config.mesh.shape.get(MODEL, 1)
+    if config.num_kv_heads % size:
+        return f"it splits heads over devices, and model_parallel={size} does not divide the " + (
+            f"{config.num_kv_heads} key-value heads"
+        )
+    return ""
+
+
+def choose_backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:
+    """Returns the backend of a config's attention; for `auto`, the first that can compute it.
+
+    Args:
+      config: the decoder's config, with the devices that compute.
+      q_len, kv_len: lengths of queries and keys; where they differ, in decoding, XLA is used.
+
+    Raises:
+      ModelError: the config asks for a backend that cannot compute its attention, or heads cannot
+        be split over its devices.
+    """
+    wanted = config.attention
+    if wanted not in BACKENDS:
+        raise ModelError(f"attention '{wanted}': expected one of {', '.join(BACKENDS)}.")
+    if wanted != "auto":
+        if reason := refusal(wanted, config, q_len):
+            raise ModelError(f"attention '{wanted}': {reason}; use auto or xla.")
+        return "xla" if q_len != kv_len else wanted
+    size = 1 if config.mesh is None else config.mesh.shape.get(MODEL, 1)
+    if config.platform != "cpu" and config.num_kv_heads % size:
+        raise ModelError(
+            f"model_parallel={size} does not divide the model's {config.num_kv_heads} key-value "
+            "heads, which attention kernels split; choose a divisor, or attention xla."
+        )
     if q_len != kv_len:
         return "xla"
-    if wanted != "auto":
-        return wanted
-    platform = jax.default_backend()
-    if platform == "gpu" and head_dim % 8 == 0 and head_dim <= 128 and not softcap:
-        return "cudnn" if jnp.dtype(dtype).itemsize == 2 else "xla"
-    if platform == "tpu" and q_len % SPLASH_BLOCK == 0 and head_dim % SPLASH_BLOCK == 0:
-        return "splash"
-    if platform == "cpu" and q_len >= block_attention.MIN_SEQ:
-        return "blocks"
-    return "xla"
+    if config.platform == "cpu":
+        return "blocks" if q_len >= block_attention.MIN_SEQ else "xla"
+    able = (
+        name for name in PREFERENCE.get(config.platform, ()) if not refusal(name, config, q_len)
+    )
+    return next(able, "xla")
 
 
 def attend(
@@ -78,29 +122,59 @@ def attend(
     mask: jax.Array,
     scale: float,
     softcap: float | None = None,
-    backend: str = "xla",
 ) -> jax.Array:
-    """Computes grouped-query scaled dot-product attention under a mask, by XLA or cuDNN.
+    """Computes grouped-query scaled dot-product attention under a mask, by XLA.
 
     Args:
       query: `[batch, q_len, heads, head_dim]`.
       key, value: `[batch, kv_len, kv_heads, head_dim]`, `heads % kv_heads == 0`.
       mask: bool `[batch, 1, q_len, kv_len]`.
       scale: factor of the query-key products.
-      softcap: `cap * tanh(logit / cap)` before the softmax, or None; XLA only.
-      backend: `xla` or `cudnn`.
+      softcap: `cap * tanh(logit / cap)` before the softmax, or None.
 
     Returns:
       `[batch, q_len, heads, head_dim]` in the dtype of `query`.
     """
-    if backend == "cudnn":
-        # A bias instead of a mask, because cuDNN fails on a mask alone (jax#28974).
-        return jax.nn.dot_product_attention(
-            query, key, value, bias=_bias(mask, query), scale=scale, implementation="cudnn"
-        )
-    return attend_cache(
-        query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask=mask, scale=scale, softcap=softcap
-    )
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return attend_cache(query, key, value, mask=mask, scale=scale, softcap=softcap)
+
+
+def attend_in_parts(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Computes `attend` for `PART` queries of a row at a time, as long rows need.
+
+    The scores of one part, `[heads, PART, kv_len]`, are all that is held, also in the backward
+    pass, which computes them again.
+
+    Args:
+      query, key, value, mask, scale, softcap: as in `attend`.
+
+    Returns:
+      `[batch, q_len, heads, head_dim]` in the dtype of `query`.
+    """
+    batch, q_len = query.shape[:2]
+    parts = -(-q_len // PART)
+    padding = (0, parts * PART - q_len)
+    query = jnp.pad(query, ((0, 0), padding, (0, 0), (0, 0)))
+    # A padded query sees every key, so that no row of the softmax is empty.
+    mask = jnp.pad(mask, ((0, 0), (0, 0), padding, (0, 0)), constant_values=True)
+
+    @jax.checkpoint
+    def one_part(i):
+        row, first = i // parts, i % parts * PART
+        one = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (query, key, value, mask)]
+        one[0] = jax.lax.dynamic_slice_in_dim(one[0], first, PART, axis=1)
+        one[3] = jax.lax.dynamic_slice_in_dim(one[3], first, PART, axis=2)
+        return attend(*one[:3], mask=one[3], scale=scale, softcap=softcap)[0]
+
+    out = jax.lax.map(one_part, jnp.arange(batch * parts))
+    return out.reshape(batch, parts * PART, *out.shape[2:])[:, :q_len]
 
 
 def attend_cache(
@@ -139,53 +213,6 @@ def attend_cache(
     return out.reshape(batch, heads, q_len, head_dim).swapaxes(1, 2)
 
 
-def _bias(mask, query):
-    return jnp.where(mask, 0.0, jnp.finfo(query.dtype).min / 2).astype(query.dtype)
-
-
-def splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """Computes TPU splash attention, which skips blocks that the causal or window mask hides.
-
-    Args:
-      query, key, value: as in `attend`, with `q_len == kv_len`.
-      segments: int32 `[batch, seq]`.
-      window: as in `Visibility.mask`; static.
-      scale: factor of the query-key products.
-      softcap: cap of attention logits, or None.
-
-    Returns:
-      `[batch, seq, heads, head_dim]` in the dtype of `query`.
-    """
-    # Pallas for TPU is imported only where it is used.
-    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-
-    seq, heads = query.shape[1], query.shape[2]
-    if window:
-        mask = kernels.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
-    else:
-        mask = kernels.CausalMask((seq, seq))
-    kernel = kernels.make_splash_mha_single_device(
-        kernels.MultiHeadMask([mask] * heads),
-        attn_logits_soft_cap=softcap,
-        interpret=jax.default_backend() != "tpu",
-    )
-    by_head = [x.swapaxes(1, 2) for x in (query * scale, key, value)]
-    out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segments, segments))
-    return out.swapaxes(1, 2).astype(query.dtype)
-
-
-# Backends that read segment ids instead of a mask.
-SEGMENTED = {"splash": splash, "blocks": block_attention.attend}
-
-
 def windows(config: DecoderConfig) -> tuple[int, ...]:
     """Returns the window sizes that layers have, 0 (no window) first."""
     count = len(config.windowed_layers)
@@ -194,23 +221,12 @@ def windows(config: DecoderConfig) -> tuple[int, ...]:
     return (0, config.window)
 
 
-def _backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:
-    return choose_backend(
-        config.attention,
-        q_len,
-        kv_len,
-        head_dim=config.head_dim,
-        dtype=config.dtype,
-        softcap=config.attention_softcap,
-    )
-
-
 def attention_inputs(
     config: DecoderConfig, visibility: Visibility
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Returns the input of the chosen backend: masks (`masks`) or segment ids `[batch, seq]`."""
     q_len, kv_len = (segments.shape[1] for segments in visibility[:2])
-    if _backend(config, q_len, kv_len) in SEGMENTED:
+    if choose_backend(config, q_len, kv_len) != "xla":
         return visibility.query_segments
     return masks(config, visibility)
 
@@ -245,91 +261,24 @@ def attend_row(
       `[batch, seq, heads, head_dim]` in the dtype of `query`.
     """
     scale, softcap = config.attention_scale, config.attention_softcap
-    backend = _backend(config, query.shape[1], key.shape[1])
-    if backend not in SEGMENTED:
-        return attend(
-            query,
-            key,
-            value,
-            mask=select_mask(masks_or_segments, windowed),
-            scale=scale,
-            softcap=softcap,
-            backend=backend,
+    seq = query.shape[1]
+    backend = choose_backend(config, seq, key.shape[1])
+    if backend == "xla":
+        mask = select_mask(masks_or_segments, windowed)
+        attend_xla = attend_in_parts if seq > LONG_ROW and config.platform != "cpu" else attend
+        return attend_xla(query, key, value, mask=mask, scale=scale, softcap=softcap)
+
+    def kernel(window, *inputs):
+        if backend == "blocks":
+            return block_attention.attend(*inputs, window=window, scale=scale, softcap=softcap)
+        return kernels.attend(
+            backend, *inputs, window=window, scale=scale, softcap=softcap, mesh=config.mesh
         )
+
+    # A window as long as the row hides nothing.
+    by_window = [functools.partial(kernel, w if w < seq else 0) for w in windows(config)]
     inputs = (query, key, value, masks_or_segments)
-    kernels = [
-        functools.partial(SEGMENTED[backend], window=window, scale=scale, softcap=softcap)
-        for window in windows(config)
-    ]
-    if len(kernels) == 1:
-        return kernels[0](*inputs)
+    if len(by_window) == 1:
+        return by_window[0](*inputs)
     # A kernel is built for one window, so a layer branches between the two.
-    return jax.lax.cond(windowed, kernels[1], kernels[0], *inputs)
-
-
-def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
-    """Returns `theta ** (-2 i / head_dim)`, float32 `[head_dim/2]` (RoPE, arXiv 2104.09864)."""
-    steps = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-    return np.float32(theta) ** -steps
-
-
-def frequency_tables(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tables of inverse rotary frequencies, and the index of each layer's table.
-
-    Llama 3.1's scaling (arXiv 2407.21783) leaves short wavelengths alone, divides the frequency of
-    long ones by a factor, and interpolates between. A layer without rotary positions has frequency
-    zero.
-
-    Returns:
-      `(tables float32 [tables, head_dim/2], index int32 [layers])`.
-    """
-    frequency = inverse_frequencies(config.rope_theta, config.head_dim) / config.rope_factor
-    if config.rope_scaling is not None:
-        factor, low, high, original_length = config.rope_scaling
-        wavelength = 2 * math.pi / frequency
-        smooth = np.clip((original_length / wavelength - low) / (high - low), 0.0, 1.0)
-        frequency = (1 - smooth) * frequency / factor + smooth * frequency
-    by_layer = np.tile(frequency.astype(np.float32), (config.num_layers, 1))
-    if config.rope_local_theta is not None:
-        local = inverse_frequencies(config.rope_local_theta, config.head_dim)
-        by_layer[list(config.windowed_layers)] = local
-    by_layer[list(config.unrotated_layers)] = 0.0
-    tables, index = np.unique(by_layer, axis=0, return_inverse=True)
-    return tables, index.reshape(-1).astype(np.int32)
-
-
-class Rotation(NamedTuple):
-    """Sines and cosines of rotary positions, float32 `[tables, batch, seq, 1, head_dim/2]`."""
-
-    sin: jax.Array
-    cos: jax.Array
-
-    def table(self, index: ArrayLike) -> "Rotation":
-        """Returns the rotation of one table, without the leading axis."""
-        if self.sin.shape[0] == 1:
-            index = 0
-        return Rotation(self.sin[index], self.cos[index])
-
-
-def rotation(config: DecoderConfig, positions: jax.Array) -> Rotation:
-    """Returns the rotations of positions int32 `[batch, seq]`, computed once for all layers."""
-    tables, _ = frequency_tables(config)
-    angle = positions[None, :, :, None, None].astype(jnp.float32) * tables[:, None, None, None]
-    # The barrier keeps XLA from computing them again in every layer's fusion.
-    return Rotation(*jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle))))
-
-
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Applies rotary embeddings in the half-split layout that Hugging Face checkpoints use.
-
-    Args:
-      x: `[batch, seq, heads, head_dim]`.
-      rotation: rotation of one table, `[batch, seq, 1, head_dim/2]`.
-
-    Returns:
-      `[batch, seq, heads, head_dim]` in the dtype of `x`; the rotation itself is float32.
-    """
-    sin, cos = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jax.lax.cond(windowed, by_window[1], by_window[0], *inputs)

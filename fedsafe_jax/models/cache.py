@@ -41,7 +41,7 @@ def unrolls(config: DecoderConfig) -> bool:
     per_layer = sum(fan_in * fan_out for fan_in, fan_out in map(config.projection_shape, names))
     is_shallow = config.num_layers <= UNROLLED_LAYERS
     is_small = config.num_layers * per_layer <= UNROLLED_WEIGHTS
-    return is_shallow and is_small and jax.default_backend() == "cpu"
+    return is_shallow and is_small and config.platform == "cpu"
 
 
 def unstack(variables: dict, num_layers: int, axis: int = 0) -> dict:

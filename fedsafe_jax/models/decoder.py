@@ -7,7 +7,9 @@ alone while the base is shared (see `flatten_vmap`). `DecoderConfig` holds what 
 families.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsafe_jax.models import attention
-from fedsafe_jax.models.attention import Rotation, Visibility
+from fedsafe_jax.models import attention, rotary
+from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
+from fedsafe_jax.models.rotary import Rotation
 
 
 class LayerKind(NamedTuple):
@@ -121,7 +124,7 @@ class Attention(nn.Module):
             y = project(f"{name}_proj", heads, states)
             if config.qk_norm:
                 y = RMSNorm(config.rms_norm_eps, config.norm_offset, name=f"{name}_norm")(y)
-            return attention.rotate(y, rotation)
+            return rotary.rotate(y, rotation)
 
         query = project_and_rotate("q", config.num_heads, x, query_rotation)
         key = project_and_rotate("k", config.num_kv_heads, key_value_states, key_rotation)
@@ -224,7 +227,23 @@ def layer_kinds(config: DecoderConfig) -> LayerKind:
     """Returns the `LayerKind` of all layers; each field is a numpy array `[layers]`."""
     index = np.arange(config.num_layers)
     windowed = np.isin(index, config.windowed_layers)
-    return LayerKind(index, attention.frequency_tables(config)[1], windowed)
+    return LayerKind(index, rotary.frequency_tables(config)[1], windowed)
+
+
+def _in_own_precision(method: Callable) -> Callable:
+    """Returns a method whose products are computed in float32 where the model is float32.
+
+    Accelerators round the operands of a product to TF32 or bfloat16 unless it says otherwise.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        is_wide = self.config.dtype == "float32"
+        precise = jax.default_matmul_precision("float32") if is_wide else contextlib.nullcontext()
+        with precise:
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class Decoder(nn.Module):
@@ -257,6 +276,7 @@ class Decoder(nn.Module):
         )(config, self.lora_scale)
         self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
 
+    @_in_own_precision
     def __call__(
         self,
         tokens: jax.Array,
@@ -291,7 +311,7 @@ class Decoder(nn.Module):
             queries, keys = (x.astype(jnp.int32) for x in (valid, cache.valid))
             visibility = Visibility(queries, keys, cache.length + jnp.arange(seq))
         masks_or_segments = attention.attention_inputs(config, visibility)
-        rotation = attention.rotation(config, positions)
+        rotation = rotary.rotation(config, positions)
         x, kinds = self.embed(tokens), layer_kinds(config)
         if cache is not None and isinstance(cache.key, tuple):
             x, cache = self._unrolled(x, cache, kinds, rotation, masks_or_segments)
@@ -328,6 +348,7 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(self.config.embedding_scale, self.config.dtype)
         return x
 
+    @_in_own_precision
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns logits, float32 `[..., vocab]`, for hidden states `[..., hidden_size]`."""
         params = self.variables["params"]

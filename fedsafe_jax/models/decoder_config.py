@@ -8,6 +8,10 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from jax.sharding import Mesh
+
+from fedsafe_jax.models.sharding import platform_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -52,6 +56,7 @@ class DecoderConfig:
       dtype: dtype of activations.
       remat: whether layers are recomputed in the backward pass.
       attention: attention backend; `auto` for the platform's, see `attention.choose_backend`.
+      mesh: devices that compute; None for the first device of this process.
     """
 
     vocab_size: int
@@ -85,6 +90,12 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: bool = False
     attention: str = "auto"
+    mesh: Mesh | None = None
+
+    @property
+    def platform(self) -> str:
+        """Platform of the devices that compute, see `sharding.platform_of`."""
+        return platform_of(self.mesh)
 
     @property
     def attention_scale(self) -> float:

@@ -5,12 +5,14 @@ One Flax linen module; a family is a row of differences in `EncoderConfig`, whic
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedsafe_jax.models import attention
+from fedsafe_jax.models import rotary
+from fedsafe_jax.models.sharding import platform_of
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -46,6 +48,8 @@ class EncoderConfig:
       head: layer between pooling and classes: `linear` (none), `tanh` (dense with tanh), or `norm`
         (dense with the activation and a norm).
       head_bias: whether the head's last layer has a bias.
+      platform: platform of the devices that compute, see `sharding.platform_of`; the first device's
+        unless it is given. It is no part of a saved encoder.
     """
 
     vocab_size: int
@@ -72,6 +76,7 @@ class EncoderConfig:
     pooling: str = "mean"
     head: str = "linear"
     head_bias: bool = True
+    platform: str = dataclasses.field(default_factory=functools.partial(platform_of, None))
 
 
 def _norm(config: EncoderConfig, name: str):
@@ -80,8 +85,8 @@ def _norm(config: EncoderConfig, name: str):
 
 def _rotate(x, positions, theta: float):
     """Applies rotary positions int32 `[batch, seq]` to `[batch, seq, heads, head_dim]`."""
-    angle = positions[:, :, None, None] * attention.inverse_frequencies(theta, x.shape[-1])
-    return attention.rotate(x, attention.Rotation(jnp.sin(angle), jnp.cos(angle)))
+    angle = positions[:, :, None, None] * rotary.inverse_frequencies(theta, x.shape[-1])
+    return rotary.rotate(x, rotary.Rotation(jnp.sin(angle), jnp.cos(angle)))
 
 
 def _attend(query, key, value, mask):
@@ -186,6 +191,7 @@ class Encoder(nn.Module):
     first_only: bool = False
 
     @nn.compact
+    @jax.default_matmul_precision("float32")
     def __call__(
         self, tokens: jax.Array, types: jax.Array, valid: jax.Array, deterministic: bool = True
     ) -> jax.Array:
@@ -231,6 +237,7 @@ class Classifier(nn.Module):
     config: EncoderConfig
 
     @nn.compact
+    @jax.default_matmul_precision("float32")
     def __call__(
         self, tokens: jax.Array, types: jax.Array, valid: jax.Array, deterministic: bool = True
     ) -> jax.Array:

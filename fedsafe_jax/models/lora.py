@@ -132,6 +132,7 @@ def update_of(adapter: Adapter) -> Callable:
     """
     factors, scale = adapter.factors, adapter.config.scale
 
+    @jax.default_matmul_precision("float32")
     def update(path, layer):
         node = factors
         for key in path[:-1]:

@@ -38,7 +38,7 @@ def token_nll(
     Returns:
       float32 `[batch, seq]`, in nats.
     """
-    chunk = min(CHUNK_TOKENS.get(jax.default_backend(), DEFAULT_CHUNK_TOKENS), targets.size)
+    chunk = min(CHUNK_TOKENS.get(model.config.platform, DEFAULT_CHUNK_TOKENS), targets.size)
     flat = hidden.reshape(targets.size, -1), targets.reshape(-1), mask.reshape(-1) != 0
     return _chunked_nll(model, chunk)(params, *flat).reshape(targets.shape)
 
@@ -200,7 +200,8 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
       float32 scalar.
     """
     rows, seq = batch.mask.shape
-    if jax.default_backend() == "cpu" and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
+    is_cpu = model.config.platform == "cpu"
+    if is_cpu and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
         weights = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1)
         return weighted_nll(model, factors, base, batch=batch, weights=weights)
     hidden, _ = model.apply(

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from fedsafe_jax.models.flatten_vmap import all_mapped, broadcast_unmapped
-from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.models.sharding import CLIENTS, platform_of
 
 # Tokens of a microbatch by platform; where a platform is missing, all rows are one microbatch.
 MICROBATCH_TOKENS = {"cpu": 256}
 CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
-def value_and_grad_in_microbatches(loss_fn: Callable, mesh: Mesh | None = None) -> Callable:
+def value_and_grad_in_microbatches(
+    loss_fn: Callable, mesh: Mesh | None = None, platform: str | None = None
+) -> Callable:
     """Returns `jax.value_and_grad` of a loss over packed rows, computed in microbatches.
 
     As many microbatches are computed as rows are filled, so a batch in the shape of the largest
@@ -33,26 +35,32 @@ def value_and_grad_in_microbatches(loss_fn: Callable, mesh: Mesh | None = None) 
         dealt out to the devices along `clients`, so no device is idle while another has
         microbatches left. A microbatch of one row longer than `MICROBATCH_TOKENS` is truncated to
         one of `_widths`. Every device has to hold all factors and batches. None: `vmap` as usual.
+      platform: platform of the devices that compute, see `sharding.platform_of`; None for that of
+        `mesh`.
 
     Returns:
       A function `(factors, base, batch) -> (value, gradient with respect to factors)`.
     """
     value_and_grad = jax.value_and_grad(loss_fn)
-    one_client = functools.partial(_sum_over_microbatches, value_and_grad)
+    tokens = MICROBATCH_TOKENS.get(platform or platform_of(mesh))
+    one_client = functools.partial(_sum_over_microbatches, value_and_grad, tokens)
     if mesh is None:
         return one_client
-    return _deal_out_under_vmap(one_client, value_and_grad, mesh)
+    return _deal_out_under_vmap(one_client, value_and_grad, mesh, tokens)
 
 
 @functools.cache
-def compiler_options() -> dict | None:
+def compiler_options(platform: str) -> dict | None:
     """Returns options for `jax.jit` of a program of microbatches, None for the defaults.
 
     Microbatches of five widths are five programs in one, and XLA's newer code generator for CPU
     takes more memory to compile them than training takes. The older one takes half, and its code is
     as fast. None on other platforms, and where the compiler does not know the option.
+
+    Args:
+      platform: platform that the program is compiled for, see `sharding.platform_of`.
     """
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return None
     try:
         jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
@@ -61,9 +69,9 @@ def compiler_options() -> dict | None:
     return CPU_OPTIONS
 
 
-def _sum_over_microbatches(value_and_grad: Callable, factors, base, batch):
+def _sum_over_microbatches(value_and_grad: Callable, tokens: int | None, factors, base, batch):
     """Computes value and gradient of one client's batch, with fields `[rows, seq]`."""
-    rows = _rows_per_microbatch(*batch.mask.shape)
+    rows = _rows_per_microbatch(*batch.mask.shape, tokens)
     if len(batch.mask) == rows:
         return value_and_grad(factors, base, batch)
     batch = _pad_to_whole_microbatches(batch, rows)
@@ -79,7 +87,9 @@ def _sum_over_microbatches(value_and_grad: Callable, factors, base, batch):
     return jax.lax.fori_loop(0, -(-num_filled // rows), add_microbatch, zero)
 
 
-def _deal_out_under_vmap(one_client: Callable, value_and_grad: Callable, mesh: Mesh) -> Callable:
+def _deal_out_under_vmap(
+    one_client: Callable, value_and_grad: Callable, mesh: Mesh, tokens: int | None
+) -> Callable:
     """Returns `one_client`, which under `vmap` deals out all clients' microbatches to devices.
 
     This is not `flatten_vmap`, which needs rows that depend on shared arguments alone: here each
@@ -90,9 +100,10 @@ def _deal_out_under_vmap(one_client: Callable, value_and_grad: Callable, mesh: M
       one_client: `(factors, base, batch) -> (value, gradient)`, fields of `batch` `[rows, seq]`.
       value_and_grad: the same for one microbatch.
       mesh: has the axis `clients`.
+      tokens: tokens of a microbatch, see `_rows_per_microbatch`.
     """
     devices = mesh.shape[CLIENTS]
-    all_clients = functools.partial(_queue, value_and_grad, devices)
+    all_clients = functools.partial(_queue, value_and_grad, devices, tokens)
     if devices > 1:
         all_clients = jax.shard_map(
             all_clients, mesh=mesh, axis_names={CLIENTS}, in_specs=PartitionSpec(),
@@ -110,12 +121,15 @@ def _deal_out_under_vmap(one_client: Callable, value_and_grad: Callable, mesh: M
     return dealt_out
 
 
-def _queue(value_and_grad: Callable, devices: int, client_factors, base, batches):
+def _queue(
+    value_and_grad: Callable, devices: int, tokens: int | None, client_factors, base, batches
+):
     """Computes this device's share of all clients' microbatches, and sums over devices.
 
     Args:
       value_and_grad: of one microbatch.
       devices: number of devices along `clients`; one takes the whole queue.
+      tokens: tokens of a microbatch, see `_rows_per_microbatch`.
       client_factors: LoRA factors with a leading `[clients]`.
       base: base parameters.
       batches: `data.packing.Batch` with fields `[clients, rows, seq]`.
@@ -124,7 +138,7 @@ def _queue(value_and_grad: Callable, devices: int, client_factors, base, batches
       `(values float32 [clients], gradients like client_factors)`, the same on every device.
     """
     clients, count, seq = batches.mask.shape
-    rows, widths = _rows_per_microbatch(count, seq), _widths(seq)
+    rows, widths = _rows_per_microbatch(count, seq, tokens), _widths(seq, tokens)
     batches = jax.vmap(lambda x: _pad_to_whole_microbatches(x, rows))(batches)
     num_targets = batches.mask.sum((1, 2))
     num_tokens = (batches.segment_ids > 0).reshape(clients, -1, rows * seq).sum(2)
@@ -160,17 +174,22 @@ def _truncated(value_and_grad: Callable, width: int, factors, base, part):
     return value_and_grad(factors, base, jax.tree.map(lambda x: x[:, :width], part))
 
 
-def _rows_per_microbatch(count: int, seq: int) -> int:
-    """Returns the number of rows per microbatch for a batch of `count` rows of `seq` tokens."""
-    return min(count, max(1, MICROBATCH_TOKENS.get(jax.default_backend(), count * seq) // seq))
+def _rows_per_microbatch(count: int, seq: int, tokens: int | None) -> int:
+    """Returns the number of rows per microbatch.
+
+    Args:
+      count, seq: rows of the batch, and tokens of a row.
+      tokens: tokens of a microbatch; None: all rows are one.
+    """
+    return count if tokens is None else min(count, max(1, tokens // seq))
 
 
-def _widths(seq: int) -> tuple[int, ...]:
+def _widths(seq: int, tokens: int | None) -> tuple[int, ...]:
     """Returns the widths a long row may be truncated to: four to eight eighths of `seq`.
 
     Each width is compiled separately, so there are five. Short rows have one width, their own.
     """
-    is_long = seq > MICROBATCH_TOKENS.get(jax.default_backend(), seq)
+    is_long = tokens is not None and seq > tokens
     return tuple(seq * eighths // 8 for eighths in range(4, 9)) if is_long else (seq,)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 CLIENTS, MODEL = "clients", "model"
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")  # names that jax gives to the devices of a GPU
 
 # The split of Megatron-LM (arXiv 1909.08053): projections into a block are split by their outputs,
 # those out of it by their inputs, so that a block needs one sum over devices. Embeddings and logits
@@ -24,6 +25,29 @@ SPLIT_AXIS = {
     "embed_tokens": IN,
     "lm_head": OUT,
 }
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """Returns the platform of a mesh's devices, `cpu`, `gpu` or `tpu`.
+
+    What depends on the platform asks this, not the process: a program that is compiled for a
+    device which is not there takes the very path that it takes where the device is.
+
+    Args:
+      mesh: devices that compute; None for the first device of this process.
+    """
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "gpu" if device.platform in GPU_PLATFORMS else device.platform
+
+
+def manual_axes(mesh: Mesh) -> set[str]:
+    """Returns the mesh axes that a `shard_map` over clients, or over rows, takes in hand.
+
+    All of them where no axis splits the base: a kernel for TPU must not lie under an axis that the
+    compiler partitions, even one of size 1. Otherwise the axis `model` stays with the compiler,
+    and attention takes it where a kernel is called (`attention_kernels`).
+    """
+    return {CLIENTS} if mesh.shape.get(MODEL, 1) > 1 else set(mesh.axis_names)
 
 
 def leaf_spec(path: Sequence[str], shape: Sequence[int], size: int) -> PartitionSpec:
@@ -55,7 +79,7 @@ def is_shared(mesh: Mesh | None) -> bool:
     """Returns whether the devices of a mesh are CPU cores that hold the same arrays."""
     if mesh is None or mesh.size == 1 or mesh.shape.get(MODEL, 1) > 1:
         return False
-    return mesh.devices.flat[0].platform == "cpu"
+    return platform_of(mesh) == "cpu"
 
 
 def share(tree: Any, mesh: Mesh) -> Any:

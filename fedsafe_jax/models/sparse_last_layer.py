@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from fedsafe_jax.models import attention
-from fedsafe_jax.models.attention import Rotation, Visibility
+from fedsafe_jax.models import attention, rotary
+from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
+from fedsafe_jax.models.rotary import Rotation
 
 CHUNK_TOKENS = 128  # Each chunk computes the keys and values of all tokens again.
 
@@ -54,7 +55,7 @@ def weighted_nll(
     Raises:
       TypeError: the gradient with respect to the base is asked for.
     """
-    rotation = attention.rotation(model.config, batch.positions)
+    rotation = rotary.rotation(model.config, batch.positions)
     states = _before_last_layer(model, factors, base, batch, rotation)
     last_factors = jax.tree.map(lambda x: x[-1], factors["layers"])
     rows, seq = batch.mask.shape

@@ -167,12 +167,8 @@ def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: i
 def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
     """Loads the base model: `(lm on this process's devices, parameters on those of all)`."""
     lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
-    local = dataclasses.replace(
-        lm,
-        config=dataclasses.replace(lm.config, remat=config.remat),
-        params=multihost.local(lm.params, devices),
-        mesh=multihost.local_mesh(devices),
-    )
+    own = dataclasses.replace(lm.config, remat=config.remat, mesh=multihost.local_mesh(devices))
+    local = dataclasses.replace(lm, config=own, params=multihost.local(lm.params, devices))
     return local, lm.params
 
 

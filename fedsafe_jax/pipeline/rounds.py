@@ -27,7 +27,6 @@ from fedsafe_jax.federated.schedules import LearningRates, step_rates
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.pipeline.clients import roles
 
 
@@ -47,7 +46,7 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
 
     optimizer = make_optimizer(config.optimizer, config.gradient_clip)
     parallel, shared = clients_at_once(mesh, config.clients_in_parallel, config.clients_per_round)
-    training = LocalTraining(loss_fn, optimizer, config.accumulation, shared)
+    training = LocalTraining(loss_fn, optimizer, config.accumulation, shared, model.config.platform)
     hyperparameters = algorithms.Hyperparameters(
         **{name: f[name] for name in algorithms.Hyperparameters._fields}
     )
@@ -202,7 +201,6 @@ def step(
     """
     who = roles(config, seed)
     update_scales = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
-    devices = programs.mesh.shape[CLIENTS]
     return simulation.run_round(
         programs,
         state,
@@ -211,7 +209,7 @@ def step(
         cohort=cohort,
         rates=step_rates(learning_rates(config), t),
         key=jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 9),
-        chunk=simulation.chunk_size(config.clients_per_round, devices, config.chunk_clients),
+        chunk=simulation.chunk_size(config.clients_per_round, programs.mesh, config.chunk_clients),
         update_scales=update_scales.astype(np.float32),
         ranks=who.ranks[cohort.ids],
     )

@@ -74,7 +74,7 @@ class Federation(NamedTuple):
 
             return jax.tree.map(part, self.batches)
 
-        chunk = chunk or simulation.chunk_size(len(ids), mesh.shape["clients"])
+        chunk = chunk or simulation.chunk_size(len(ids), mesh)
         for t in range(rounds):
             state, report = simulation.run_round(
                 programs,

@@ -48,8 +48,8 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     microbatch.compiler_options.cache_clear()
     # jaxlib 0.11 has the newer code generator alone.
     is_known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    assert microbatch.compiler_options() == (microbatch.CPU_OPTIONS if is_known else None)
+    assert microbatch.compiler_options("cpu") == (microbatch.CPU_OPTIONS if is_known else None)
     microbatch.compiler_options.cache_clear()
     monkeypatch.setattr(microbatch, "CPU_OPTIONS", {"xla_cpu_no_such_option": False})
-    assert microbatch.compiler_options() is None
+    assert microbatch.compiler_options("cpu") is None
     microbatch.compiler_options.cache_clear()
