@@ -87,7 +87,8 @@ def memory_gib() -> float:
 # Attention: every kernel against float32 products on the CPU, and its time forward and backward.
 
 
-def attention_arrays(rows, seq, heads, kv_heads, head_dim, seed=0):
+def attention_arrays(shape, seed=0):
+    rows, seq, heads, kv_heads, head_dim = shape
     rng = np.random.default_rng(seed)
     draw = lambda n: rng.normal(size=(rows, seq, n, head_dim)).astype(np.float32)  # noqa: E731
     segments = np.zeros((rows, seq), np.int32)
@@ -106,7 +107,9 @@ def attend_with(name, window=0, blocks=None):
         if name == "xla":
             mask = attention_kernels.visible(segments, window)
             return attention.attend(query, key, value, mask=mask, scale=scale)
-        return attention_kernels.attend(name, query, key, value, segments, window, scale)
+        return attention_kernels.attend(
+            name, query, key, value=value, segments=segments, window=window, scale=scale
+        )
 
     def loss_of(query, key, value, segments, cotangent):
         return jnp.sum((cotangent * out(query, key, value, segments)).astype(jnp.float32))
@@ -122,7 +125,7 @@ def measure_attention(results):
     shape = (2, 256, 4, 2, 64) if _TINY.value else (2, 512, 8, 2, 128)
     if jax.devices()[0].platform == "cpu":
         names = ("xla",)
-    arrays = [np.stack([x, x[::-1]]) for x in attention_arrays(*shape)]
+    arrays = [np.stack([x, x[::-1]]) for x in attention_arrays(shape)]
     half = [jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.bfloat16) for x in arrays]
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
         wide = [np.asarray(x, None if x.dtype == np.int32 else np.float32) for x in half]
@@ -156,7 +159,7 @@ def measure_attention(results):
          "block_q_dkv": 32, "block_kv_dkv": 128, "block_q_dq": 128, "block_kv_dq": 32}),
     ] * ("triton" in names)  # fmt: skip
     for title, (clients, *shape) in sizes.items():
-        drawn = [attention_arrays(*shape, seed=i) for i in range(clients)]
+        drawn = [attention_arrays(shape, seed=i) for i in range(clients)]
         half = [
             jnp.asarray(np.stack(x), jnp.int32 if x[0].dtype == np.int32 else jnp.bfloat16)
             for x in zip(*drawn, strict=True)
@@ -380,7 +383,8 @@ def measure_cai(results):
         command = [
             sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py",
             f"--workdir={name}/run", "--config.rounds=2", "--config.dtype=bfloat16",
-            "--config.num_clients=8", "--config.eval.max_prompts=16", "--config.eval.max_heldout=16",
+            "--config.num_clients=8", "--config.eval.max_prompts=16",
+            "--config.eval.max_heldout=16",
             "--config.arms=('base','fl+filter+cai')", "--config.filter.epochs=2",
         ]  # fmt: skip
         started = time.perf_counter()

@@ -97,7 +97,7 @@ def run_rounds(count: int) -> dict:
     # As a run does it; with simulated devices, as accelerators do.
     asked = 1 if _DEVICES.value else 0
     parallel, shared = mesh.clients_at_once(lm.mesh, asked, count)
-    method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer(), 1, shared), count)
+    method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer(), mesh=shared), count)
     spec = RoundSpec(method, aggregation.make(_AGGREGATOR.value))
     programs = make_round(spec, lm.mesh, parallel)
     calls: dict = {}

@@ -171,7 +171,8 @@ def attend_in_parts(
         one = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (query, key, value, mask)]
         one[0] = jax.lax.dynamic_slice_in_dim(one[0], first, PART, axis=1)
         one[3] = jax.lax.dynamic_slice_in_dim(one[3], first, PART, axis=2)
-        return attend(*one[:3], mask=one[3], scale=scale, softcap=softcap)[0]
+        part = dict(zip(("query", "key", "value", "mask"), one, strict=True))
+        return attend(**part, scale=scale, softcap=softcap)[0]
 
     out = jax.lax.map(one_part, jnp.arange(batch * parts))
     return out.reshape(batch, parts * PART, *out.shape[2:])[:, :q_len]
@@ -268,11 +269,12 @@ def attend_row(
         attend_xla = attend_in_parts if seq > LONG_ROW and config.platform != "cpu" else attend
         return attend_xla(query, key, value, mask=mask, scale=scale, softcap=softcap)
 
-    def kernel(window, *inputs):
+    def kernel(window, query, key, value, segments):
+        static = {"window": window, "scale": scale, "softcap": softcap}
         if backend == "blocks":
-            return block_attention.attend(*inputs, window=window, scale=scale, softcap=softcap)
+            return block_attention.attend(query, key, value, segments=segments, **static)
         return kernels.attend(
-            backend, *inputs, window=window, scale=scale, softcap=softcap, mesh=config.mesh
+            backend, query, key, value=value, segments=segments, **static, mesh=config.mesh
         )
 
     # A window as long as the row hides nothing.

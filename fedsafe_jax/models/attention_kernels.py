@@ -70,11 +70,11 @@ def attend(
 
     # The padding is a segment of its own, which no token sees.
     inputs = *(pad(x) for x in (query, key, value)), pad(segments, -1)
-    static = _Static(name, window, scale, softcap, interpret)
+    static = Call(name, window, scale, softcap=softcap, interpret=interpret)
     return _attention(static, mesh, *inputs)[:, :seq]
 
 
-class _Static(NamedTuple):
+class Call(NamedTuple):
     """Static arguments of a kernel, as in `attend`; hashable."""
 
     name: str
@@ -101,7 +101,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 @functools.lru_cache
-def _programs(static: _Static, mesh: Mesh | None) -> tuple[Callable, Callable]:
+def _programs(static: Call, mesh: Mesh | None) -> tuple[Callable, Callable]:
     """Returns forward and backward pass of a kernel, with the rules for clients and heads.
 
     Returns:
@@ -109,10 +109,7 @@ def _programs(static: _Static, mesh: Mesh | None) -> tuple[Callable, Callable]:
       -> (gradients of query, key and value)`. The backward pass calls the forward kernel again,
       for the statistics of its softmax.
     """
-    name, window, scale, softcap, interpret = static
-    kernel = functools.partial(
-        KERNELS[name], window=window, scale=scale, softcap=softcap, interpret=interpret
-    )
+    kernel = functools.partial(KERNELS[static.name], static)
 
     def forward(query, key, value, segments):
         # As in the backward pass, so that the compiler sees two calls that are the same.
@@ -174,9 +171,8 @@ def visible(segments: jax.Array, window: int = 0) -> jax.Array:
     return ((segments[:, :, None] == segments[:, None, :]) & is_near)[:, None]
 
 
-def triton(query, key, value, segments, window, scale, softcap, interpret):
+def _triton(static: Call, query, key, value, segments):
     """Computes attention by jax's Pallas kernel for Triton, which holds no scores."""
-    del window, softcap
     with warnings.catch_warnings():
         # jax 0.11.2 recommends tokamax instead, which has no segments.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -184,8 +180,8 @@ def triton(query, key, value, segments, window, scale, softcap, interpret):
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
     return kernels.mha(
-        query, key, value, segment_ids=segments, sm_scale=scale, causal=True,
-        block_sizes=kernels.BlockSizes(**TRITON_BLOCKS), interpret=interpret,
+        query, key, value, segment_ids=segments, sm_scale=static.scale, causal=True,
+        block_sizes=kernels.BlockSizes(**TRITON_BLOCKS), interpret=static.interpret,
     )  # fmt: skip
 
 
@@ -199,34 +195,32 @@ TRITON_BLOCKS = {
 }
 
 
-def cudnn(query, key, value, segments, window, scale, softcap, interpret):
+def _cudnn(static: Call, query, key, value, segments):
     """Computes attention by cuDNN, with the mask as a bias of one head."""
-    del softcap
     # A bias instead of a mask, because cuDNN fails on a mask alone (jax#28974).
     lowest = jnp.finfo(query.dtype).min / 2
-    bias = jnp.where(visible(segments, window), 0.0, lowest).astype(query.dtype)
+    bias = jnp.where(visible(segments, static.window), 0.0, lowest).astype(query.dtype)
     return jax.nn.dot_product_attention(
-        query, key, value, bias=jax.lax.stop_gradient(bias), scale=scale,
-        implementation="xla" if interpret else "cudnn",
+        query, key, value, bias=jax.lax.stop_gradient(bias), scale=static.scale,
+        implementation="xla" if static.interpret else "cudnn",
     )  # fmt: skip
 
 
-def packed(query, key, value, segments, window, scale, softcap, interpret):
+def _packed(static: Call, query, key, value, segments):
     """Computes attention by cuDNN's form for packed rows, on Hopper and newer."""
-    del softcap
     from jax._src.cudnn import fused_attention_stablehlo as kernels
 
     lengths, offsets, fits = segment_bounds(segments, MOST_SEGMENTS)
     # Repeated, as jax 0.10.2 multiplies the offsets of keys by the number of query heads.
     groups = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    if interpret:
-        out = _by_bounds(query, key, value, lengths, offsets, window=window, scale=scale)
+    if static.interpret:
+        out = _by_bounds(static, query, key, value=value, lengths=lengths, offsets=offsets)
     else:
         out = kernels.dot_product_attention(
             query, key, value, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=offsets,
-            kv_offsets=offsets, scale=scale, mask_type=kernels.MaskType.PADDING_CAUSAL,
-            sliding_window_length=window or None,
+            kv_offsets=offsets, scale=static.scale, mask_type=kernels.MaskType.PADDING_CAUSAL,
+            sliding_window_length=static.window or None,
         )  # fmt: skip
     return jnp.where(fits[:, None, None, None], out, jnp.nan)
 
@@ -254,25 +248,30 @@ def segment_bounds(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array
     return lengths.astype(jnp.int32), jnp.where(is_there, starts, -1).astype(jnp.int32), fits
 
 
-def _by_bounds(query, key, value, lengths, offsets, window: int, scale: float):
+def _by_bounds(static: Call, query, key, value, lengths, offsets):
     """Emulates cuDNN's packed form from the very bounds that it gets."""
     slots = jnp.arange(query.shape[1])
     first, length = offsets[:, :-1, None], lengths[:, :, None]
     is_inside = (first >= 0) & (first <= slots) & (slots < first + length)
     segments = jnp.argmax(is_inside, axis=1)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=visible(segments, window), scale=scale, implementation="xla"
+        query,
+        key,
+        value,
+        mask=visible(segments, static.window),
+        scale=static.scale,
+        implementation="xla",
     )
 
 
-def splash(query, key, value, segments, window, scale, softcap, interpret):
+def _splash(static: Call, query, key, value, segments):
     """Computes attention by splash attention, which skips blocks that no query sees."""
     # Pallas for TPU is imported only where it is used.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     seq, heads = query.shape[1], query.shape[2]
-    if window:
-        mask = kernels.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
+    if static.window:
+        mask = kernels.LocalMask((seq, seq), window_size=(static.window - 1, 0), offset=0)
     else:
         mask = kernels.CausalMask((seq, seq))
     block = next(b for b in range(min(seq, LARGEST_SPLASH_BLOCK), 0, -ROW) if seq % b == 0)
@@ -282,13 +281,13 @@ def splash(query, key, value, segments, window, scale, softcap, interpret):
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
             use_fused_bwd_kernel=True,
         ),
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
+        attn_logits_soft_cap=static.softcap,
+        interpret=static.interpret,
     )  # fmt: skip
-    by_head = [x.swapaxes(1, 2) for x in (query * scale, key, value)]
+    by_head = [x.swapaxes(1, 2) for x in (query * static.scale, key, value)]
     out = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segments, segments))
     return out.swapaxes(1, 2).astype(query.dtype)
 
 
 # By the name in `DecoderConfig.attention`.
-KERNELS = {"triton": triton, "cudnn": cudnn, "packed": packed, "splash": splash}
+KERNELS = {"triton": _triton, "cudnn": _cudnn, "packed": _packed, "splash": _splash}

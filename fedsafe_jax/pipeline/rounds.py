@@ -46,7 +46,9 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
 
     optimizer = make_optimizer(config.optimizer, config.gradient_clip)
     parallel, shared = clients_at_once(mesh, config.clients_in_parallel, config.clients_per_round)
-    training = LocalTraining(loss_fn, optimizer, config.accumulation, shared, model.config.platform)
+    training = LocalTraining(
+        loss_fn, optimizer, config.accumulation, mesh=shared, platform=model.config.platform
+    )
     hyperparameters = algorithms.Hyperparameters(
         **{name: f[name] for name in algorithms.Hyperparameters._fields}
     )

@@ -40,7 +40,9 @@ class Federation(NamedTuple):
         hyperparameters = changes.pop("hyperparameters", None)
         trim, byzantine = changes.pop("trim_share", 0.1), changes.pop("byzantine", 1)
         shared = changes.pop("mesh", None)
-        training = LocalTraining(self.loss_fn, optimizer or make_optimizer(), accumulation, shared)
+        training = LocalTraining(
+            self.loss_fn, optimizer or make_optimizer(), accumulation, mesh=shared
+        )
         algorithm = algorithms.make(name, training, POPULATION, hyperparameters)
         return RoundSpec(algorithm, aggregation.make(aggregator, trim, byzantine), **changes)
 

@@ -94,7 +94,15 @@ def test_kernels_equal_the_formula_for_clients_under_vmap_with_gradients(
 
     def loss(query, key, value, segments, weights):
         out = kernels.attend(
-            name, query, key, value, segments, window, scale, softcap, interpret=True
+            name,
+            query,
+            key,
+            value=value,
+            segments=segments,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            interpret=True,
         )
         return jnp.sum(weights * out)
 
@@ -126,7 +134,9 @@ def test_kernels_equal_the_formula_for_clients_under_vmap_with_gradients(
 def test_a_row_with_more_segments_than_cudnn_keeps_apart_is_not_a_number():
     query = np.ones((2, 128, 2, 64), np.float32)
     segments = np.stack([np.arange(128) // 2, np.arange(128)]).astype(np.int32)
-    out = kernels.attend("packed", query, query, query, segments, 0, 1.0, interpret=True)
+    out = kernels.attend(
+        "packed", query, query, value=query, segments=segments, window=0, scale=1.0, interpret=True
+    )
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
     lengths, offsets, fits = kernels.segment_bounds(jnp.asarray(segments[:, :8]), 5)
     assert lengths[0].tolist() == [2, 2, 2, 2, -1] and fits.tolist() == [True, False]
@@ -135,9 +145,11 @@ def test_a_row_with_more_segments_than_cudnn_keeps_apart_is_not_a_number():
 
 def test_rows_that_are_no_multiple_of_a_kernels_block_are_padded(arrays):
     query, key, value, segments = (x[:, :100] for x in arrays)
-    expected = plain(query, key, value, segments, window=0, scale=0.1, softcap=None)
+    expected = plain(query, key, value, segments=segments, window=0, scale=0.1, softcap=None)
     for name in kernels.KERNELS:
-        out = kernels.attend(name, query, key, value, segments, 0, 0.1, interpret=True)
+        out = kernels.attend(
+            name, query, key, value=value, segments=segments, window=0, scale=0.1, interpret=True
+        )
         np.testing.assert_allclose(out, expected, atol=1e-4)  # float32 sums over 100 keys
 
 
@@ -246,7 +258,12 @@ def test_choice_of_backend(platform, lengths, changes, expected):
 @pytest.mark.parametrize(
     ("platform", "wanted", "changes", "message"),
     [
-        ("cpu", "triton", {}, "attention 'triton': it is a kernel for GPU, and the devices are cpu"),
+        (
+            "cpu",
+            "triton",
+            {},
+            "attention 'triton': it is a kernel for GPU, and the devices are cpu",
+        ),
         ("gpu", "splash", {}, "it is a kernel for TPU, and the devices are gpu"),
         ("gpu", "triton", {"head_dim": 256}, "heads have 256 numbers.* up to 128"),
         ("gpu", "cudnn", {"dtype": "float32"}, "in bfloat16, and the model in float32"),
