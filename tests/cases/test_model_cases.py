@@ -269,7 +269,6 @@ def export_packaged(lm, folder):
     )
 
 
-@fails_today("OSError: peft takes 'package:model' for a Hub id", OSError)
 def test_the_base_of_an_exported_adapter_is_found(tmp_path, monkeypatch, packaged):
     """Or none is named, and the card says which it was."""
     peft = pytest.importorskip("peft")
