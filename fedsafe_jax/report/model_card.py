@@ -1,19 +1,35 @@
-"""The model card of an export."""
+"""The model card of an export: metadata as the Hub reads it, and text for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.report.rendering import render
 
+TAGS = ("federated", "lora", "fedsafe_jax")
+# How an export stands to its base, in the Hub's words, by the library that loads it.
+RELATIONS = {"peft": "adapter", "transformers": "finetune"}
 
-def text(arm_id: str, settings: dict, summary: dict, sets: Mapping[str, EvalSet]) -> str:
+
+def text(
+    arm_id: str,
+    settings: dict,
+    summary: dict,
+    sets: Mapping[str, EvalSet],
+    license_fields: Mapping[str, str] | None = None,
+    note: str = "",
+) -> str:
     """Returns a model card that states base, data, arm and scores.
 
     Args:
       arm_id: key of the arm in `results.json`.
       settings: the run's config, as in `config.json`.
-      summary: the arm's part of `results.json`.
+      summary: the arm's part of `results.json`; {} where nothing was measured.
       sets: the evaluation sets by name.
+      license_fields: `license`, and where there are such `license_name` and `license_link`, of the
+        base's card; None where not known.
+      note: a sentence on what this is, where it is not the arm's final model.
     """
     rows = [
         (column.label, cell)
@@ -22,4 +38,65 @@ def text(arm_id: str, settings: dict, summary: dict, sets: Mapping[str, EvalSet]
         if (cell := column.cell(summary.get(name, {})))
     ]
     sources = [*settings["safe_sources"], *settings["unsafe_sources"]]
-    return render("model_card.md", arm_id=arm_id, settings=settings, rows=rows, sources=sources)
+    data = ModelCardData(
+        base_model=settings["model"],
+        datasets=_datasets(sources),
+        eval_results=_eval_results(summary, sets) or None,
+        library_name="transformers",
+        model_name=arm_id,
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        **(license_fields or {}),
+    )
+    return render(
+        "model_card.md",
+        metadata=data.to_yaml(),
+        arm_id=arm_id,
+        settings=settings,
+        rows=rows,
+        sources=sources,
+        note=note,
+    )
+
+
+def for_library(card: str, library: str, base: str = "") -> str:
+    """Returns a card for what one library loads, with how to load it.
+
+    Args:
+      card: a card from `text`; a text without metadata is returned as it is.
+      library: "peft" for the adapter, "transformers" for the merged model.
+      base: the base as `adapter_config.json` names it: a Hub id, or an absolute path.
+    """
+    parsed = ModelCard(card)
+    if not parsed.data.to_dict():
+        return card
+    parsed.data.library_name = library
+    parsed.data.base_model_relation = RELATIONS[library]
+    use = render(
+        "model_use.md", library=library, base=base, base_is_on_the_hub=not base.startswith("/")
+    )
+    return f"{str(parsed).rstrip()}\n{use}"
+
+
+def _datasets(sources: Sequence[str]) -> list[str]:
+    """The Hub id or file of each source, without reader and part."""
+    places = [source.partition(":")[2].partition("#")[0] or source for source in sources]
+    return list(dict.fromkeys(places))
+
+
+def _eval_results(summary: Mapping, sets: Mapping[str, EvalSet]) -> list[EvalResult]:
+    """The measured figures as the Hub's `model-index`, with their intervals as arguments."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=one.source,
+            dataset_name=f"{one.task.title} ({one.source})",
+            metric_type=column.field,
+            metric_name=column.label,
+            metric_value=summary[name][column.field],
+            metric_args={"ci95": list(summary[name][column.interval])},
+        )
+        for name, one in sets.items()
+        for column in one.columns
+        if column.field in summary.get(name, {})
+    ]
