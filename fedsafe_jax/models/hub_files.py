@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 from fedsafe_jax.models.hub import read_json, write_json
@@ -56,11 +55,11 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     fresh = _reloaded(source)
     if fresh is None or not _same(tokenizer, fresh):
         tokenizer.save_pretrained(folder)
-        _mend(folder, tokenizer.model_input_names, written=True)
+        _mend(folder, tokenizer, written=True)
         return
     same_template = tokenizer.chat_template == fresh.chat_template
     _copy(source, folder, TOKENIZER_FILES + (TEMPLATE_FILES if same_template else ()))
-    _mend(folder, tokenizer.model_input_names)
+    _mend(folder, tokenizer)
     if not same_template:
         (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
         path = folder / TOKENIZER_CONFIG
@@ -107,12 +106,12 @@ def _copy(source: pathlib.Path, folder: pathlib.Path, patterns: tuple[str, ...])
                 shutil.copyfile(path, target)
 
 
-def _mend(folder: pathlib.Path, inputs: Sequence[str], written: bool = False) -> None:
+def _mend(folder: pathlib.Path, tokenizer: Any, written: bool = False) -> None:
     """Makes a `tokenizer_config.json` of transformers 5 readable for transformers 4.
 
     Args:
       folder: folder of the file.
-      inputs: names of the arrays that the tokenizer returns.
+      tokenizer: the tokenizer of the file.
       written: whether the file was just written, not copied; its class is then of no use, as
         `tokenizer.json` says everything.
     """
@@ -128,7 +127,7 @@ def _mend(folder: pathlib.Path, inputs: Sequence[str], written: bool = False) ->
     if written or new:
         content["tokenizer_class"] = FAST_CLASS
         # In transformers 4 this class adds token types otherwise, which `generate` refuses.
-        content["model_input_names"] = list(inputs)
+        content["model_input_names"] = list(tokenizer.model_input_names)
     if isinstance(extra, list):  # transformers 4 expects a dict under this name
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
     write_json(path, {k: v for k, v in content.items() if k not in LOADING_NOTES})

@@ -38,14 +38,16 @@ def text(
         if (cell := column.cell(summary.get(name, {})))
     ]
     sources = [*settings["safe_sources"], *settings["unsafe_sources"]]
+    measured = _eval_results(summary, sets)
+    # A name is that of a model with results: the Hub's metadata has none otherwise.
+    named = {"model_name": arm_id, "eval_results": measured} if measured else {}
     data = ModelCardData(
         base_model=settings["model"],
         datasets=_datasets(sources),
-        eval_results=_eval_results(summary, sets) or None,
         library_name="transformers",
-        model_name=arm_id,
         pipeline_tag="text-generation",
         tags=list(TAGS),
+        **named,
         **(license_fields or {}),
     )
     return render(
@@ -79,9 +81,13 @@ def for_library(card: str, library: str, base: str = "") -> str:
 
 
 def _datasets(sources: Sequence[str]) -> list[str]:
-    """The Hub id or file of each source, without reader and part."""
-    places = [source.partition(":")[2].partition("#")[0] or source for source in sources]
-    return list(dict.fromkeys(places))
+    """The Hub id or file of each source."""
+    return list(dict.fromkeys(map(_place, sources)))
+
+
+def _place(source: str) -> str:
+    """A source `reader:location#part` without reader and part."""
+    return source.rpartition(":")[2].partition("#")[0]
 
 
 def _eval_results(summary: Mapping, sets: Mapping[str, EvalSet]) -> list[EvalResult]:
@@ -89,7 +95,7 @@ def _eval_results(summary: Mapping, sets: Mapping[str, EvalSet]) -> list[EvalRes
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=one.source,
+            dataset_type=_place(one.source),
             dataset_name=f"{one.task.title} ({one.source})",
             metric_type=column.field,
             metric_name=column.label,
