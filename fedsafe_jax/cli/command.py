@@ -47,11 +47,11 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "run": Entry("run", "runs a config: rounds, filter, Constitutional AI, evaluation, report"),
-    "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
     "evaluate": Entry("evaluate", "evaluates a model, with or without an adapter"),
     "train-filter": Entry("train_filter", "trains a safety filter, measures it on unseen pairs"),
     "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
+    "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
     "pretrain": Entry("pretrain", "trains the packaged small model from scratch"),
 }
 

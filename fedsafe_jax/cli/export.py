@@ -61,10 +61,10 @@ def choose(names: list, given: Any, flag: str, what: str) -> Any:
     if given is None and len(names) == 1:
         return names[0]
     if given not in names:
-        found = "missing" if given is None else "not there"
+        problem = "missing" if given is None else "not there"
         there = ", ".join(map(str, names)) or "none"
         written = f"--{flag}" if given is None else f"--{flag}={given}"
-        raise UsageError(f"{written}: {found}; {what}: {there}.")
+        raise UsageError(f"{written}: {problem}; {what}: {there}.")
     return given
 
 

@@ -103,8 +103,8 @@ def export_arm(
             card = model_card.text(
                 planned.id,
                 config.to_dict(),
-                results["arms"][planned.id],
-                inputs.evals,
+                summary=results["arms"][planned.id],
+                sets=inputs.evals,
                 license_fields=base_license(config.model),
                 note=_seeds_note(config),
             )
@@ -139,8 +139,8 @@ def card_of_seed(
     return model_card.text(
         planned.id,
         config.to_dict(),
-        evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
-        sets,
+        summary=evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
+        sets=sets,
         license_fields=base_license(config.model),
         note=note or ("" if outcome else "The run had not evaluated it when this was written."),
     )

@@ -123,17 +123,17 @@ def read_factors(folder: epath.PathLike, rounds_done: int, like: Any) -> Any:
         partial_restore=True,
     )
     try:
-        found = ocp.PyTreeCheckpointer().restore(path / "default", args=wanted)
+        saved = ocp.PyTreeCheckpointer().restore(path / "default", args=wanted)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
-    shapes = [tuple(found[name].shape) for name in names]
+    shapes = [tuple(saved[name].shape) for name in names]
     if shapes != [tuple(x.shape) for x in leaves]:
         raise CheckpointError(
             f"checkpoint {path} holds factors of shapes {shapes[:2]} ..., config.json asks for "
             f"{[tuple(x.shape) for x in leaves][:2]} ...; the workdir's files do not go together."
         )
-    return jax.tree.unflatten(tree, [found[name] for name in names])
+    return jax.tree.unflatten(tree, [saved[name] for name in names])
 
 
 def _stored(state: FederatedState) -> dict:

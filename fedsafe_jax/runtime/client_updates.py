@@ -103,5 +103,5 @@ class ClientUpdates:
 def _numbers(folder: epath.Path, pattern: str) -> list[int]:
     if not folder.is_dir():
         return []
-    found = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)

@@ -265,7 +265,7 @@ def export_packaged(lm, folder):
         lm,
         lora.Adapter(factors, config, lm.name),
         folder,
-        model_card.text("fl", small_config().to_dict(), {}, {}),
+        model_card.text("fl", small_config().to_dict(), summary={}, sets={}),
     )
 
 
