@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -28,13 +29,12 @@ def local_folder(folder: epath.Path) -> Iterator[epath.Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as name:
-        written = epath.Path(name)
-        yield written
-        for path in written.rglob("*"):
+        yield epath.Path(name)
+        for path in pathlib.Path(name).rglob("*"):
             if path.is_file():
-                target = folder / str(path.relative_to(written))
+                target = folder / path.relative_to(name).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
-                path.copy(target, overwrite=True)
+                epath.Path(path).copy(target, overwrite=True)
 
 
 def write_adapter(adapter: lora.Adapter, folder: epath.Path, card: str) -> None:

@@ -69,9 +69,9 @@ def for_library(card: str, library: str, base: str = "") -> str:
       library: "peft" for the adapter, "transformers" for the merged model.
       base: the base as `adapter_config.json` names it: a Hub id, or an absolute path.
     """
-    parsed = ModelCard(card)
-    if not parsed.data.to_dict():
+    if not card.startswith("---\n"):
         return card
+    parsed = ModelCard(card)
     parsed.data.library_name = library
     parsed.data.base_model_relation = RELATIONS[library]
     use = render(
