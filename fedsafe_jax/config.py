@@ -67,6 +67,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.clients_in_parallel = 0
     c.chunk_clients = 0  # clients whose batches and updates are held at once; 0 for 64, on CPU 16
     c.checkpoint_every = 1  # rounds between two checkpoints
+    c.checkpoint_keep = 2  # newest checkpoints kept of each arm and seed; 0 for all
+    # keep what each client sent in the kept rounds, for `fedsafe export --client`; before any noise
+    c.keep_updates = False
 
     c.federated = ml_collections.ConfigDict()
     c.federated.sampling = "uniform"  # how a cohort is drawn

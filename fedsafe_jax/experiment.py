@@ -30,6 +30,7 @@ from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
+from fedsafe_jax.runtime.client_updates import ClientUpdates
 from fedsafe_jax.runtime.libraries import versions
 from fedsafe_jax.runtime.progress import PhaseTimer, Progress
 from fedsafe_jax.validation import validate
@@ -73,6 +74,7 @@ def train_simulated(
         data=members.filtered if arm_run.planned.arm.filter else members.plain,
         seed=arm_run.seed,
         t=t,
+        keep_update=arm_run.update_writer(state, t),
     )
 
 
@@ -191,8 +193,9 @@ class ArmRun:
         if not self.planned.arm.trains:
             return None
         config, stage = self.config, self._constitutional_stage()
-        saved = checkpoint.RoundCheckpoints(self._checkpoints)
+        saved = checkpoint.RoundCheckpoints(self._checkpoints, config.checkpoint_keep)
         state, done = self._restored(saved)
+        self._updates.keep(saved.rounds())
         self.progress.resumed(done)
         try:
             for t in range(done, config.rounds):
@@ -202,8 +205,9 @@ class ArmRun:
                     # lines, instead of losing them.
                     self._record(row, cai_records)
                     state, done = new, t + 1
-                    if done % config.checkpoint_every == 0 or done == config.rounds:
+                    if self._is_checkpoint(done):
                         saved.save(done, state)
+                        self._updates.keep(saved.rounds())
                 preemption.reached(self.progress.rounds_done)
         except preemption.Preempted:
             with preemption.hold():
@@ -254,6 +258,21 @@ class ArmRun:
         outcome["seconds"] = time.monotonic() - started
         return outcome
 
+    def update_writer(self, state: FederatedState, t: int) -> Callable | None:
+        """Returns what writes the updates of round `t`; None for a round that is not kept."""
+        if not self.config.keep_updates or not self._is_checkpoint(t + 1):
+            return None
+        factors, updates = state.server.factors, self._updates
+        updates.write_start(t + 1, multihost.local(factors, self.inputs.mesh))
+
+        def write(client: int, update: np.ndarray) -> None:
+            updates.write(t + 1, client, update, like=factors)
+
+        return write
+
+    def _is_checkpoint(self, done: int) -> bool:
+        return done % self.config.checkpoint_every == 0 or done == self.config.rounds
+
     def _constitutional_stage(self):
         if not self.planned.arm.cai:
             return None
@@ -269,7 +288,12 @@ class ArmRun:
 
     @property
     def _checkpoints(self) -> epath.Path:
-        return self.workdir / "checkpoints" / self.planned.folder / f"seed{self.seed}"
+        return run_files.arm_folder(self.workdir, "checkpoints", self.planned.folder, self.seed)
+
+    @property
+    def _updates(self) -> ClientUpdates:
+        folder = run_files.arm_folder(self.workdir, "updates", self.planned.folder, self.seed)
+        return ClientUpdates(folder)
 
     def _restored(self, saved: checkpoint.RoundCheckpoints) -> tuple[FederatedState, int]:
         """Returns the newest state that was saved, or the first one, and the rounds done."""
@@ -283,7 +307,7 @@ class ArmRun:
         """Returns the LoRA factors of a finished arm, from its newest checkpoint."""
         if not self.planned.arm.trains:
             return None
-        saved = checkpoint.RoundCheckpoints(self._checkpoints)
+        saved = checkpoint.RoundCheckpoints(self._checkpoints, self.config.checkpoint_keep)
         state, _ = self._restored(saved)
         saved.close()
         return state.server.factors

@@ -163,7 +163,13 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
     f = c.federated
     for field in ("clip_norm", "noise_multiplier", "prox_mu", "byzantine"):
         _at_least(f"federated.{field}", f[field], 0)
-    for field in ("gradient_clip", "size_sigma", "warmup_rounds", "chunk_clients"):
+    for field in (
+        "gradient_clip",
+        "size_sigma",
+        "warmup_rounds",
+        "chunk_clients",
+        "checkpoint_keep",
+    ):
         _at_least(field, c[field], 0)
     for field, value, most in (
         ("attack.clients", c.attack.clients, 1),

@@ -51,6 +51,7 @@ COMMANDS = {
     "train-filter": Entry("train_filter", "trains a safety filter, measures it on unseen pairs"),
     "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
+    "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
     "pretrain": Entry("pretrain", "trains the packaged small model from scratch"),
 }
 

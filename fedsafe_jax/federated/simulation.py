@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round_programs import ChunkInputs, Programs, RoundSpec
+from fedsafe_jax.federated.round_programs import ChunkInputs, ClientUpdates, Programs, RoundSpec
 from fedsafe_jax.models.sharding import CLIENTS, platform_of
 
 # Default number of clients in a chunk. On CPU larger chunks gain nothing, and every core holds all
@@ -151,6 +151,7 @@ def run_round(
     chunk: int,
     update_scales: np.ndarray | None = None,
     ranks: np.ndarray | None = None,
+    keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
 
@@ -166,6 +167,9 @@ def run_round(
       chunk: clients a call, a multiple of the mesh axis `clients`.
       update_scales: float32 `[clients]`, factor on each client's update; None for 1.
       ranks: int32 `[clients]`, rank of each client's factors; None for the full rank.
+      keep_update: `(id, float32 [params])`, called with the update of each client that counts, as
+        the server receives it and before any noise. Each chunk is then fetched before the next one
+        begins, so no device holds more updates than without.
 
     Returns:
       The state after the round, and a report.
@@ -217,6 +221,8 @@ def run_round(
             gathered.append(sent)
         else:
             gathered = programs.collect(gathered, sent)
+        if keep_update is not None:
+            _hand_over(spec, sent, cohort.ids[start:stop], len(rates), keep_update)
         if jax.tree.leaves((states, residuals)):
             kept.append(_fetch({"states": states, "residuals": residuals}))
     server, step = programs.finish(state.server, gathered, key)
@@ -247,6 +253,19 @@ def run_round(
             lambda old, new: _replaced(old, cohort.ids[counted], new[counted]), clients, rows
         )
     return FederatedState(server, clients), report
+
+
+def _hand_over(
+    spec: RoundSpec, sent: ClientUpdates, ids: np.ndarray, steps: int, keep_update: Callable
+) -> None:
+    """Fetches a chunk's updates and calls `keep_update` with those that count."""
+    wait(sent)
+    updates, weights, done = _fetch((sent.updates, sent.weights, sent.steps))
+    for i, client in enumerate(ids.tolist()):
+        if weights[i] > 0:
+            # What the client moved by: clients that differ in steps send the move per step.
+            factor = max(float(done[i]), 1 / steps) if spec.normalize_steps else 1.0
+            keep_update(client, updates[i] * np.float32(factor))
 
 
 def _pad(x: np.ndarray, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import stream, training
@@ -24,6 +24,8 @@ from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub import read_json
+from fedsafe_jax.models.hub_files import save_tokenizer
+from fedsafe_jax.models.tensor_files import save_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -278,7 +280,7 @@ def save(classifier: ClassifierFilter, folder: pathlib.Path) -> dict:
     flat = jax.tree_util.tree_flatten_with_path(classifier.params)[0]
     tensors = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
     save_file(tensors, folder / TENSORS)
-    classifier.tokenizer.save_pretrained(folder)
+    save_tokenizer(classifier.tokenizer, folder)
     shape = dataclasses.asdict(classifier.config)
     return {
         "encoder": {k: v for k, v in shape.items() if k != "platform"},

@@ -69,6 +69,7 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
         ("federated.client_ranks", f.client_ranks, "all sites train lora_rank"),
         ("federated.dropout", f.dropout, "sites drop out by themselves"),
         ("attack.clients", config.attack.clients, "attacks are simulated only"),
+        ("keep_updates", config.keep_updates, "they are kept in a simulation only"),
         ("cai.check", CHECKS[config.cai.check].judge, "the filter is at the sites"),
     ):
         if value:

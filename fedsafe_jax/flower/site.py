@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
@@ -24,6 +24,7 @@ from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.models.tensor_files import save_file
 from fedsafe_jax.pipeline import filtering, rounds
 from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import encode
@@ -228,9 +229,8 @@ class Site:
         folder = self.folder / "state"
         folder.mkdir(parents=True, exist_ok=True)
         flat = traverse_util.flatten_dict(state, sep=".")
-        temporary = folder / "new.tmp"
-        save_file({name: np.ascontiguousarray(x[0]) for name, x in flat.items()}, temporary)
-        temporary.replace(folder / f"round_{t:04d}.safetensors")
+        tensors = {name: np.ascontiguousarray(x[0]) for name, x in flat.items()}
+        save_file(tensors, folder / f"round_{t:04d}.safetensors")
         # Kept are the states that a resumed server may go back to, and the one before these.
         for done, path in list(self._states().items())[: -self.config.checkpoint_every - 1]:
             if done < t - self.config.checkpoint_every:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from fedsafe_jax.data import chat
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import hub, lora
+from fedsafe_jax.models import base_model, hub, hub_files, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.sharding import MODEL
 
@@ -237,8 +237,8 @@ class LanguageModel:
 
 def model_folder(path_or_hub_id: str) -> pathlib.Path:
     """Returns the local folder of a model: as given, packaged (`package:model`), or downloaded."""
-    if path_or_hub_id == "package:model":
-        return pathlib.Path(__file__).parents[1] / "assets" / "model"
+    if path_or_hub_id == base_model.PACKAGED:
+        return base_model.PACKAGED_FOLDER
     return hub.resolve(path_or_hub_id)
 
 
@@ -302,6 +302,9 @@ def save_pretrained(
 ) -> None:
     """Writes a folder for transformers: weights with any adapter merged, configs, tokenizer.
 
+    Transformers 4 and 5 read it. The tokenizer's files are copied where it was not changed, see
+    `hub_files.save_tokenizer`.
+
     Args:
       lm: the model; quantised kernels are written expanded.
       folder: destination, created if missing.
@@ -324,9 +327,8 @@ def save_pretrained(
     hub.save_params(
         lm.params, lm.config, folder, dtype=dtype, update=update, shard_bytes=shard_bytes
     )
-    config = {k: v for k, v in lm.hf_config.items() if k not in ("torch_dtype", "_name_or_path")}
-    hub.write_json(folder / "config.json", config | {"dtype": dtype})
+    hub.write_json(folder / "config.json", hub_files.config_for_all(lm.hf_config, dtype))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(lm.tokenizer, name) for name in ids}
-    hub.write_json(folder / "generation_config.json", own | lm.generation_config)
-    lm.tokenizer.save_pretrained(folder)
+    hub.write_json(folder / "generation_config.json", lm.generation_config or own)
+    hub_files.save_tokenizer(lm.tokenizer, folder)

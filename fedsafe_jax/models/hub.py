@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
 from fedsafe_jax.models.quantize import dequantize, quantize
 from fedsafe_jax.models.sharding import is_shared, leaf_sharding, share
+from fedsafe_jax.models.tensor_files import save_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -330,4 +330,5 @@ def save_params(
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes indented JSON with a final newline."""
-    pathlib.Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    pathlib.Path(path).write_text(text, encoding="utf-8")

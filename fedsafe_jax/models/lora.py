@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from fedsafe_jax.models import base_model as base_names
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig, ModelError
 from fedsafe_jax.models.hub import read_json, write_json
+from fedsafe_jax.models.tensor_files import save_file
 
 PEFT_PREFIX = "base_model.model.model.layers"
 BLOCK_OF = {name: block for block, names in PROJECTIONS.items() for name in names}
@@ -176,7 +178,8 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
     Args:
       adapter: factors and their configuration.
       folder: folder to write to, created if missing.
-      base_model: path or Hub id that PEFT records as the base; "" for the adapter's own.
+      base_model: the base that PEFT is to load, "" for the adapter's own. A folder is recorded by
+        its absolute path, `package:model` by that of the packaged one, a Hub id as it is.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -202,7 +205,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model or adapter.base_model,
+        "base_model_name_or_path": base_names.loadable(base_model or adapter.base_model),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted(lora.targets),

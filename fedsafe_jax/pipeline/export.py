@@ -1,18 +1,67 @@
 """Hugging Face export of an arm: the PEFT adapter and the merged model, each with its card."""
 
 import contextlib
+import json
+import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
-from fedsafe_jax.models import lora
-from fedsafe_jax.pipeline.arms import planned_arms
+from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
+from fedsafe_jax.models import base_model, lora
+from fedsafe_jax.pipeline import evaluation
+from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.report import model_card
 from fedsafe_jax.runtime import multihost
+
+
+@contextlib.contextmanager
+def local_folder(folder: epath.Path) -> Iterator[epath.Path]:
+    """Gives a local folder to write to, whose files end in `folder`.
+
+    Safetensors writes local files only, so a bucket gets copies when everything is written.
+    """
+    if "://" not in str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield epath.Path(name)
+        for path in pathlib.Path(name).rglob("*"):
+            if path.is_file():
+                target = folder / path.relative_to(name).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                epath.Path(path).copy(target, overwrite=True)
+
+
+def write_adapter(adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
+    """Writes an adapter that peft and vLLM load from the folder itself.
+
+    Args:
+      adapter: the adapter, which names its base.
+      folder: a local folder, created if missing.
+      card: text of the model card.
+    """
+    lora.save_adapter(adapter, folder)
+    base = base_model.loadable(adapter.base_model)
+    card = model_card.for_library(card, "peft", base)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_merged(lm: LanguageModel, folder: epath.Path, card: str) -> None:
+    """Writes a model with its adapter merged, for transformers and vLLM.
+
+    Args:
+      lm: the model with its adapter.
+      folder: a local folder, created if missing.
+      card: text of the model card.
+    """
+    save_pretrained(lm, folder)
+    card = model_card.for_library(card, "transformers")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
@@ -24,19 +73,9 @@ def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: s
       folder: receives the two folders.
       card: text of the model card, written to both.
     """
-    with contextlib.ExitStack() as stack:
-        written = folder
-        if "://" in str(folder):  # safetensors writes local files; a bucket gets copies
-            written = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lora.save_adapter(adapter, written / "adapter")
-        save_pretrained(lm.with_adapter(adapter), written / "merged")
-        for name in ("adapter", "merged"):
-            (written / name / "README.md").write_text(card)
-        if written != folder:
-            for path in written.glob("*/*"):
-                target = folder / path.parent.name / path.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.copy(target, overwrite=True)
+    with local_folder(folder) as written:
+        write_adapter(adapter, written / "adapter", card)
+        write_merged(lm.with_adapter(adapter), written / "merged", card)
 
 
 def export_arm(
@@ -61,8 +100,64 @@ def export_arm(
         if planned.arm.name == config.export_arm and planned.arm.trains:
             own = multihost.local(factors[planned.id], inputs.mesh)
             adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
-            summary = results["arms"][planned.id]
-            card = model_card.text(planned.id, config.to_dict(), summary, inputs.evals)
+            card = model_card.text(
+                planned.id,
+                config.to_dict(),
+                summary=results["arms"][planned.id],
+                sets=inputs.evals,
+                license_fields=base_license(config.model),
+                note=_seeds_note(config),
+            )
             export(inputs.lm, adapter, workdir / "export", card)
             return True
     return False
+
+
+def _seeds_note(config: ConfigDict) -> str:
+    seeds = list(config.seeds)
+    if len(seeds) == 1:
+        return ""
+    return f"This is the adapter of seed {seeds[0]}; the figures are over the seeds {seeds}."
+
+
+def card_of_seed(
+    config: ConfigDict, workdir: epath.Path, planned: PlannedArm, seed: int, note: str = ""
+) -> str:
+    """Returns the model card of one arm and seed of a run, from what its workdir holds.
+
+    Args:
+      config: config of the run.
+      workdir: folder of the run.
+      planned: the arm.
+      seed: the seed, whose own figures the card has where it was evaluated.
+      note: a sentence on what this is, where it is not the arm's final model; the card has no
+        figures then, as only final models are evaluated.
+    """
+    path = workdir / "arms" / f"{planned.folder}_seed{seed}.json"
+    outcome = {} if note or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+    sets = {k: one for k, one in evaluation.chosen_sets(config).items() if k in outcome}
+    return model_card.text(
+        planned.id,
+        config.to_dict(),
+        summary=evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
+        sets=sets,
+        license_fields=base_license(config.model),
+        note=note or ("" if outcome else "The run had not evaluated it when this was written."),
+    )
+
+
+def base_license(name: str) -> dict[str, str]:
+    """Returns the license fields of the base's model card, {} where they are not known.
+
+    Args:
+      name: the base as the config names it: a folder's `README.md`, or the Hub's, is read.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        beside = model_folder(name) / "README.md"
+        data = ModelCard.load(beside if beside.is_file() else name).data.to_dict()
+    except Exception:  # A card may be missing, cut off or behind a network: then nothing is known.
+        return {}
+    fields = ("license", "license_name", "license_link")
+    return {field: data[field] for field in fields if isinstance(data.get(field), str)}

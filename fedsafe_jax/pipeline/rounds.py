@@ -149,6 +149,7 @@ def run(
     data: Sequence[Sequence[Encoded]],
     seed: int,
     t: int,
+    keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, dict]:
     """Runs one round.
 
@@ -160,6 +161,7 @@ def run(
       data: encoded examples of every client.
       seed, t: seed of the run and number of the round, from 0; sampling, order and noise depend on
         nothing else.
+      keep_update: takes each client's update, see `simulation.run_round`.
 
     Returns:
       The state after the round, and its figures, a line of `metrics.jsonl`.
@@ -175,7 +177,15 @@ def run(
         return batch
 
     state, report = step(
-        config, programs, state, base=base, packed=packed, cohort=cohort, seed=seed, t=t
+        config,
+        programs,
+        state,
+        base=base,
+        packed=packed,
+        cohort=cohort,
+        seed=seed,
+        t=t,
+        keep_update=keep_update,
     )
     return state, figures(config, cohort, report, useful=useful, seed=seed, t=t)
 
@@ -189,6 +199,7 @@ def step(
     cohort: Cohort,
     seed: int,
     t: int,
+    keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
 
@@ -200,6 +211,7 @@ def step(
       packed: `(start, stop) -> Batch` of that part of the cohort, see `simulation.run_round`.
       cohort: clients of the round.
       seed, t: seed of the run and number of the round, from 0.
+      keep_update: takes each client's update, see `simulation.run_round`.
     """
     who = roles(config, seed)
     update_scales = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
@@ -214,6 +226,7 @@ def step(
         chunk=simulation.chunk_size(config.clients_per_round, programs.mesh, config.chunk_clients),
         update_scales=update_scales.astype(np.float32),
         ranks=who.ranks[cohort.ids],
+        keep_update=keep_update,
     )
 
 

@@ -1,8 +1,10 @@
 """Orbax checkpoints of a federated run, written while the next round computes."""
 
 import logging
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -18,13 +20,13 @@ class RoundCheckpoints:
 
     Args:
       folder: destination, created if missing.
-      keep: number of newest checkpoints to keep.
+      keep: number of newest checkpoints to keep; 0 for all.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._folder = epath.Path(folder).resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=True
+            max_to_keep=keep or None, enable_async_checkpointing=True, create=True
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._newest = self._manager.latest_step() or 0
@@ -77,10 +79,61 @@ class RoundCheckpoints:
             raise CheckpointError(f"round {rounds_done} was not saved: a later checkpoint exists.")
         self._newest = rounds_done
 
+    def rounds(self) -> list[int]:
+        """Returns the rounds that are kept, in order; the newest may still be in writing."""
+        return sorted(self._manager.all_steps())
+
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def rounds_of(folder: epath.PathLike) -> list[int]:
+    """Returns the rounds of which a folder has a whole checkpoint, in order; it writes nothing.
+
+    Args:
+      folder: folder of the checkpoints of one arm and seed, which need not exist.
+    """
+    folder = epath.Path(folder)
+    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
+
+
+def read_factors(folder: epath.PathLike, rounds_done: int, like: Any) -> Any:
+    """Reads the server's LoRA factors from a checkpoint, and nothing else of it.
+
+    Args:
+      folder: folder of the checkpoints of one arm and seed.
+      rounds_done: one of `rounds_of(folder)`.
+      like: factors, or their shapes, in the structure of the saved ones.
+
+    Returns:
+      Factors of numpy arrays, wherever the run had them.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or holds factors of other shapes.
+    """
+    leaves, tree = jax.tree.flatten(like)
+    # The factors come first in `FederatedState`, so their leaves have the first numbers.
+    names = [f"{i:04d}" for i in range(len(leaves))]
+    path = epath.Path(folder).resolve() / str(rounds_done)
+    wanted = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(names, 0),
+        restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)),
+        partial_restore=True,
+    )
+    try:
+        saved = ocp.PyTreeCheckpointer().restore(path / "default", args=wanted)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
+    shapes = [tuple(saved[name].shape) for name in names]
+    if shapes != [tuple(x.shape) for x in leaves]:
+        raise CheckpointError(
+            f"checkpoint {path} holds factors of shapes {shapes[:2]} ..., config.json asks for "
+            f"{[tuple(x.shape) for x in leaves][:2]} ...; the workdir's files do not go together."
+        )
+    return jax.tree.unflatten(tree, [saved[name] for name in names])
 
 
 def _stored(state: FederatedState) -> dict:

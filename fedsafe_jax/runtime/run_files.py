@@ -16,6 +16,18 @@ class WorkdirError(RuntimeError):
     """The workdir holds another run."""
 
 
+def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Path:
+    """Returns where a run keeps the files of one arm and seed.
+
+    Args:
+      workdir: folder of the run.
+      kind: "checkpoints" or "updates".
+      arm: `arms.PlannedArm.folder`.
+      seed: the seed.
+    """
+    return workdir / kind / arm / f"seed{seed}"
+
+
 def write_json(path: epath.Path, content: Any) -> None:
     """Writes JSON through a temporary file, so that a killed run leaves the old or the new file."""
     if not multihost.is_primary():

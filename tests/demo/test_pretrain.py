@@ -40,6 +40,8 @@ def test_two_stages_leave_a_model_that_loads(tmp_path, capsys):
     flags = [f"--config={tmp_path / 'small.py'}:{first}", f"--output={second}"]
     startup.start("pretrain", flags)
     assert len(json.loads((second / "stages.json").read_text())) == 2
+    tokenizer = json.loads((second / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
     assert "trained from scratch by `fedsafe pretrain`" in (second / "README.md").read_text()
     before, after = (fedsafe_jax.load_pretrained(str(folder)) for folder in (first, second))
     tokens = np.array([after.tokenizer("Who are you?")["input_ids"]])

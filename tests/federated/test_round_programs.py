@@ -16,6 +16,7 @@ from federation import (
     make_federation,
     sgd_by_hand,
 )
+from jax.flatten_util import ravel_pytree
 from tiny import tiny_config
 
 from fedsafe_jax.data.packing import Batch
@@ -287,6 +288,36 @@ def test_stragglers_count_per_step(federation):
         *ends,
     )  # FedNova, Equation 6
     close(state.server.factors, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"chunk": 3}, {"devices": 2, "chunk": 2}, {"aggregator": "median"}]
+)
+def test_updates_handed_over_are_what_clients_moved_by(federation, layout):
+    """Client 0 gets one of three steps done; client 3 has no weight, so nothing of it counts."""
+    mask = federation.batches.mask.copy()
+    mask[0, 1:] = 0
+    slow = federation._replace(batches=federation.batches._replace(mask=mask))
+    aggregator = {k: v for k, v in layout.items() if k == "aggregator"}
+    spec = federation.spec("fedavg", SGD, normalize_steps=True, **aggregator)
+    kept = {}
+
+    def keep(client, update):
+        assert client not in kept
+        kept[client] = update
+
+    places = {k: v for k, v in layout.items() if k != "aggregator"}
+    state, _ = slow.run(spec, rounds=1, keep_update=keep, **places)
+    plain, _ = slow.run(spec, rounds=1, **places)
+    jax.tree.map(np.testing.assert_array_equal, state.server.factors, plain.server.factors)
+    assert sorted(kept) == [0, 1, 2]
+    start, unravel = ravel_pytree(federation.adapter)
+    for k, update in kept.items():
+        assert isinstance(update, np.ndarray)
+        end = sgd_by_hand(
+            federation, federation.adapter, k, rates=[0.01] * (1 if k == 0 else STEPS)
+        )
+        close(unravel(start + update), end, atol=1e-6)
 
 
 def test_clients_of_different_rank(federation):

@@ -90,7 +90,7 @@ def test_the_table_shows_what_an_arm_has(run):
 
 def test_the_card_is_markdown_with_the_scores(run):
     _, config, results, _, sets = run
-    card = model_card.text("fl", config, results["arms"]["fedavg/fl"], sets)
+    card = model_card.text("fl", config, summary=results["arms"]["fedavg/fl"], sets=sets)
     assert card.startswith("---\nbase_model: package:model\n") and "30% of client data" in card
     assert "\n| harmful refused, % | 60.0 (55.0-65.0) |\n" in card
     assert "\n| benign loss | 1.500 (1.400-1.600) |\n" in card

@@ -14,6 +14,7 @@ from fedsafe_jax.models import lora
 from fedsafe_jax.pipeline import export
 from fedsafe_jax.report.blocks import figure
 from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime.client_updates import ClientUpdates
 
 
 class Bucket(MemoryFileSystem):
@@ -46,6 +47,22 @@ def test_records_of_a_run(workdir):
     scores.decision = [1.0, 0.5, 0.0]
     scores._write()
     assert cache.ScoreCache(workdir / "filter_scores", "f").decision == [1.0, 0.5, 0.0]
+
+
+def test_updates_of_clients(workdir):
+    start = {"layers": {"mlp": {"up_proj": {"a": np.ones((1, 4, 2)), "b": np.zeros((1, 2, 3))}}}}
+    kept = ClientUpdates(workdir / "updates" / "fl" / "seed0")
+    assert kept.rounds() == []
+    for done in (1, 2, 10):
+        kept.write_start(done, start)
+        kept.write(done, 7, np.arange(14.0) + done, like=start)
+    kept.keep([2, 10])
+    assert kept.rounds() == [2, 10] and kept.clients(10) == [7] and kept.clients(1) == []
+    began, update = kept.read(10, 7)
+    jax.tree.map(np.testing.assert_array_equal, began, start)
+    flat = np.concatenate([x.ravel() for x in jax.tree.leaves(update)])
+    np.testing.assert_array_equal(flat, np.arange(14.0) + 10)
+    assert jax.tree.structure(update) == jax.tree.structure(start)
 
 
 def test_figures_and_exports(workdir, packaged):

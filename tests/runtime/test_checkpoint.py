@@ -12,7 +12,12 @@ from fedsafe_jax.federated.algorithms import Hyperparameters, ServerState
 from fedsafe_jax.federated.algorithms.adaptive import ADAM, adaptive
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.simulation import FederatedState
-from fedsafe_jax.runtime.checkpoint import RoundCheckpoints
+from fedsafe_jax.runtime.checkpoint import (
+    CheckpointError,
+    RoundCheckpoints,
+    read_factors,
+    rounds_of,
+)
 
 
 def state(value):
@@ -76,3 +81,24 @@ def test_every_algorithms_state_is_stored(tmp_path):
         saved.save(1, before)
         saved.close()
         assert_same(RoundCheckpoints(tmp_path / name).restore(before)[0], before)
+
+
+def test_factors_alone_are_read_from_any_kept_round(tmp_path):
+    assert rounds_of(tmp_path / "none") == []
+    saved = RoundCheckpoints(tmp_path, keep=0)
+    for t in range(1, 12):
+        saved.save(t, state(float(t)))
+        assert saved.rounds() == list(range(1, t + 1))
+    saved.close()
+    assert rounds_of(tmp_path) == list(range(1, 12))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    like = jax.eval_shape(lambda: state(0.0).server.factors)
+    for t in (1, 11):
+        assert_same(read_factors(tmp_path, t, like), state(float(t)).server.factors)
+    with pytest.raises(CheckpointError, match="shapes"):
+        read_factors(tmp_path, 1, {"q": {"a": np.zeros((2, 9)), "b": np.zeros((3, 2))}})
+    for file in [f for f in (tmp_path / "11").rglob("*") if f.is_file()]:
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_factors(tmp_path, 11, like)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before  # reading deletes nothing

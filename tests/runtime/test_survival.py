@@ -12,11 +12,21 @@ LONG = (
     "export_arm=fl",
     "filter.epochs=0",
     "federated.compression=int8",
+    "checkpoint_keep=3",
+    "keep_updates=True",
 )
 
 
 def adapter_bytes(workdir):
     return (workdir / "export" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def updates(workdir):
+    """What clients sent in the kept rounds, by file."""
+    folder = workdir / "updates"
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def checkpoints(workdir):
@@ -50,6 +60,13 @@ def test_ten_kills_end_with_the_same_adapter(tmp_path):
     assert "[100%] fl seed 0: evaluating" in run(killed, *LONG).stderr  # counts what was found
     assert adapter_bytes(killed) == adapter_bytes(straight)
     assert comparable(killed) == comparable(straight)
+    assert updates(killed) == updates(straight)
+    names = {path.split("/")[2] for path in updates(straight)}
+    assert (
+        names
+        == {"round_12", "round_13", "round_14"}
+        == {f"round_{p.name}" for p in checkpoints(straight)}
+    )
 
 
 def test_sigterm_loses_no_finished_round(tmp_path):

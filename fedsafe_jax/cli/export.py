@@ -1,0 +1,215 @@
+"""Exports the adapter of any arm and seed of a run, finished or not, or its merged model.
+
+    fedsafe export --workdir=DIR --arm=ARM --seed=N [--round=T] [--client=K] [--merge] --output=DIR
+
+The adapter lies in the folder itself: `PeftModel.from_pretrained(base, DIR)` and vLLM load it. A
+run keeps its `checkpoint_keep` newest rounds, and with `keep_updates` what clients sent in them.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from fedsafe_jax.cli.command import Command, UsageError, check_folder
+from fedsafe_jax.config import default_config
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    here = {"flag_values": values}
+    text("workdir", None, "Folder of the run, local or gs://BUCKET/FOLDER.", **here)
+    text("arm", None, "Arm, as results.json names it, such as fl or fedavg/fl.", **here)
+    whole("seed", None, "Seed; may be left out where the run has one.", **here)
+    whole("round", None, "Rounds done, from 1; the newest that is kept if left out.", **here)
+    whole("client", None, "What this client sent in the round, not the server's model.", **here)
+    flags.DEFINE_bool("merge", False, "Write the merged model, not the adapter.", **here)
+    text("output", None, "New or empty folder, local or gs://BUCKET/FOLDER.", **here)
+
+
+def run_config(workdir: epath.Path) -> ConfigDict:
+    """Reads the config of a run; fields that its version did not have get their defaults.
+
+    Raises:
+      UsageError: the workdir holds no run, or a damaged `config.json`.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UsageError(f"--workdir={workdir}: no config.json; give the folder of a run.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise UsageError(f"--workdir: {path} is damaged ({error}).") from None
+    known = default_config().to_dict()
+    groups = {k: v | content.get(k, {}) for k, v in known.items() if isinstance(v, dict)}
+    return ConfigDict(known | content | groups)
+
+
+def choose(names: list, given: Any, flag: str, what: str) -> Any:
+    """Returns the given one of some names; where there is one name, it need not be given.
+
+    Raises:
+      UsageError: it is not there; the message lists those that are.
+    """
+    if given is None and len(names) == 1:
+        return names[0]
+    if given not in names:
+        problem = "missing" if given is None else "not there"
+        there = ", ".join(map(str, names)) or "none"
+        written = f"--{flag}" if given is None else f"--{flag}={given}"
+        raise UsageError(f"{written}: {problem}; {what}: {there}.")
+    return given
+
+
+class Saved:
+    """What a workdir keeps of one arm and seed.
+
+    Args:
+      workdir: folder of the run.
+      arm: id of the arm.
+      seed: seed, None for the only one.
+
+    Raises:
+      UsageError: there is no such run, arm or seed, or it has no checkpoint.
+    """
+
+    def __init__(self, workdir: str, arm: str, seed: int | None):
+        from fedsafe_jax.inference.language_model import model_folder
+        from fedsafe_jax.models import hub, lora
+        from fedsafe_jax.pipeline.arms import planned_arms
+        from fedsafe_jax.runtime import checkpoint, run_files
+        from fedsafe_jax.runtime.client_updates import ClientUpdates
+
+        self.workdir = epath.Path(workdir)
+        self.config = run_config(self.workdir)
+        arms = {one.id: one for one in planned_arms(self.config) if one.arm.trains}
+        self.planned = arms[choose(list(arms), arm, "arm", "arms that are trained")]
+        self.seed = choose(list(self.config.seeds), seed, "seed", "seeds of the run")
+        place = {"arm": self.planned.folder, "seed": self.seed}
+        self._folder = run_files.arm_folder(self.workdir, "checkpoints", **place)
+        self._updates = ClientUpdates(run_files.arm_folder(self.workdir, "updates", **place))
+        self.rounds = checkpoint.rounds_of(self._folder)
+        if not self.rounds:
+            begun = [one for one in arms.values() for s in self.config.seeds if self._has(one, s)]
+            names = ", ".join(dict.fromkeys(one.id for one in begun)) or "none"
+            raise UsageError(
+                f"--arm={arm} --seed={self.seed}: no checkpoint in {self._folder} yet; arms that "
+                f"have one: {names}."
+            )
+        self.lora = lora.LoraConfig(
+            self.config.lora_rank,
+            self.config.lora_alpha,
+            lora.expand_targets(self.config.lora_targets),
+            self.config.lora_rank_stabilized,
+        )
+        shape = hub.read_config(model_folder(self.config.model), self.config.dtype)
+        self._like = jax.eval_shape(lambda: lora.init(jax.random.key(0), shape, self.lora))
+
+    def _has(self, planned: Any, seed: int) -> bool:
+        from fedsafe_jax.runtime import checkpoint, run_files
+
+        folder = run_files.arm_folder(self.workdir, "checkpoints", planned.folder, seed)
+        return bool(checkpoint.rounds_of(folder))
+
+    def round(self, given: int | None) -> int:
+        """Returns the round asked for, the newest for None.
+
+        Raises:
+          UsageError: it was not kept; the message names those that were.
+        """
+        if given is None:
+            return self.rounds[-1]
+        what = f"kept with checkpoint_keep={self.config.checkpoint_keep} are the rounds"
+        return choose(self.rounds, given, "round", what)
+
+    def factors(self, rounds_done: int) -> dict:
+        """Returns the server's factors after a round.
+
+        Raises:
+          UsageError: the checkpoint is damaged, or does not fit the config.
+        """
+        from fedsafe_jax.runtime import checkpoint
+
+        try:
+            return checkpoint.read_factors(self._folder, rounds_done, self._like)
+        except checkpoint.CheckpointError as error:
+            raise UsageError(f"--round={rounds_done}: {error}") from None
+
+    def client_factors(self, rounds_done: int, client: int) -> dict:
+        """Returns the factors that the server received from a client in a round.
+
+        Raises:
+          UsageError: they were not kept; the message names what was.
+        """
+        from fedsafe_jax.federated.lora_average import rank_mask
+        from fedsafe_jax.pipeline.clients import roles
+
+        rounds = [t for t in self._updates.rounds() if t in self.rounds]
+        if rounds_done not in rounds:
+            kept = ", ".join(map(str, rounds)) or "none"
+            raise UsageError(
+                f"--client={client}: no updates of round {rounds_done} were kept "
+                f"(keep_updates={self.config.keep_updates}); rounds with updates: {kept}."
+            )
+        what = f"clients whose updates of round {rounds_done} were kept"
+        choose(self._updates.clients(rounds_done), client, "client", what)
+        start, update = self._updates.read(rounds_done, client)
+        if self.config.federated.client_ranks:
+            mask = rank_mask(start, roles(self.config, self.seed).ranks[client])
+            start = jax.tree.map(lambda x, m: np.asarray(x * m), start, mask)
+        return jax.tree.map(np.add, start, update)
+
+
+def check_output(output: str) -> None:
+    """Makes the output folder.
+
+    Raises:
+      UsageError: it holds something, or cannot be written.
+    """
+    folder = epath.Path(output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UsageError(f"--output={output}: is there and not empty; name a new folder.")
+    check_folder("output", output)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Writes the adapter or the merged model, and prints how to load it."""
+    from fedsafe_jax.inference.language_model import load_pretrained
+    from fedsafe_jax.models import lora
+    from fedsafe_jax.pipeline import export
+
+    saved = Saved(values.workdir, values.arm, values.seed)
+    config, rounds_done = saved.config, saved.round(values.round)
+    note = "" if rounds_done == config.rounds else _round_note(rounds_done, config)
+    if values.client is None:
+        factors = saved.factors(rounds_done)
+    else:
+        factors = saved.client_factors(rounds_done, values.client)
+        note = f"What client {values.client} sent in round {rounds_done}. It was not evaluated."
+    check_output(values.output)
+    card = export.card_of_seed(config, saved.workdir, saved.planned, seed=saved.seed, note=note)
+    adapter = lora.Adapter(factors, saved.lora, config.model)
+    with export.local_folder(epath.Path(values.output)) as folder:
+        if values.merge:
+            lm = load_pretrained(config.model, config.dtype, config.quantization)
+            export.write_merged(lm.with_adapter(adapter), folder, card)
+        else:
+            export.write_adapter(adapter, folder, card)
+    what = "merged model" if values.merge else "adapter"
+    whose = "" if values.client is None else f", client {values.client}"
+    print(f"{what} of {saved.planned.id}, seed {saved.seed}, round {rounds_done}{whose}: ", end="")
+    print(values.output)
+
+
+def _round_note(rounds_done: int, config: ConfigDict) -> str:
+    return f"The model after round {rounds_done} of {config.rounds}. It was not evaluated."
+
+
+COMMAND = Command(define_flags, main, required=("workdir", "arm", "output"))

@@ -1,0 +1,24 @@
+"""The name of an adapter's base model, as peft, transformers and vLLM can load it."""
+
+import pathlib
+
+PACKAGED = "package:model"
+PACKAGED_FOLDER = pathlib.Path(__file__).resolve().parents[1] / "assets" / "model"
+
+
+def loadable(name: str) -> str:
+    """Returns a name that other libraries load: a Hub id, or the absolute path of a folder.
+
+    Args:
+      name: a name that `load_pretrained` takes: `package:model`, a local folder or a Hub id; ""
+        where the base is not known.
+
+    Example:
+      >>> loadable("org/model")
+      'org/model'
+      >>> pathlib.Path(loadable("package:model"), "config.json").is_file()
+      True
+    """
+    if name == PACKAGED:
+        return str(PACKAGED_FOLDER)
+    return str(pathlib.Path(name).resolve()) if name and pathlib.Path(name).is_dir() else name

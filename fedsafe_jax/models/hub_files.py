@@ -1,0 +1,154 @@
+"""Tokenizer and configs beside the weights, such that transformers 4 and 5 both read them.
+
+A tokenizer that was not changed keeps its files to the byte: what writes them anew may name
+classes that other versions do not know. vLLM and other servers still build on transformers 4.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from fedsafe_jax.models.hub import read_json, write_json
+
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+)
+TEMPLATE_FILES = (TEMPLATE, "additional_chat_templates/*.jinja")
+# Whatever `tokenizer.json` says, by the name of transformers 5 alone, and by that of both.
+NEW_CLASS, FAST_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+# Notes of transformers 5 on how a tokenizer was loaded, which say nothing of the tokenizer.
+LOADING_NOTES = ("backend", "is_local", "local_files_only")
+# What changes a tokenizer besides the tokenizers library's own state.
+ATTRIBUTES = (
+    "special_tokens_map",
+    "all_special_tokens",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a tokenizer: the files it was loaded from, or new ones where it was changed.
+
+    A changed chat template alone is written beside the copied files, as `chat_template.jinja` and
+    in `tokenizer_config.json`, which older programs read. Of copied files only a
+    `tokenizer_config.json` that transformers 4 cannot load is changed.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      folder: an existing folder.
+    """
+    folder = pathlib.Path(folder)
+    source = pathlib.Path(getattr(tokenizer, "name_or_path", None) or "")
+    fresh = _reloaded(source)
+    if fresh is None or not _same(tokenizer, fresh):
+        tokenizer.save_pretrained(folder)
+        _mend(folder, tokenizer, written=True)
+        return
+    same_template = tokenizer.chat_template == fresh.chat_template
+    _copy(source, folder, TOKENIZER_FILES + (TEMPLATE_FILES if same_template else ()))
+    _mend(folder, tokenizer)
+    if not same_template:
+        (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        path = folder / TOKENIZER_CONFIG
+        content = read_json(path) if path.is_file() else {"tokenizer_class": FAST_CLASS}
+        write_json(path, content | {"chat_template": tokenizer.chat_template})
+
+
+def _reloaded(source: pathlib.Path) -> Any:
+    """The tokenizer of a folder as it is on disk; None where there is none any more."""
+    from transformers import AutoTokenizer
+
+    if not any((source / name).is_file() for name in ("tokenizer.json", TOKENIZER_CONFIG)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of a text, chat templates left aside."""
+    if type(one) is not type(other):
+        return False
+    return _state(one) == _state(other) and all(
+        getattr(one, name, None) == getattr(other, name, None) for name in ATTRIBUTES
+    )
+
+
+def _state(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    # Every call leaves its truncation and padding behind in the library's state.
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+
+
+def _copy(source: pathlib.Path, folder: pathlib.Path, patterns: tuple[str, ...]) -> None:
+    """Copies the files of the patterns that are there; links of the Hub's cache become files."""
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            if path.resolve() != target.resolve():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _mend(folder: pathlib.Path, tokenizer: Any, written: bool = False) -> None:
+    """Makes a `tokenizer_config.json` of transformers 5 readable for transformers 4.
+
+    Args:
+      folder: folder of the file.
+      tokenizer: the tokenizer of the file.
+      written: whether the file was just written, not copied; its class is then of no use, as
+        `tokenizer.json` says everything.
+    """
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    content = read_json(path)
+    extra = content.get("extra_special_tokens")
+    written = written and (folder / "tokenizer.json").is_file()
+    new = content.get("tokenizer_class") == NEW_CLASS
+    if not (written or new or isinstance(extra, list)):
+        return
+    if written or new:
+        content["tokenizer_class"] = FAST_CLASS
+        # In transformers 4 this class adds token types otherwise, which `generate` refuses.
+        content["model_input_names"] = list(tokenizer.model_input_names)
+    if isinstance(extra, list):  # transformers 4 expects a dict under this name
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    write_json(path, {k: v for k, v in content.items() if k not in LOADING_NOTES})
+
+
+def config_for_all(raw: dict, dtype: str) -> dict:
+    """Returns a `config.json` in both spellings: of transformers 4 and of 5.
+
+    Args:
+      raw: the content of the base's `config.json`, in either spelling.
+      dtype: type of the weights beside it.
+    """
+    config = {k: v for k, v in raw.items() if k != "_name_or_path"}
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = config.get("rope_parameters") or {}
+    if local := rope.get("sliding_attention"):  # Gemma 3: windowed layers have a base of their own
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", scaling)
+    return config

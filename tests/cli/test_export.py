@@ -1,0 +1,150 @@
+"""`fedsafe export`: any arm, seed, round and client of a run; what was not kept is one line."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file
+
+from fedsafe_jax import experiment
+from fedsafe_jax.cli import startup
+from fedsafe_jax.config import default_config
+from fedsafe_jax.models import lora
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def config_of(**changes):
+    """Three rounds of two clients a round, without evaluation of any length."""
+    c = default_config()
+    c.arms, c.export_arm = ("base", "fl"), "fl"
+    c.rounds, c.local_steps, c.batch_size = 3, 1, 2
+    c.num_clients, c.clients_per_round, c.examples_per_client = 4, 2, 8
+    c.federated.weighting = "uniform"
+    c.eval.tasks = ("utility",)
+    c.eval.max_heldout = 4
+    for name, value in changes.items():
+        c[name] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Workdir of a run that kept everything, in chunks of one client."""
+    workdir = tmp_path_factory.mktemp("kept")
+    config = config_of(checkpoint_keep=0, keep_updates=True, chunk_clients=1)
+    experiment.run(config, str(workdir))
+    return workdir
+
+
+def export(workdir, output, *arguments):
+    """Runs the command; returns the factors that it wrote."""
+    place = (f"--workdir={workdir}", f"--output={output}")
+    startup.start("export", ["--arm=fl", "--seed=0", *place, *arguments])
+    return lora.load_adapter(output).factors if (output / ADAPTER).is_file() else None
+
+
+def refused(capsys, workdir, output, *arguments) -> str:
+    """Runs the command, which refuses; returns its line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        place = (f"--workdir={workdir}", f"--output={output}")
+        startup.start("export", [*place, *arguments])
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+def test_the_newest_round_is_what_the_run_exported(kept, tmp_path):
+    export(kept, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / ADAPTER).read_bytes() == (
+        kept / "export/adapter" / ADAPTER
+    ).read_bytes()
+    export(kept, tmp_path / "merged", "--merge")
+    ours = load_file(tmp_path / "merged/model.safetensors")
+    for name, x in load_file(kept / "export/merged/model.safetensors").items():
+        np.testing.assert_array_equal(ours[name], x)
+
+
+def test_a_round_is_the_mean_of_what_its_clients_sent(kept, tmp_path):
+    """FedAvg with equal weights, whose clients are exported with their names."""
+    rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        done = row["round"] + 1
+        server = export(kept, tmp_path / f"{done}", f"--round={done}")
+        clients = [
+            export(kept, tmp_path / f"{done}_{i}", f"--round={done}", f"--client={i}")
+            for i in row["clients"]
+        ]
+        mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *clients)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), server, mean)
+        apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *clients)
+        assert max(jax.tree.leaves(apart)) > 1e-3
+
+
+def test_the_card_has_metadata_and_results(kept, tmp_path):
+    export(kept, tmp_path / "final")
+    data = ModelCard.load(tmp_path / "final" / "README.md").data
+    assert (data.library_name, data.base_model) == ("peft", "package:model")
+    assert data.license == "cc-by-sa-3.0" and "federated" in data.tags
+    assert data.datasets == ["package/clients_safe.jsonl", "package/clients_unsafe.jsonl"]
+    results = json.loads((kept / "results.json").read_text())
+    (measured,) = data.eval_results
+    assert measured.metric_value == results["arms"]["fl"]["utility"]["nll"]
+    export(kept, tmp_path / "early", "--round=1")
+    early = ModelCard.load(tmp_path / "early" / "README.md")
+    assert early.data.eval_results is None and "not evaluated" in early.text
+
+
+def test_peft_loads_the_folder_itself(kept, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    export(kept, tmp_path / "adapter")
+    export(kept, tmp_path / "merged", "--merge")
+    tokens = torch.tensor([[1, 4, 300, 20]])
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        a, b = (model.float()(tokens).logits.numpy() for model in (adapted, merged))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_is_not_there_is_one_line(kept, tmp_path, capsys):
+    new = tmp_path / "new"
+    line = refused(capsys, kept, new, "--arm=fll")
+    assert "--arm=fll: not there" in line and "fl." in line
+    assert "trained: fl." in refused(capsys, kept, new, "--arm=base")
+    assert "seeds of the run: 0." in refused(capsys, kept, new, "--arm=fl", "--seed=3")
+    assert "rounds: 1, 2, 3." in refused(capsys, kept, new, "--arm=fl", "--round=4")
+    assert "--client=99: not there" in refused(capsys, kept, new, "--arm=fl", "--client=99")
+    assert "no config.json" in refused(capsys, tmp_path / "nothing", new, "--arm=fl")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    assert "not empty" in refused(capsys, kept, full, "--arm=fl")
+    assert not new.exists()
+
+
+def test_a_run_keeps_two_rounds_and_no_updates(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    experiment.run(config_of(), str(workdir))
+    assert not (workdir / "updates").exists()
+    line = refused(capsys, workdir, tmp_path / "new", "--arm=fl", "--round=1")
+    assert "checkpoint_keep=2 are the rounds: 2, 3." in line
+    line = refused(capsys, workdir, tmp_path / "new", "--arm=fl", "--client=0")
+    assert "keep_updates=False" in line and "rounds with updates: none." in line
+    # An interrupted run: nothing but its config and checkpoints.
+    for name in ("arms", "export"):
+        shutil.rmtree(workdir / name)
+    (workdir / "results.json").unlink()
+    export(workdir, tmp_path / "adapter")
+    assert "not evaluated it" in (tmp_path / "adapter/README.md").read_text()
+    shutil.rmtree(workdir / "checkpoints")
+    line = refused(capsys, workdir, tmp_path / "new", "--arm=fl")
+    assert "no checkpoint" in line and "have one: none." in line
