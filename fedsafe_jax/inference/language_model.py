@@ -17,7 +17,7 @@ from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
-from fedsafe_jax.models.sharding import MODEL
+from fedsafe_jax.models.sharding import MODEL, writes
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
@@ -299,6 +299,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder for transformers: weights with any adapter merged, configs, tokenizer.
 
+    Where the parameters span processes, all of them call this, and the first one writes.
+
     Args:
       lm: the model; quantised kernels are written expanded.
       folder: destination, created if missing.
@@ -316,11 +318,14 @@ def save_pretrained(
       True
     """
     folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
-    folder.mkdir(parents=True, exist_ok=True)
+    if writes(lm.params):
+        folder.mkdir(parents=True, exist_ok=True)
     update = None if lm.adapter is None else lora.update_of(lm.adapter)
     hub.save_params(
         lm.params, lm.config, folder, dtype=dtype, update=update, shard_bytes=shard_bytes
     )
+    if not writes(lm.params):
+        return
     config = {k: v for k, v in lm.hf_config.items() if k not in ("torch_dtype", "_name_or_path")}
     hub.write_json(folder / "config.json", config | {"dtype": dtype})
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,8 +1,10 @@
 """Runs of several processes: hosts of a TPU pod, tasks of SLURM, or a laptop's cores.
 
 All processes run the same program. Federated training is split over all devices; generation, CAI
-and evaluation are computed by every process on its own devices, from the same seeds. The primary
-process decides whatever could differ between hosts, and it alone writes records and reports.
+and evaluation are computed by every process on its own devices, from the same seeds. Where a copy
+of the base lies on several hosts, no process has one to itself: all then generate, train and
+evaluate together on the whole mesh. The primary process decides whatever could differ between
+hosts, and it alone writes records and reports.
 """
 
 import itertools
@@ -14,6 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+
+from fedsafe_jax.federated.mesh import spans_hosts
 
 BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
 _barriers = itertools.count()
@@ -106,33 +110,45 @@ def broadcast_bool(value: bool) -> bool:
 
 
 def broadcast(tree: Any) -> Any:
-    """Returns the primary process's arrays in all processes.
+    """Returns the primary process's arrays in all processes, to the bit.
 
     Args:
-      tree: pytree of arrays, of the same shapes in all processes.
+      tree: pytree of arrays, of the same shapes and dtypes in all processes.
     """
     if jax.process_count() == 1:
         return tree
     barrier("broadcast")
-    return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
+    arrays = jax.tree.map(np.asarray, tree)
+    # As bytes: jax would make 32 bits of 64.
+    sent = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), np.uint8), arrays)
+    received = multihost_utils.broadcast_one_to_all(sent)
+    return jax.tree.map(
+        lambda x, old: np.frombuffer(np.asarray(x).tobytes(), old.dtype).reshape(old.shape),
+        received,
+        arrays,
+    )
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """Returns the part of a mesh whose devices belong to this process."""
-    return mesh if jax.process_count() == 1 else mesh.local_mesh
+    """Returns the part of a mesh with which this process generates and evaluates.
+
+    These are its own devices; where a copy of the base lies on several hosts, all devices: every
+    process then runs the same programs on the whole mesh.
+    """
+    return mesh if jax.process_count() == 1 or spans_hosts(mesh) else mesh.local_mesh
 
 
 def local(tree: Any, mesh: Mesh) -> Any:
-    """Returns this process's copies of arrays on a mesh of all processes, without moving them.
+    """Returns arrays on a mesh of all processes as arrays on `local_mesh`, without moving them.
 
     Args:
       tree: pytree of arrays that every process holds whole, or split over its own devices along
         the axis `model`.
       mesh: mesh of all processes' devices.
     """
-    if jax.process_count() == 1:
+    own = local_mesh(mesh)
+    if own is mesh:
         return tree
-    own = mesh.local_mesh
 
     def addressable(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
