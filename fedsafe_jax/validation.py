@@ -297,7 +297,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.runtime.multihost import ClusterError
+    from fedsafe_jax.runtime.cluster import ClusterError
     from fedsafe_jax.runtime.run_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
