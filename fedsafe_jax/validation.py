@@ -289,6 +289,13 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     _at_least("filter.max_length", f.max_length, 16)
 
 
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Returns the exception types of storage that may answer later: one line, not wrong input."""
+    from fedsafe_jax.runtime.checkpoint import CheckpointError
+
+    return (CheckpointError,)
+
+
 def input_errors() -> tuple[type[Exception], ...]:
     """Returns the exception types of wrong input: reported as one line, without a traceback."""
     from fedsafe_jax.cai.constitution import ConstitutionError

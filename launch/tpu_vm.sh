@@ -117,6 +117,7 @@ run() {
   # A process that was preempted or crashed is started again, and continues. One that ended well is
   # not, nor one that would fail again: 2 is wrong input, 126 and 127 a program that is not there.
   loop="for try in 1 2 3 4 5; do env $(printf '%q ' "${variables[@]}").venv/bin/fedsafe run $(printf '%q ' "$@")"
+  # shellcheck disable=SC2016  # the host's shell expands it
   loop+='; status=$?; case $status in 0 | 2 | 126 | 127) break ;; esac; sleep 30; done; echo "ended with status $status"'
   everywhere "cd fedsafe_jax && nohup bash -c $(printf '%q' "$loop") >> run.log 2>&1 < /dev/null &"
 }

@@ -1,5 +1,6 @@
 """What the launch scripts run, and a run in two processes against one."""
 
+import json
 import os
 import shlex
 import shutil
@@ -62,6 +63,43 @@ def test_two_processes_end_with_the_adapter_of_one(tmp_path, monkeypatch):
         np.testing.assert_allclose(found[1][name], value, atol=2e-5)
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     assert len(lines[0].splitlines()) == len(lines[1].splitlines()) == 2
+
+
+def test_a_base_on_two_hosts_gives_what_one_host_gives(tmp_path):
+    """Generation, Constitutional AI, evaluation and export, half of the base in each process."""
+    settings = ("arms=('base','fl+filter+cai')", "rounds=1", "model_parallel=2")
+    settings += ("filter.kind=simulated", "clients_in_parallel=1", "eval.every_round_prompts=2")
+    fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    processes = {"one": "1", "two": "2"}
+    for name, count in processes.items():
+        devices = f"--xla_force_host_platform_device_count={2 // int(count)}"
+        done = launch(
+            count, "--config=configs/demo.py", f"--workdir={tmp_path / name}", *flags,
+            XLA_FLAGS=f"{devices} {ENVIRONMENT['XLA_FLAGS']}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = tmp_path / "one", tmp_path / "two"
+    read = "cai/round_000.jsonl"
+    assert (one / read).read_text() == (two / read).read_text()
+    for arm in ("base", "fl+filter+cai"):
+        texts = [(folder / f"arms/{arm}_seed0.json").read_text() for folder in (one, two)]
+        a, b = ({k: v for k, v in json.loads(t).items() if k != "seconds"} for t in texts)
+        assert a.keys() == b.keys()
+        for task, outcome in a.items():
+            for name, values in outcome.items():
+                if name == "nll":
+                    np.testing.assert_allclose(b[task][name], values, atol=1e-4)
+                else:  # answers, and what was made of them
+                    assert values == b[task][name]
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        found = [load_file(folder / "export" / file) for folder in (one, two)]
+        assert found[0].keys() == found[1].keys()
+        gaps = np.concatenate([np.abs(found[1][k] - v).ravel() for k, v in found[0].items()])
+        # Sums in another order, which Adam magnifies where gradients are tiny.
+        assert np.quantile(gaps, 0.99) < 2e-5 and gaps.max() < 5e-3
+    names = [{p.name for p in (folder / "export").rglob("*")} for folder in (one, two)]
+    assert names[0] == names[1]
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):

@@ -21,6 +21,7 @@ from fedsafe_jax.runtime import cluster
 from fedsafe_jax.runtime.cluster import ClusterError
 
 BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
+BROADCAST_BYTES = 256 << 20  # sent at once
 _barriers = itertools.count()
 
 
@@ -100,16 +101,22 @@ def broadcast(tree: Any) -> Any:
     """
     if jax.process_count() == 1:
         return tree
-    barrier("broadcast")
-    arrays = jax.tree.map(np.asarray, tree)
-    # As bytes: jax would make 32 bits of 64.
-    sent = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), np.uint8), arrays)
-    received = multihost_utils.broadcast_one_to_all(sent)
-    return jax.tree.map(
-        lambda x, old: np.frombuffer(np.asarray(x).tobytes(), old.dtype).reshape(old.shape),
-        received,
-        arrays,
-    )
+    return jax.tree.map(_broadcast_one, tree)
+
+
+def _broadcast_one(x: Any) -> np.ndarray:
+    """Returns the primary process's array, in pieces that fit beside a model on a device."""
+    x = np.asarray(x)
+    if not x.size:
+        return x
+    sent = np.frombuffer(x.tobytes(), np.uint8)  # jax would make 32 bits of 64
+    received = []
+    for start in range(0, len(sent), BROADCAST_BYTES):
+        barrier("broadcast")
+        piece = sent[start : start + BROADCAST_BYTES]
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(piece)))
+    # A bytearray, so that the array can be written to.
+    return np.frombuffer(bytearray(b"".join(received)), x.dtype).reshape(x.shape)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
