@@ -17,12 +17,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax.federated import simulation
+from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.sharding import fetch
 from fedsafe_jax.pipeline import clients, constitutional, evaluation, export, filtering, rounds
 from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
@@ -126,12 +128,17 @@ def run(
             final_factors.setdefault(planned.id, factors)
         if members.quality is not None:
             filter_quality.append(members.filter_record())
+    results = {}
+    if multihost.is_primary():
+        results = summarise(config, inputs, outcomes, filter_quality)
+        results["seconds"] = {"this_process": time.monotonic() - started}
+        run_files.write_json(workdir / "results.json", results)
+    multihost.barrier("export")
     if not multihost.is_primary():
+        if spans_hosts(inputs.mesh):  # no process has the whole base
+            export.export_arm(config, inputs, workdir, factors=final_factors, results={})
         multihost.barrier("reported")
         return {}
-    results = summarise(config, inputs, outcomes, filter_quality)
-    results["seconds"] = {"this_process": time.monotonic() - started}
-    run_files.write_json(workdir / "results.json", results)
     if not export.export_arm(config, inputs, workdir, factors=final_factors, results=results):
         progress.note(f"nothing is exported: export_arm='{config.export_arm}' was not trained")
     page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
@@ -236,7 +243,8 @@ class ArmRun:
             # Constitutional AI on the aggregated model.
             current, base = map(self._language_model, (state.server.factors, None))
             factors, row["cai"], records = stage.run(current, base, t, timer)
-            factors = simulation.replicate(multihost.broadcast(factors), self.inputs.mesh)
+            factors = multihost.broadcast(fetch(factors))
+            factors = simulation.replicate(factors, self.inputs.mesh)
             state = state._replace(server=state.server._replace(factors=factors))
         if count := config.eval.every_round_prompts:
             lm = self._language_model(state.server.factors)
@@ -251,7 +259,11 @@ class ArmRun:
         self.progress.note(f"{self.planned.id} seed {self.seed}: evaluating")
         started = time.monotonic()
         # Only the first process asks the endpoint, and the base is not compared with itself.
-        endpoint = evaluation.endpoint_of(self.config) if multihost.is_primary() else None
+        endpoint = evaluation.endpoint_of(self.config)
+        if endpoint and spans_hosts(self.inputs.mesh):
+            endpoint = evaluation.asked_by_first(endpoint)
+        elif not multihost.is_primary():
+            endpoint = None
         base = self._language_model(None) if self.planned.arm.trains else None
         options = evaluation.options_of(self.config, endpoint, base)
         outcome = evaluation.evaluate(self._language_model(factors), self.inputs.evals, options)

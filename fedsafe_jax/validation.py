@@ -295,6 +295,13 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     _at_least("filter.max_length", f.max_length, 16)
 
 
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Returns the exception types of storage that may answer later: one line, not wrong input."""
+    from fedsafe_jax.runtime.checkpoint import CheckpointError
+
+    return (CheckpointError,)
+
+
 def input_errors() -> tuple[type[Exception], ...]:
     """Returns the exception types of wrong input: reported as one line, without a traceback."""
     from fedsafe_jax.cai.constitution import ConstitutionError
@@ -303,7 +310,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.runtime.multihost import ClusterError
+    from fedsafe_jax.runtime.cluster import ClusterError
     from fedsafe_jax.runtime.run_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError

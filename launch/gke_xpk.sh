@@ -5,7 +5,7 @@
 # The workload is started again when a slice is preempted, and continues from the bucket. Settings by
 # environment, with their defaults:
 #   CLUSTER (none), PROJECT (gcloud's), ZONE (gcloud's), WORKLOAD=fedsafe, TYPE=v5litepod-16, SLICES=1,
-#   IMAGE=python:3.12-slim, RESTARTS=10
+#   IMAGE=python:3.12-slim, RESTARTS=10, EXTRA=tpu,report (extras of the package that are installed)
 set -euo pipefail
 
 dry_run=false
@@ -37,7 +37,7 @@ zone="${ZONE:-$(setting compute/zone ZONE)}"
 [ -n "$zone" ] || fail "no zone: set ZONE, or gcloud config set compute/zone ZONE."
 
 # xpk copies the script directory into the image.
-command="pip install --quiet '.[tpu,report]' gcsfs && fedsafe run $(printf '%q ' "$@")"
+command="pip install --quiet '.[${EXTRA:-tpu,report}]' gcsfs && FEDSAFE_DISTRIBUTED=on fedsafe run $(printf '%q ' "$@")"
 run=(xpk workload create --cluster="$CLUSTER" --project="$project" --zone="$zone"
   --workload="${WORKLOAD:-fedsafe}" --tpu-type="${TYPE:-v5litepod-16}" --num-slices="${SLICES:-1}"
   --base-docker-image="${IMAGE:-python:3.12-slim}" --script-dir="$here"

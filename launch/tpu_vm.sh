@@ -8,7 +8,8 @@
 # preemption of a spot slice, `run` again creates a new one and the run continues from the bucket.
 # Settings by environment, with their defaults:
 #   PROJECT (gcloud's), ZONE (gcloud's), NAME=fedsafe, TYPE=v5litepod-16, VERSION=v2-alpha-tpuv5-lite,
-#   SPOT=1 (0 for on demand)
+#   SPOT=1 (0 for on demand), EXTRA=tpu,report (extras of the package that are installed),
+#   FORWARD (none; names of variables here that the run gets there, such as "HF_TOKEN HF_HUB_OFFLINE")
 set -euo pipefail
 
 dry_run=false
@@ -53,6 +54,13 @@ zone="${ZONE:-$(setting compute/zone ZONE)}"
 name="${NAME:-fedsafe}"
 type="${TYPE:-v5litepod-16}"
 version="${VERSION:-v2-alpha-tpuv5-lite}"
+extra="${EXTRA:-tpu,report}"
+# The hosts of a slice find each other only when they are told to join.
+variables=(FEDSAFE_DISTRIBUTED=on)
+for variable in ${FORWARD:-}; do
+  [ -n "${!variable+set}" ] || fail "FORWARD: $variable is not set here; export it, or leave it out."
+  variables+=("$variable=${!variable}")
+done
 where=(--project="$project" --zone="$zone")
 
 call() {
@@ -101,13 +109,16 @@ install() {
   archive="$(mktemp -d)/fedsafe_jax.tar.gz"
   call git -C "$here" archive --format=tar.gz --output="$archive" HEAD
   call gcloud compute tpus tpu-vm scp "$archive" "$name:fedsafe_jax.tar.gz" "${where[@]}" --worker=all
-  everywhere "mkdir -p fedsafe_jax && tar -xzf fedsafe_jax.tar.gz -C fedsafe_jax && cd fedsafe_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu,report]' gcsfs"
+  everywhere "mkdir -p fedsafe_jax && tar -xzf fedsafe_jax.tar.gz -C fedsafe_jax && cd fedsafe_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[$extra]' gcsfs"
 }
 
 run() {
   local loop
-  # A process that fails is started again, and continues; one that ends well is not.
-  loop="for try in 1 2 3 4 5; do .venv/bin/fedsafe run $(printf '%q ' "$@")&& break; sleep 30; done"
+  # A process that was preempted or crashed is started again, and continues. One that ended well is
+  # not, nor one that would fail again: 2 is wrong input, 126 and 127 a program that is not there.
+  loop="for try in 1 2 3 4 5; do env $(printf '%q ' "${variables[@]}").venv/bin/fedsafe run $(printf '%q ' "$@")"
+  # shellcheck disable=SC2016  # the host's shell expands it
+  loop+='; status=$?; case $status in 0 | 2 | 126 | 127) break ;; esac; sleep 30; done; echo "ended with status $status"'
   everywhere "cd fedsafe_jax && nohup bash -c $(printf '%q' "$loop") >> run.log 2>&1 < /dev/null &"
 }
 

@@ -10,6 +10,7 @@ from fedsafe_jax.data import packing
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models.loss import token_nll
+from fedsafe_jax.models.sharding import fetch
 
 BATCH_ROWS = 16  # packed rows scored at once
 
@@ -41,7 +42,7 @@ def score_examples(
     for start in range(0, len(assigned), BATCH_ROWS):
         rows = assigned[start : start + BATCH_ROWS]
         batch = packing.fill(encoded, rows, BATCH_ROWS, seq)
-        nll = np.asarray(_score(lm.model, lm.params, lm.factors, batch))
+        nll = fetch(_score(lm.model, lm.params, lm.factors, batch))
         for r, members in enumerate(rows):
             for segment, index in enumerate(members, 1):
                 inside = batch.segment_ids[r] == segment

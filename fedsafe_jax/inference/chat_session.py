@@ -13,6 +13,7 @@ from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models.cache import KVCache
+from fedsafe_jax.models.sharding import fetch
 
 CACHE_BYTES = 4 << 30  # most bytes of all caches kept between two calls
 
@@ -134,7 +135,7 @@ class ChatSession:
             prompt_len=lengths,
             keys=self._engine.keys(seed, batch.row_of, batch.size),
         )
-        out, done = jax.device_get((state.out[0], state.done[0]))
+        out, done = fetch((state.out[0], state.done[0]))
         # Decoding ends before the last token of an answer is read, so the cache may lack it.
         answers = [row[row >= 0][:-1] for row in out]
         batch.tokens = [[*row, *new.tolist()] for row, new in zip(rows, answers, strict=True)]

@@ -14,7 +14,7 @@ from fedsafe_jax.inference.sampling import GREEDY, Sampling
 from fedsafe_jax.models.cache import KVCache
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
-from fedsafe_jax.models.sharding import CLIENTS
+from fedsafe_jax.models.sharding import CLIENTS, fetch
 
 
 class Generated(NamedTuple):
@@ -106,7 +106,7 @@ def generate_ids(
             prompt_len=packed.valid.sum(-1, dtype=np.int32),
             keys=engine.keys(seed, row_of, size),
         )
-        out, done = jax.device_get((state.out, state.done))
+        out, done = fetch((state.out, state.done))
         for group, generated in enumerate(answers):
             collect(generated, out[group], done[group], row_of=row_of, stop_ids=stop_ids)
     return answers

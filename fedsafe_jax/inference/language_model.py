@@ -17,7 +17,7 @@ from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import base_model, hub, hub_files, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
-from fedsafe_jax.models.sharding import MODEL
+from fedsafe_jax.models.sharding import MODEL, writes
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
 
@@ -304,6 +304,7 @@ def save_pretrained(
 
     Transformers 4 and 5 read it. The tokenizer's files are copied where it was not changed, see
     `hub_files.save_tokenizer`.
+    Where the parameters span processes, all of them call this, and the first one writes.
 
     Args:
       lm: the model; quantised kernels are written expanded.
@@ -322,11 +323,14 @@ def save_pretrained(
       True
     """
     folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
-    folder.mkdir(parents=True, exist_ok=True)
+    if writes(lm.params):
+        folder.mkdir(parents=True, exist_ok=True)
     update = None if lm.adapter is None else lora.update_of(lm.adapter)
     hub.save_params(
         lm.params, lm.config, folder, dtype=dtype, update=update, shard_bytes=shard_bytes
     )
+    if not writes(lm.params):
+        return
     hub.write_json(folder / "config.json", hub_files.config_for_all(lm.hf_config, dtype))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(lm.tokenizer, name) for name in ids}

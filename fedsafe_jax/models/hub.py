@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
 from fedsafe_jax.models.quantize import dequantize, quantize
-from fedsafe_jax.models.sharding import is_shared, leaf_sharding, share
+from fedsafe_jax.models.sharding import fetch, is_shared, leaf_sharding, share, writes
 from fedsafe_jax.models.tensor_files import save_file
 
 if TYPE_CHECKING:
@@ -288,6 +288,8 @@ def save_params(
 ) -> None:
     """Writes safetensors under Hugging Face names, with an index when they take several files.
 
+    Where the parameters span processes, all of them call this, and the first one writes.
+
     Args:
       params: base parameters; quantised kernels are expanded.
       config: the model's config.
@@ -318,12 +320,19 @@ def save_params(
         extra = update(leaf.path, i) if update and leaf.stacked else None
         if extra is not None:
             node = dequantize(node, jnp.float32) + extra
-        host = np.asarray(jax.device_get(dequantize(node, dtype)))
+        host = np.asarray(fetch(dequantize(node, dtype)))
         return np.ascontiguousarray(host.T if leaf.transposed else host)
 
+    here = writes(params)
     for file, names in plan.filename_to_tensors.items():
-        save_file({n: tensor(n) for n in names}, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
+        tensors = {}
+        for name in names:
+            merged = tensor(name)  # where the parameters span processes, by all of them together
+            if here:
+                tensors[name] = merged
+        if here:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded and here:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / INDEX, index)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 CLIENTS, MODEL = "clients", "model"
@@ -73,6 +74,36 @@ def leaf_sharding(path: Sequence[str], shape: Sequence[int], mesh: Mesh | None) 
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh, leaf_spec(path, shape, mesh.shape.get(MODEL, 1)))
+
+
+def fetch(tree: Any) -> Any:
+    """Returns the arrays of a pytree as numpy arrays, whole in every process.
+
+    Where an array lies split over several processes, all of them must call this for it.
+
+    Args:
+      tree: pytree of arrays.
+    """
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def writes(tree: Any) -> bool:
+    """Returns whether this process is to write files of these arrays.
+
+    Parameters that span processes are fetched by all of them together, and the first one writes;
+    parameters of one process are its own.
+
+    Args:
+      tree: pytree of arrays.
+    """
+    own = all(x.is_fully_addressable for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return own or jax.process_index() == 0
 
 
 def is_shared(mesh: Mesh | None) -> bool:

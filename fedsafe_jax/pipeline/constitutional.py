@@ -18,6 +18,7 @@ from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.task import subset
+from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.federated.schedules import round_rate
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
@@ -26,7 +27,7 @@ from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.pipeline.rounds import learning_rates
-from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime import multihost, run_files
 from fedsafe_jax.runtime.progress import PhaseTimer
 
 BATCH = 32  # dialogues generated at once
@@ -168,7 +169,8 @@ class ConstitutionalStage:
         if CHECKS[c.check].rules:
             checks["rules"] = Rules(wanted, start_refusal)
         if CHECKS[c.check].judge:
-            checks["judge"] = Judge(wanted, *self.clients.judge())
+            unsafe, threshold = self.clients.judge()
+            checks["judge"] = Judge(wanted, self._agreed(unsafe), threshold)
         session = ChatSession(current, BATCH)
         # One session for both where the model is the same: its cache holds what was read before.
         revising = ChatSession(base, BATCH) if c.reviser == "base" else session
@@ -184,6 +186,15 @@ class ConstitutionalStage:
             **checks,
             only_wrong=c.revise == "wrong",
         )
+
+    def _agreed(self, unsafe: Callable) -> Callable:
+        """Returns a judge by the first process's filter where all of them generate together.
+
+        Each has a filter of its own, and what it says decides which programs come next.
+        """
+        if not spans_hosts(self.inputs.mesh):
+            return unsafe
+        return lambda prompts, answers: multihost.broadcast(unsafe(prompts, answers))
 
     def _count_tokens(self, texts: Sequence[str]) -> int:
         if not texts:

@@ -18,6 +18,7 @@ from fedsafe_jax.evals.task import (
     subset,
 )
 from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.runtime import multihost
 
 ROOMS: tuple[dict[str, Task], ...] = (evals.TASKS,)  # each room that has tasks
 
@@ -84,9 +85,28 @@ def endpoint_of(config: ConfigDict) -> ChatEndpoint | None:
     return ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
 
 
+def asked_by_first(endpoint: Callable) -> Callable:
+    """Returns an endpoint that the first process asks, and for whose replies the others wait.
+
+    For models that all processes generate with together: the processes must call the same programs,
+    so each of them goes through a task as if it had the replies. Those of the others are "".
+    """
+
+    def ask(messages: Sequence[dict]) -> str:
+        reply = endpoint(messages) if multihost.is_primary() else ""
+        multihost.barrier("endpoint")
+        return reply
+
+    return ask
+
+
 def evaluate(lm: LanguageModel, sets: Mapping[str, EvalSet], options: EvalOptions) -> dict:
     """Runs every task on a model; returns the outcomes by the name of the set, ready for JSON."""
-    return {name: one.task.run(lm, one.items, options) for name, one in sets.items()}
+    outcomes = {}
+    for name, one in sets.items():
+        multihost.barrier("task")  # the processes may generate together
+        outcomes[name] = one.task.run(lm, one.items, options)
+    return outcomes
 
 
 def summarise(

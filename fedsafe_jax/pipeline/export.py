@@ -67,12 +67,17 @@ def write_merged(lm: LanguageModel, folder: epath.Path, card: str) -> None:
 def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
     """Writes `adapter/` (peft loads it on the base) and `merged/` (transformers loads it).
 
+    Where the base spans processes, all of them call this, and the first one writes.
+
     Args:
       lm: the base model.
       adapter: adapter to export.
       folder: receives the two folders.
       card: text of the model card, written to both.
     """
+    if not multihost.is_primary():
+        save_pretrained(lm.with_adapter(adapter), folder / "merged")
+        return
     with local_folder(folder) as written:
         write_adapter(adapter, written / "adapter", card)
         write_merged(lm.with_adapter(adapter), written / "merged", card)
@@ -87,11 +92,13 @@ def export_arm(
 ) -> bool:
     """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run.
 
+    The first process calls this; where the base spans processes, so do the others.
+
     Args:
       config, inputs: config and inputs of the run.
       workdir: folder of the run, which receives `export/`.
       factors: final LoRA factors by the id of the arm.
-      results: content of `results.json`, for the card.
+      results: content of `results.json`, for the card; {} in other processes than the first.
 
     Returns:
       Whether there was an adapter to export.
@@ -100,14 +107,16 @@ def export_arm(
         if planned.arm.name == config.export_arm and planned.arm.trains:
             own = multihost.local(factors[planned.id], inputs.mesh)
             adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
-            card = model_card.text(
-                planned.id,
-                config.to_dict(),
-                summary=results["arms"][planned.id],
-                sets=inputs.evals,
-                license_fields=base_license(config.model),
-                note=_seeds_note(config),
-            )
+            card = ""
+            if results:
+                card = model_card.text(
+                    planned.id,
+                    config.to_dict(),
+                    summary=results["arms"][planned.id],
+                    sets=inputs.evals,
+                    license_fields=base_license(config.model),
+                    note=_seeds_note(config),
+                )
             export(inputs.lm, adapter, workdir / "export", card)
             return True
     return False

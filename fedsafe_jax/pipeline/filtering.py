@@ -208,7 +208,9 @@ def score_pairs(
     log_odds = scores.log_odds(pairs, make_filter)
     decision = Decision(*scores.decision)
     threshold = section.threshold or decision.threshold
-    return Verdicts(decision.probability(log_odds), threshold, make_filter)
+    # What is flagged decides what is generated and trained, which must be the same everywhere.
+    probability, threshold = multihost.broadcast((decision.probability(log_odds), threshold))
+    return Verdicts(probability, float(threshold), make_filter)
 
 
 def _fingerprint(config: ConfigDict, inputs: RunInputs, seed: int) -> str:

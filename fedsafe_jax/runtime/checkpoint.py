@@ -1,6 +1,8 @@
 """Orbax checkpoints of a federated run, written while the next round computes."""
 
+import itertools
 import logging
+import re
 from typing import Any
 
 import jax
@@ -9,10 +11,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from fedsafe_jax.federated.simulation import FederatedState
+from fedsafe_jax.runtime import multihost
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint was not written."""
+    """A checkpoint was not written, or cannot be reached."""
 
 
 class RoundCheckpoints:
@@ -34,34 +37,78 @@ class RoundCheckpoints:
     def restore(self, like: FederatedState) -> tuple[FederatedState, int]:
         """Reads the newest checkpoint that is whole.
 
-        Orbax does not list a checkpoint whose writing was cut off. A damaged checkpoint is deleted,
-        with a warning, and the one before it is read.
+        Orbax does not list a checkpoint whose writing was cut off. A damaged checkpoint N becomes
+        `N.damaged`, with a warning, and the one before it is read. The primary process reads, and
+        sends the others what it found: so all go on from the same round, whatever each of them
+        could see.
 
         Args:
           like: a state with the structure, shapes, dtypes and shardings of the saved ones.
 
         Returns:
-          `(state, rounds done)`; `(like, 0)` without any checkpoint.
+          `(state, rounds done)`; `(like, 0)` without any checkpoint. In runs of several processes
+          the leaves are numpy arrays.
+
+        Raises:
+          CheckpointError: a checkpoint cannot be reached; nothing is changed.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        step, leaves, failure = 0, None, None
+        if multihost.is_primary():
             try:
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
-                leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                step, leaves = self._newest_whole(like)
+            except CheckpointError as error:
+                step, failure = -1, error  # the others must not wait for a process that has ended
+        step = int(multihost.broadcast(np.int64(step)))
+        if step < 0:
+            raise failure or CheckpointError("the first process could not read the checkpoints.")
+        self._newest = step
+        self._manager.reload()  # forgets the steps renamed above
+        if not step:
+            return like, 0
+        if leaves is None:
+            leaves = jax.tree.map(_on_host, _stored(like))
+        return _unstored(like, multihost.broadcast(leaves)), step
+
+    def _newest_whole(self, like: FederatedState) -> tuple[int, dict | None]:
+        """Returns the newest step that can be read with its leaves, `(0, None)` without any."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._folder / str(step)
+            try:
+                return step, self._read(step, like)
             except (OSError, ValueError, KeyError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                logging.warning(
-                    "checkpoint %s cannot be read and is deleted: %s",
-                    self._folder / str(step),
-                    reason,
-                )
-                (self._folder / str(step)).rmtree(missing_ok=True)
-                continue
-            self._newest = step
-            self._manager.reload()  # forgets the steps deleted above
-            return _unstored(like, leaves), step
-        self._newest = 0
-        self._manager.reload()
-        return like, 0
+                if _is_passing(error):
+                    raise CheckpointError(
+                        f"checkpoint {path} cannot be reached, nothing is changed: {reason}. Start "
+                        "the same command again when the file system answers."
+                    ) from error
+            aside = path.with_name(f"{path.name}.damaged")
+            for number in itertools.count(2):
+                if not aside.exists():
+                    break
+                aside = path.with_name(f"{path.name}.damaged{number}")
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise CheckpointError(f"damaged {path} cannot be renamed: {error}.") from error
+            logging.warning("checkpoint %s cannot be read, and is now %s: %s", path, aside, reason)
+        return 0, None
+
+    def _read(self, step: int, like: FederatedState) -> dict:
+        """Reads the leaves of a checkpoint; raises what Orbax and the file system raise."""
+        if jax.process_count() == 1:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        # Without the others, which Orbax would wait for.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="restore"
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(
+                self._folder / str(step) / "default",
+                args=ocp.args.StandardRestore(jax.tree.map(_on_host, _stored(like))),
+            )
 
     def save(self, rounds_done: int, state: FederatedState) -> None:
         """Begins to write the state, in the background; a round saved before is left alone.
@@ -134,6 +181,23 @@ def read_factors(folder: epath.PathLike, rounds_done: int, like: Any) -> Any:
             f"{[tuple(x.shape) for x in leaves][:2]} ...; the workdir's files do not go together."
         )
     return jax.tree.unflatten(tree, [saved[name] for name in names])
+
+
+# What tensorstore says in a ValueError of files that it could not reach.
+_PASSING = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED"
+)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Returns whether an error is of the way to a file, and says nothing of what the file holds."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)  # a part of the checkpoint is gone
+    return bool(_PASSING.search(str(error)))
+
+
+def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    return np.empty(x.shape, x.dtype)
 
 
 def _stored(state: FederatedState) -> dict:

@@ -1,13 +1,14 @@
 """Runs of several processes: hosts of a TPU pod, tasks of SLURM, or a laptop's cores.
 
 All processes run the same program. Federated training is split over all devices; generation, CAI
-and evaluation are computed by every process on its own devices, from the same seeds. The primary
-process decides whatever could differ between hosts, and it alone writes records and reports.
+and evaluation are computed by every process on its own devices, from the same seeds. Where a copy
+of the base lies on several hosts, no process has one to itself: all then generate, train and
+evaluate together on the whole mesh. The primary process decides whatever could differ between
+hosts, and it alone writes records and reports.
 """
 
 import itertools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,61 +16,47 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from fedsafe_jax.federated.mesh import spans_hosts
+from fedsafe_jax.runtime import cluster
+from fedsafe_jax.runtime.cluster import ClusterError
+
 BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
+BROADCAST_BYTES = 256 << 20  # sent at once
 _barriers = itertools.count()
 
 
-class ClusterError(RuntimeError):
-    """The environment describes a cluster that cannot be joined."""
-
-
-def cluster_args(environment: Mapping[str, str]) -> dict | None:
-    """Reads the arguments of `jax.distributed.initialize` from environment variables.
-
-    These are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Tasks of srun (SLURM)
-    and mpirun (Open MPI), and hosts of a TPU slice or multislice, need none of them: jax detects
-    such a cluster itself.
-
-    Args:
-      environment: environment variables by name.
-
-    Returns:
-      Keyword arguments, {} for a cluster that jax detects; None for a single process.
+def join() -> None:
+    """Connects to the other processes, if there are any; before jax computes anything.
 
     Raises:
-      ClusterError: the variables are incomplete, or not numbers.
+      ClusterError: the environment describes a cluster that cannot be joined, or the devices are
+        part of a slice of several hosts, which was not joined.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if environment.get(name)]
-    if given and len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise ClusterError(f"{', '.join(given)} set, but not {missing}; set all or none.")
-    if given:
-        try:
-            count, own = (int(environment[name]) for name in names[1:])
-        except ValueError:
-            settings = ", ".join(f"{name}={environment[name]}" for name in names[1:])
-            raise ClusterError(f"{settings}: expected two numbers.") from None
-        if not 0 <= own < count:
-            raise ClusterError(
-                f"JAX_PROCESS_ID={own}: expected less than JAX_NUM_PROCESSES={count}."
-            )
-        return {
-            "coordinator_address": environment[names[0]],
-            "num_processes": count,
-            "process_id": own,
-        }
-    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    several = any(int(environment.get(name) or 1) > 1 for name in tasks)
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    return {} if several or "," in hosts else None
-
-
-def join() -> None:
-    """Connects to the other processes, if there are any; before jax computes anything."""
-    arguments = cluster_args(os.environ)
+    arguments = cluster.arguments(os.environ, cluster.on_tpu_vm())
     if arguments is not None:
-        jax.distributed.initialize(**arguments)
+        try:
+            jax.distributed.initialize(**arguments)
+        except ValueError as error:  # what jax says of settings; lost connections are no ValueError
+            raise ClusterError(
+                f"the other processes are not found ({error}); set JAX_COORDINATOR_ADDRESS, "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process."
+            ) from error
+    check_joined()
+
+
+def check_joined() -> None:
+    """Checks that this process is connected where there are others.
+
+    Raises:
+      ClusterError: it is not. A TPU of a slice knows its other hosts, but programs on them cannot
+        be started together.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ClusterError(
+            f"the slice has {jax.process_count()} hosts, and this process has not joined the "
+            f"others: start the same command on every host with {cluster.SWITCH}=on, or call "
+            "jax.distributed.initialize() before any computation."
+        )
 
 
 def is_primary() -> bool:
@@ -88,6 +75,7 @@ def barrier(name: str) -> None:
       name: name of the barrier, the same in all processes.
     """
     if jax.process_count() > 1:
+        check_joined()
         import orbax.checkpoint as ocp  # a second to import, which few runs need
 
         wait = ocp.multihost.get_barrier_sync_fn()
@@ -106,33 +94,51 @@ def broadcast_bool(value: bool) -> bool:
 
 
 def broadcast(tree: Any) -> Any:
-    """Returns the primary process's arrays in all processes.
+    """Returns the primary process's arrays in all processes, to the bit.
 
     Args:
-      tree: pytree of arrays, of the same shapes in all processes.
+      tree: pytree of arrays, of the same shapes and dtypes in all processes.
     """
     if jax.process_count() == 1:
         return tree
-    barrier("broadcast")
-    return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
+    return jax.tree.map(_broadcast_one, tree)
+
+
+def _broadcast_one(x: Any) -> np.ndarray:
+    """Returns the primary process's array, in pieces that fit beside a model on a device."""
+    x = np.asarray(x)
+    if not x.size:
+        return x
+    sent = np.frombuffer(x.tobytes(), np.uint8)  # jax would make 32 bits of 64
+    received = []
+    for start in range(0, len(sent), BROADCAST_BYTES):
+        barrier("broadcast")
+        piece = sent[start : start + BROADCAST_BYTES]
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(piece)))
+    # A bytearray, so that the array can be written to.
+    return np.frombuffer(bytearray(b"".join(received)), x.dtype).reshape(x.shape)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """Returns the part of a mesh whose devices belong to this process."""
-    return mesh if jax.process_count() == 1 else mesh.local_mesh
+    """Returns the part of a mesh with which this process generates and evaluates.
+
+    These are its own devices; where a copy of the base lies on several hosts, all devices: every
+    process then runs the same programs on the whole mesh.
+    """
+    return mesh if jax.process_count() == 1 or spans_hosts(mesh) else mesh.local_mesh
 
 
 def local(tree: Any, mesh: Mesh) -> Any:
-    """Returns this process's copies of arrays on a mesh of all processes, without moving them.
+    """Returns arrays on a mesh of all processes as arrays on `local_mesh`, without moving them.
 
     Args:
       tree: pytree of arrays that every process holds whole, or split over its own devices along
         the axis `model`.
       mesh: mesh of all processes' devices.
     """
-    if jax.process_count() == 1:
+    own = local_mesh(mesh)
+    if own is mesh:
         return tree
-    own = mesh.local_mesh
 
     def addressable(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable:

@@ -227,3 +227,17 @@ def test_ctrl_c_is_a_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         startup.start("evaluate", [])
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_storage_that_does_not_answer_is_a_line_that_may_be_tried_again(monkeypatch, capsys):
+    """Exit code 1: launch scripts start a run again after it, and not after wrong input (2)."""
+    from fedsafe_jax.runtime.checkpoint import CheckpointError
+
+    def fail(name):
+        raise CheckpointError("checkpoint gs://bucket/2 cannot be reached")
+
+    monkeypatch.setattr(startup, "load", fail)
+    with pytest.raises(SystemExit) as ended:
+        startup.start("run", [])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: checkpoint gs://bucket/2 cannot be reached\n"

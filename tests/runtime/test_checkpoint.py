@@ -1,6 +1,12 @@
 """Checkpoints: what was saved comes back to the bit, and damage costs one round, not the run."""
 
 import logging
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,8 @@ from fedsafe_jax.runtime.checkpoint import (
     read_factors,
     rounds_of,
 )
+
+WORKER = pathlib.Path(__file__).with_name("checkpoint_worker.py")
 
 
 def state(value):
@@ -45,6 +53,13 @@ def test_the_newest_comes_back(tmp_path):
     assert_same(restored, state(3.0))
 
 
+def cut(folder, divisor):
+    """Cuts every file of a checkpoint to its part of that divisor; None to nothing."""
+    for file in [f for f in folder.rglob("*") if f.is_file()]:
+        keep = file.stat().st_size // divisor if divisor else 0
+        file.write_bytes(file.read_bytes()[:keep])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "unfinished"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
     saved = RoundCheckpoints(tmp_path)
@@ -55,15 +70,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
     if damage == "unfinished":  # as a kill in the middle of a write leaves it
         newest.rename(tmp_path / "2.orbax-checkpoint-tmp-1")
     else:
-        for file in [f for f in newest.rglob("*") if f.is_file()]:
-            size = file.stat().st_size if damage == "truncated" else 0
-            file.write_bytes(file.read_bytes()[: size // 2])
+        cut(newest, 2 if damage == "truncated" else None)
     again = RoundCheckpoints(tmp_path)
     with caplog.at_level(logging.WARNING):
         restored, done = again.restore(state(0.0))
     assert done == 1
     assert_same(restored, state(1.0))
     assert damage == "unfinished" or "cannot be read" in caplog.text
+    # Nothing is lost: what could not be read is still there, under another name.
+    assert (tmp_path / "2.damaged").is_dir() == (damage != "unfinished")
     again.save(2, state(5.0))
     again.close()
     restored, done = RoundCheckpoints(tmp_path).restore(state(0.0))
@@ -102,3 +117,87 @@ def test_factors_alone_are_read_from_any_kept_round(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_factors(tmp_path, 11, like)
     assert sorted(p.name for p in tmp_path.iterdir()) == before  # reading deletes nothing
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(110, "Connection timed out"),
+        PermissionError(13, "Permission denied"),
+        ValueError("UNAVAILABLE: Error reading gs://bucket/2/default/manifest.ocdbt"),
+    ],
+)
+def test_storage_that_does_not_answer_costs_nothing(tmp_path, monkeypatch, error):
+    saved = RoundCheckpoints(tmp_path)
+    for t in (1, 2):
+        saved.save(t, state(float(t)))
+    saved.close()
+
+    def fail(*args):
+        raise error
+
+    again = RoundCheckpoints(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError) as raised:
+        patched.setattr(again, "_read", fail)
+        again.restore(state(0.0))
+    assert f"{tmp_path}/2 cannot be reached, nothing is changed" in str(raised.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    restored, done = again.restore(state(0.0))  # the file system answers again
+    assert done == 2
+    assert_same(restored, state(2.0))
+
+
+def test_what_is_damaged_twice_keeps_both(tmp_path):
+    for _ in range(2):
+        saved = RoundCheckpoints(tmp_path)
+        saved.restore(state(0.0))
+        saved.save(1, state(1.0))
+        saved.close()
+        cut(tmp_path / "1", None)
+    assert RoundCheckpoints(tmp_path).restore(state(0.0))[1] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.damaged", "1.damaged2"]
+
+
+def two_processes(*folders, last=0):
+    """What each of two processes says that resumes from its view of a folder."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(i), str(port), str(folder), str(last)],
+            env=os.environ | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    answers = []
+    for process in processes:
+        out, errors = process.communicate(timeout=90)
+        assert out, errors[-3000:]
+        answers.append(out.splitlines()[-1])
+    return answers
+
+
+def test_two_processes_save_and_resume_the_same_round(tmp_path):
+    shared = tmp_path / "shared"
+    assert two_processes(shared, shared, last=2) == ["resumed 0 nothing"] * 2
+    # One of the processes cannot read the newest; the other can, and the other way round.
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder in (good, bad):
+        shutil.copytree(shared, folder)
+    cut(bad / "2", None)
+    assert two_processes(good, bad) == ["resumed 2 same"] * 2
+    assert (bad / "2").is_dir()  # only the first process gives names
+    assert two_processes(bad, good) == ["resumed 1 same"] * 2
+    assert (bad / "2.damaged").is_dir() and (good / "2").is_dir()
+    # What the first process cannot read is set aside for all, who go on from the round before.
+    cut(shared / "2", 2)
+    assert two_processes(shared, shared, last=3) == ["resumed 1 same"] * 2
+    assert sorted(p.name for p in shared.iterdir()) == ["2", "2.damaged", "3"]
+    # Both stop in one line, and nothing is changed, where the first gets no answer.
+    assert two_processes(shared, f"{shared}?unreachable") == ["resumed 3 same"] * 2
+    answers = two_processes(f"{shared}?unreachable", shared)
+    assert answers[0].startswith("refused: checkpoint") and "Connection timed out" in answers[0]
+    assert answers[1] == "refused: the first process could not read the checkpoints."
+    assert sorted(p.name for p in shared.iterdir()) == ["2", "2.damaged", "3"]
