@@ -79,8 +79,10 @@ def quantize(kernel: jax.Array, kind: str) -> Quantized:
     blocks = kernel.reshape(fan_in // NF4_BLOCK, NF4_BLOCK, fan_out)
     scale = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
     borders = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
-    codes = jnp.searchsorted(borders, blocks / jnp.where(scale == 0, 1.0, scale))
-    first, second = jnp.split(codes.astype(jnp.uint8), 2, axis=1)
+    unit = blocks / jnp.where(scale == 0, 1.0, scale)
+    # Comparisons fuse with all around them; a search would write float32 and int32 copies.
+    codes = sum((unit > border).astype(jnp.uint8) for border in borders)
+    first, second = jnp.split(codes, 2, axis=1)
     return Quantized((first | second << 4).reshape(fan_in // 2, fan_out), scale[:, 0], kind)
 
 

@@ -197,8 +197,8 @@ REPOSITORY = (
     "consolidated.safetensors consolidated-00001-of-00002.safetensors "
     "consolidated.safetensors.index.json original/consolidated.00.pth original/params.json "
     "original/tokenizer.model onnx/model.onnx onnx/config.json fp16/model.safetensors "
-    "model-q4.gguf pytorch_model.bin modeling_own.py tokenizer.json tokenizer_config.json tokenizer.model "
-    "chat_template.jinja README.md"
+    "model-q4.gguf pytorch_model.bin modeling_own.py tokenizer.json tokenizer_config.json "
+    "tokenizer.model chat_template.jinja README.md"
 ).split()
 
 
