@@ -29,8 +29,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Pickled weights and remote code may run anything, so neither is downloaded.
 FETCHED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 # Weights that some models hold again in another layout: Mistral's consolidated.safetensors, and
-# what lies in subfolders, such as Meta's original/ and onnx/.
-SECOND_COPIES = ["consolidated*", "*/*.safetensors", "original/*", "onnx/*"]
+# what lies in subfolders, such as Meta's original/. Templates may lie in one.
+SECOND_COPIES = ["consolidated*", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Buffers of old checkpoints, which every loader computes itself.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)

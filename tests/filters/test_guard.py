@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from filter_examples import packaged_pairs, pair
 
-from fedsafe_jax.config import default_config, filter_config
+from fedsafe_jax.config import ConfigError, default_config, filter_config
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.filters import guard, guard_prompts, protocol, quality, training
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import lora, quantize
 from fedsafe_jax.pipeline import filtering
+from fedsafe_jax.validation import validate_filter
 
 SHAPE = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
 
@@ -134,3 +135,18 @@ def test_a_guard_is_split_quantised_and_recomputed_as_the_base(packaged, pairs):
         scores.append(made.log_odds(pairs[1:40]))
     # int8 moves logits by 1% of their spread.
     assert np.corrcoef(*scores)[0, 1] > 0.99 and np.abs(scores[0]).max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("quantization", "int4", "quantization: 'int4' is not one of .*int8, nf4"),
+        ("dtype", "float16", "dtype: 'float16' is not one of float32, bfloat16"),
+        ("model_parallel", 0, "model_parallel=0: expected at least 1"),
+    ],
+)
+def test_the_layout_of_a_guard_is_checked(field, value, message):
+    config = filter_config()
+    config[field] = value
+    with pytest.raises(ConfigError, match=message):
+        validate_filter(config)
