@@ -94,7 +94,12 @@ def score(name, kind, config, train, held, seed):
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(c.tokenizer))
     found, _ = filtering.build_filter(
-        c, train, tokenizer, seed=seed, dtype="float32", targets=("q_proj", "v_proj")
+        c,
+        train,
+        tokenizer,
+        seed=seed,
+        load_model=filtering.guard_loader(c, None),
+        targets=("q_proj", "v_proj"),
     )
     return found.score(held), found.decision.threshold
 

@@ -198,6 +198,9 @@ def filter_config() -> ml_collections.ConfigDict:
     c.seed = 0  # seed of initialisation, order and draws
     c.tokenizer = "package:model"  # folder or Hub id of the tokenizer of a classifier from scratch
     c.dtype = "float32"  # type of a guard's base: float32 or bfloat16
+    c.quantization = ""  # format of the projections of a guard's base; "" for none
+    c.model_parallel = 1  # devices that share a guard's base
+    c.remat = False  # recompute a guard's layers in the backward pass: less memory, more compute
     c.lora_targets = ("q_proj", "v_proj")  # projections that a guard's adapter changes
     return c
 

@@ -268,12 +268,16 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
 
 
 def validate_filter(f: ml_collections.ConfigDict) -> None:
-    """Checks the fields of `filter`.
+    """Checks the fields of `filter`, or those of `config.filter_config`.
 
     Raises:
       ConfigError: naming the field, what was found and what is expected.
     """
     _check_choices(f, "filter.")
+    for field in set(f) & {"dtype", "quantization"}:
+        _choice(field, (f[field],), choices()[field])
+    if "model_parallel" in f:
+        _at_least("model_parallel", f.model_parallel, 1)
     if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(
             f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."

@@ -106,6 +106,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """
     from transformers import AutoTokenizer
 
+    from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.kinds import FILTER_KINDS
     from fedsafe_jax.inference.language_model import model_folder
@@ -118,8 +119,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     pairs, held, counts = read(config)
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
+    mesh = make_mesh(model_parallel=config.model_parallel)
     safety_filter, trained = filtering.build_filter(
-        config, pairs, tokenizer, seed=config.seed, dtype=config.dtype, targets=targets
+        config,
+        pairs,
+        tokenizer,
+        seed=config.seed,
+        load_model=filtering.guard_loader(config, mesh),
+        targets=targets,
     )
     store.save(safety_filter, workdir)
     results = {"counts": counts, "decision": safety_filter.decision._asdict()}

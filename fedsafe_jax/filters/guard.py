@@ -51,7 +51,8 @@ class GuardFilter(NamedTuple):
     """A guard.
 
     Attributes:
-      model, params: decoder and base parameters.
+      model: decoder.
+      params: base parameters; None after `unload`.
       adapter: adapter that fine-tuning trained; None for the guard as it came.
       tokenizer: Hugging Face tokenizer of the guard.
       max_length: most tokens of a row, template included.
@@ -61,7 +62,7 @@ class GuardFilter(NamedTuple):
     """
 
     model: Decoder
-    params: dict
+    params: dict | None
     adapter: lora.Adapter | None
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
@@ -271,6 +272,21 @@ def save(guard: GuardFilter, folder: pathlib.Path) -> dict:
     """Writes the adapter; returns the guard's fields of `filter.json`."""
     lora.save_adapter(guard.adapter, folder)
     return {"template": guard.template, "base_model": guard.adapter.base_model}
+
+
+def unload(guard: GuardFilter) -> GuardFilter:
+    """Returns a guard without its base parameters, which are freed with the guard given."""
+    return guard._replace(params=None)
+
+
+def reload(guard: GuardFilter, load_model: Callable[[str], GuardBase]) -> GuardFilter:
+    """Returns a guard that `unload` returned with its base parameters, read again.
+
+    Args:
+      guard: the guard.
+      load_model: loads a language model by path or Hub id.
+    """
+    return guard._replace(params=load_model(guard.adapter.base_model).params)
 
 
 def load(

@@ -58,6 +58,8 @@ class FilterKind(NamedTuple):
       save: writes a filter's weights; returns its fields of `filter.json`.
       load: `(folder, content of filter.json, decision, load_model) -> filter`.
       simulate: draws verdicts from the labels, for a kind that is not a model.
+      unload: returns a filter without what is as large as a model; the filter itself by default.
+      reload: `(what unload returned, load_model) -> filter`.
       needs_model: whether it is built on a language model, named by `filter.model`.
       writes_answers: whether it writes the new answers that the action `rewrite` needs.
     """
@@ -66,6 +68,8 @@ class FilterKind(NamedTuple):
     save: Callable[[Filter, pathlib.Path], dict] | None = None
     load: Callable[[pathlib.Path, dict, Decision, LoadModel | None], Filter] | None = None
     simulate: Callable | None = None
+    unload: Callable[[Filter], Filter] = lambda whole: whole
+    reload: Callable[[Filter, LoadModel], Filter] = lambda whole, load_model: whole
     needs_model: bool = False
     writes_answers: bool = False
 
@@ -99,7 +103,6 @@ def make_guard(
     pairs: Sequence[Example], spec: FilterSpec, guardian: bool = False
 ) -> tuple[GuardFilter, Trained]:
     """Fine-tunes a guard; a guardian also learns to answer."""
-    # Loaded here and let go after filtering: it may be as large as the model itself.
     base = spec.load_model(spec.model)
     return guard.train(
         pairs,
@@ -122,13 +125,47 @@ def load_classifier(
 
 FILTER_KINDS = {
     "classifier": FilterKind(make_classifier, classifier.save, load_classifier),
-    "guard": FilterKind(make_guard, guard.save, guard.load, needs_model=True),
+    "guard": FilterKind(
+        make_guard,
+        guard.save,
+        guard.load,
+        unload=guard.unload,
+        reload=guard.reload,
+        needs_model=True,
+    ),
     "guardian": FilterKind(
         functools.partial(make_guard, guardian=True),
         guard.save,
         functools.partial(guard.load, guardian=True),
+        unload=guard.unload,
+        reload=guard.reload,
         needs_model=True,
         writes_answers=True,
     ),
     "simulated": FilterKind(simulate=simulate),
 }
+
+
+class FilterOnCall:
+    """Makes a filter when it is first called for, and holds no model between two calls.
+
+    A guard may be as large as the model that is trained: whoever calls holds it, and it is freed
+    with the caller's last reference. Its adapter is kept, and its base is read again by the next
+    call.
+
+    Args:
+      make: trains or loads the filter.
+      load_model: loads a guard's language model by path or Hub id.
+    """
+
+    def __init__(self, make: Callable[[], Filter], load_model: LoadModel):
+        self._make, self._load_model = make, load_model
+        self._kept: Filter | None = None
+
+    def __call__(self) -> Filter:
+        """Returns the filter, whole."""
+        if self._kept is not None:
+            return FILTER_KINDS[self._kept.kind].reload(self._kept, self._load_model)
+        made = self._make()
+        self._kept = FILTER_KINDS[made.kind].unload(made)
+        return made

@@ -105,10 +105,11 @@ def train(
     balance = (len(learned) / (2 * np.bincount(unsafe[learned]))).astype(np.float32)
     optimizer = _optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
     state, key = optimizer.init(params), jax.random.key(seed)
+    loss_fn = network.loss_fn  # `step`, which jit may keep, must not hold the network's base
 
     @jax.jit
     def step(params, state, frozen, data, key):
-        grads = jax.grad(network.loss_fn)(params, frozen, *data, key)
+        grads = jax.grad(loss_fn)(params, frozen, *data, key)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -122,7 +122,7 @@ class ChatSession:
         if batch.cache is not None and batch.size * width < lengths.sum():
             logits, written = self._extend(batch, rows, prefixes, width)
         else:
-            packed = pack_prompts(rows, self._engine.devices)
+            packed = pack_prompts(rows, self._engine.devices, self._engine.platform)
             logits, batch.cache = self._engine.prefill(packed)
             written = int(packed.width)
             batch.slots = [np.arange(written - n, written) for n in lengths]
@@ -155,7 +155,8 @@ class ChatSession:
         start = max(int(slots[-1]) + 1 if len(slots) else 0 for slots in kept)
         written = start + width
         cache, batch.cache = batch.cache, None  # the program overwrites its memory
-        room = max(cache_length(written + 1), cache.valid.shape[-1])
+        room = cache_length(written + 1, self._engine.platform)
+        room = max(room, cache.valid.shape[-1])
         cache = decoding.grow(cache, room)
         tokens, positions = (np.zeros((batch.size, width), np.int32) for _ in range(2))
         new, valid = np.zeros((batch.size, width), bool), np.zeros((batch.size, room), bool)

@@ -202,7 +202,24 @@ def decoding_params(config: DecoderConfig, params: dict, mesh: Mesh | None) -> d
 
 
 _unstacked = jax.jit(unstack, static_argnums=1)
-grow = jax.jit(grow_cache, static_argnums=1)
+_grown = jax.jit(grow_cache, static_argnums=1)
+
+
+def grow(cache: KVCache, cache_len: int) -> KVCache:
+    """Returns a cache of the same content with room for `cache_len` slots; the old one is freed.
+
+    Args:
+      cache: the old cache, which must not be read afterwards where it grows.
+      cache_len: at least the slots of the old cache.
+    """
+    if cache.valid.shape[-1] == cache_len:
+        return cache
+    new = _grown(cache, cache_len)
+    # Arrays of another size cannot be donated. Callers may still hold the old cache: deleted, its
+    # memory is free as soon as it is copied.
+    for old in jax.tree.leaves((cache.key, cache.value, cache.valid)):
+        old.delete()
+    return new
 
 
 class Specs(NamedTuple):

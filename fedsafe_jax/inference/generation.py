@@ -95,7 +95,7 @@ def generate_ids(
     check_lengths(prompts, model.config.max_length - max_new_tokens)
     answers = [empty_answers(len(prompts)) for _ in range(engine.groups)]
     for row_of, size in engine.batches(prompts):
-        packed = pack_prompts(in_rows(prompts, row_of, size), engine.devices)
+        packed = pack_prompts(in_rows(prompts, row_of, size), engine.devices, engine.platform)
         logits, cache = engine.prefill(packed)
         state = engine.answer(
             sampling,
@@ -175,6 +175,7 @@ class Engine:
         self.model, self.mesh, self.batch_size, self.stop_ids = model, mesh, batch_size, stop_ids
         self.groups = max(num_adapters, 1)
         self.devices = mesh.shape.get(CLIENTS, 1) if mesh else 1
+        self.platform = model.config.platform
         self._stacked, self._params, self._factors = bool(num_adapters), params, factors
         self._decoding_params = decoding.decoding_params(model.config, params, mesh)
         self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
@@ -259,7 +260,7 @@ class Engine:
         state, step = decoding.State(token, out, done, cache), 1
         while step < max_new_tokens and not state.done.all():
             used = written + step - 1
-            slots = cache_length(used + 1)
+            slots = cache_length(used + 1, self.platform)
             if state.cache.valid.shape[-1] < slots:
                 state = state._replace(cache=decoding.grow(state.cache, slots))
             slots = state.cache.valid.shape[-1]

@@ -8,7 +8,9 @@ import numpy as np
 from fedsafe_jax.data import packing
 
 PACKED_TOKENS = 128  # length of the rows that short prompts are packed into
-CACHE_STEP = 32  # the number of a cache's slots is a multiple of this; see `cache_length`
+# The number of a cache's slots is a multiple of this, by platform; see `cache_length`. Decoding is
+# compiled for each number: on an accelerator that takes longer than reading empty slots.
+CACHE_STEP, ACCELERATOR_CACHE_STEP = {"cpu": 32}, 256
 
 
 class Packed(NamedTuple):
@@ -33,25 +35,32 @@ class Packed(NamedTuple):
     width: np.ndarray
 
 
-def cache_length(tokens: int) -> int:
+def cache_length(tokens: int, platform: str) -> int:
     """Returns the number of slots of a cache for `tokens` tokens.
 
-    Rounded up to a multiple of `CACHE_STEP`, for long caches of an eighth of a power of two: few
-    lengths are compiled, and attention reads few empty slots.
+    Rounded up to a multiple of the platform's `CACHE_STEP`, for long caches of an eighth of a power
+    of two: few lengths are compiled, and attention reads few empty slots.
+
+    Args:
+      tokens: tokens that the cache must hold.
+      platform: platform of the devices, such as "cpu".
     """
-    return packing.round_up(tokens, CACHE_STEP)
+    return packing.round_up(tokens, CACHE_STEP.get(platform, ACCELERATOR_CACHE_STEP))
 
 
-def pack_prompts(prompts: Sequence[Sequence[int]], devices: int = 1) -> Packed:
+def pack_prompts(
+    prompts: Sequence[Sequence[int]], devices: int = 1, platform: str = "cpu"
+) -> Packed:
     """Packs prompts for prefill, the prompts of each device into rows of its own.
 
     Args:
       prompts: token ids of every row; an empty one only fills up the batch.
       devices: number of devices that the rows are split over evenly.
+      platform: platform of the devices, which `cache_length` asks for.
     """
     lengths = [len(p) for p in prompts]
     width = max(max(lengths), 1)
-    slots = cache_length(width + 1)
+    slots = cache_length(width + 1, platform)
     count = len(prompts) // devices
     totals = [sum(lengths[d * count : (d + 1) * count]) for d in range(devices)]
     seq = max(packing.round_up(width), min(PACKED_TOKENS, packing.round_up(max(totals))))

@@ -4,6 +4,7 @@ Names are derived, not listed: the leaf `layers/self_attn/q_proj/kernel` of `dec
 is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, transposed.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
-from fedsafe_jax.models.quantize import dequantize, quantize
+from fedsafe_jax.models.quantize import Quantized, dequantize, quantize
 from fedsafe_jax.models.sharding import fetch, is_shared, leaf_sharding, share, writes
 from fedsafe_jax.models.tensor_files import save_file
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Pickled weights and remote code may run anything, so neither is downloaded.
+FETCHED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+# Weights that some models hold again in another layout: Mistral's consolidated.safetensors, and
+# what lies in subfolders, such as Meta's original/. Templates may lie in one.
+SECOND_COPIES = ["consolidated*", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Buffers of old checkpoints, which every loader computes itself.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -46,9 +52,11 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Pickled weights and remote code may run anything, so neither is downloaded.
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return pathlib.Path(snapshot_download(path_or_hub_id, allow_patterns=patterns))
+        return pathlib.Path(
+            snapshot_download(
+                path_or_hub_id, allow_patterns=FETCHED_FILES, ignore_patterns=SECOND_COPIES
+            )
+        )
     except Exception as error:
         raise ModelError(
             f"model '{path_or_hub_id}' could not be loaded from the Hub: {error}"
@@ -234,9 +242,11 @@ def load_params(
     mesh: Mesh | None = None,
     quantization: str = "",
 ) -> dict:
-    """Loads base parameters one leaf at a time; each device reads the part that it holds.
+    """Loads base parameters one leaf at a time, a kernel to quantise one layer at a time.
 
-    Host memory beyond the parameters themselves never exceeds one stacked leaf.
+    Each process reads the parts that its devices hold, each of them once. Host memory beyond the
+    parameters themselves never exceeds one stacked leaf and one tensor; beside the codes of a
+    quantised kernel, host and devices hold one layer of it.
 
     Args:
       folder: a folder with safetensors.
@@ -251,11 +261,12 @@ def load_params(
     tensors = Tensors(folder)
     check_tensors(tensors, config)
     params: dict = {}
+    placed_on = None if is_shared(mesh) else mesh
     for leaf in leaves(config):
-        sharding = leaf_sharding(leaf.path, leaf.shape, None if is_shared(mesh) else mesh)
-        array = jax.make_array_from_callback(leaf.shape, sharding, _reader(tensors, leaf, dtype))
         if quantization and leaf.path[-1] == "kernel":
-            array = quantize(array, quantization)
+            array = _quantized(tensors, leaf, dtype, mesh=placed_on, kind=quantization)
+        else:
+            array = _placed(tensors, leaf, dtype, placed_on)
         if is_shared(mesh):
             array = share(array, mesh)
         node = params
@@ -265,15 +276,53 @@ def load_params(
     return params
 
 
+def _placed(tensors: Tensors, leaf: Leaf, dtype: str, mesh: Mesh | None) -> jax.Array:
+    """Reads a leaf to its devices."""
+    sharding = leaf_sharding(leaf.path, leaf.shape, mesh)
+    return jax.make_array_from_callback(leaf.shape, sharding, _reader(tensors, leaf, dtype))
+
+
+def _quantized(tensors: Tensors, leaf: Leaf, dtype: str, mesh: Mesh | None, kind: str) -> Quantized:
+    """Reads a stacked kernel to its devices layer by layer, quantising each."""
+    codes = None
+    for i, name in enumerate(leaf.names):
+        layer = leaf._replace(shape=leaf.shape[1:], names=(name,), stacked=False)
+        quantized = quantize(_placed(tensors, layer, dtype, mesh), kind)
+        if codes is None:
+            codes = _repeated(quantized, len(leaf.names))
+        else:
+            codes = _with_layer(codes, quantized, i)
+    return codes
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _repeated(layer: Quantized, count: int) -> Quantized:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), layer)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(stacked: Quantized, layer: Quantized, i: int) -> Quantized:
+    return jax.tree.map(lambda whole, x: whole.at[i].set(x), stacked, layer)
+
+
 def _reader(tensors: Tensors, leaf: Leaf, dtype: str) -> Callable:
-    """Returns `(index, a tuple of slices) -> that part of the leaf`, a numpy array."""
+    """Returns `(index, a tuple of slices) -> that part of the leaf`, a numpy array.
+
+    A part is read once, although each copy of the base asks for it.
+    """
+    known: dict[tuple, np.ndarray] = {}
 
     def read(index):
-        layers, inner = (index[0], index[1:]) if leaf.stacked else (slice(None), index)
-        inner = inner[::-1] if leaf.transposed else inner
-        parts = [tensors.read(name, inner).astype(jnp.dtype(dtype)) for name in leaf.names[layers]]
-        parts = [part.T for part in parts] if leaf.transposed else parts
-        return np.stack(parts) if leaf.stacked else np.ascontiguousarray(parts[0])
+        bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
+        if (key := tuple(bounds)) not in known:
+            out = np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
+            layers, inner = (index[0], index[1:]) if leaf.stacked else (slice(None), index)
+            inner = inner[::-1] if leaf.transposed else inner
+            for i, name in enumerate(leaf.names[layers]):
+                part = tensors.read(name, inner)
+                out[i if leaf.stacked else ...] = part.T if leaf.transposed else part
+            known[key] = out
+        return known[key]
 
     return read
 

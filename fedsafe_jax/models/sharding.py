@@ -113,6 +113,24 @@ def is_shared(mesh: Mesh | None) -> bool:
     return platform_of(mesh) == "cpu"
 
 
+def one_copy(mesh: Mesh | None) -> Mesh | None:
+    """Returns the devices of a mesh that hold one copy of the base, this process among their hosts.
+
+    Work that is not split over rows runs there.
+
+    Args:
+      mesh: mesh `[clients, model]`, or None.
+
+    Returns:
+      A mesh with one entry on the axis `clients`; None where one device holds a copy.
+    """
+    if mesh is None or mesh.shape.get(MODEL, 1) == 1:
+        return None
+    own = set(jax.local_devices())
+    row = next(i for i, devices in enumerate(mesh.devices) if own & set(devices))
+    return Mesh(mesh.devices[row : row + 1], mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def share(tree: Any, mesh: Mesh) -> Any:
     """Replicates arrays over the CPU cores of a mesh (in this process) without copying them.
 

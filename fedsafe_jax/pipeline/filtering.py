@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import forms
@@ -19,13 +20,20 @@ from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.guard import GuardFilter
 from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
-from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter, FilterSpec
+from fedsafe_jax.filters.kinds import (
+    FILTER_KINDS,
+    Filter,
+    FilterOnCall,
+    FilterSpec,
+    LoadModel,
+)
 from fedsafe_jax.filters.pairs import hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.sharding import one_copy
 from fedsafe_jax.pipeline.clients import Clients, encode
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.runtime import multihost
@@ -42,7 +50,7 @@ class Verdicts(NamedTuple):
       probability: calibrated P(unsafe), float32 `[n]`.
       threshold: P(unsafe) from which a pair is flagged.
       make_filter: returns the filter, trained when it was not needed so far; None for a simulated
-        one.
+        one. Whoever calls it holds a guard's model, see `kinds.FilterOnCall`.
     """
 
     probability: np.ndarray
@@ -115,12 +123,28 @@ def describe(section: ConfigDict, num_pairs: int) -> str:
     return f"training the safety filter on {num_pairs} pairs"
 
 
+def guard_loader(config: ConfigDict, mesh: Mesh | None) -> LoadModel:
+    """Returns the function that loads a guard's language model, laid out as the base of a run.
+
+    Args:
+      config: its `dtype`, `quantization` and `remat` are those of the guard.
+      mesh: devices; the guard is split over those that hold one copy of the base.
+    """
+    devices = one_copy(mesh)
+
+    def load_model(name: str) -> LanguageModel:
+        lm = load_pretrained(name, config.dtype, config.quantization, devices)
+        return dataclasses.replace(lm, config=dataclasses.replace(lm.config, remat=config.remat))
+
+    return load_model
+
+
 def build_filter(
     section: ConfigDict,
     pairs: Sequence[Example],
     tokenizer: "PreTrainedTokenizerBase",
     seed: int,
-    dtype: str,
+    load_model: LoadModel,
     targets: Sequence[str],
 ) -> tuple[Filter, Trained | None]:
     """Builds the filter that a config's `filter` asks for, trained on the server's pairs.
@@ -130,7 +154,7 @@ def build_filter(
       pairs: labelled pairs; `hard_negatives` are added.
       tokenizer: tokenizer of a classifier from scratch.
       seed: seed of the training.
-      dtype: type of a guard's base parameters.
+      load_model: loads a guard's language model, see `guard_loader`.
       targets: projections that a guard's adapter changes.
 
     Returns:
@@ -139,7 +163,6 @@ def build_filter(
     Raises:
       FilterError, ModelError: it cannot be loaded or trained.
     """
-    load_model = functools.partial(load_pretrained, dtype=dtype)
     store.check_folders(section.load, section.encoder)
     if section.load:
         return store.load(section.load, load_model), None
@@ -191,18 +214,20 @@ def score_pairs(
         )
         return Verdicts(probability, 0.5, None)
 
-    @functools.lru_cache(maxsize=1)
-    def make_filter() -> Filter:
+    load_model = guard_loader(config, inputs.lm.mesh)
+
+    def make() -> Filter:
         safety_filter, _ = build_filter(
             section,
             inputs.filter_pairs,
             inputs.lm.tokenizer,
             seed=seed,
-            dtype=config.dtype,
+            load_model=load_model,
             targets=inputs.lora.targets,
         )
         return safety_filter
 
+    make_filter = FilterOnCall(make, load_model)
     fingerprint = _fingerprint(config, inputs, seed)
     scores = cache.ScoreCache(folder, fingerprint, multihost.is_primary())
     log_odds = scores.log_odds(pairs, make_filter)
@@ -222,7 +247,7 @@ def _fingerprint(config: ConfigDict, inputs: RunInputs, seed: int) -> str:
         source = [(cache.pair_hash(p), p.label) for p in inputs.filter_pairs]
     # Raw scores are stored, so what is decided from them later may change.
     fields = {k: v for k, v in section.to_dict().items() if k not in ("action", "threshold")}
-    return cache.content_hash(fields, seed, config.dtype, source)
+    return cache.content_hash(fields, seed, config.dtype, config.quantization, source)
 
 
 def apply_action(
@@ -284,6 +309,7 @@ def guardian_replies(
         prompts=[[*row, *lead] for row in rows],
         stop_ids=(tokenizer.eos_token_id,),
         max_new_tokens=max_new_tokens,
+        mesh=guardian.model.config.mesh,
     )
     return [
         tokenizer.decode(ids, skip_special_tokens=True).strip() if finished else ""

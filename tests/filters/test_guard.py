@@ -1,14 +1,21 @@
 """Guards and guardians: what they learn, and how pairs are put to them."""
 
+import gc
+import types
+
+import jax
 import numpy as np
 import pytest
 from filter_examples import packaged_pairs, pair
 
+from fedsafe_jax.config import ConfigError, default_config, filter_config
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
-from fedsafe_jax.filters import guard, guard_prompts, protocol, quality
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.filters import guard, guard_prompts, protocol, quality, training
 from fedsafe_jax.filters.training import TrainingOptions
-from fedsafe_jax.models import lora
+from fedsafe_jax.models import lora, quantize
 from fedsafe_jax.pipeline import filtering
+from fedsafe_jax.validation import validate_filter
 
 SHAPE = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
 
@@ -61,3 +68,85 @@ def test_templates(packaged):
     ids = guard_prompts.render_pairs(packaged.tokenizer, [pair("Ask", "Say")], 4096, "policy")[0]
     text = packaged.tokenizer.decode(ids)
     assert "S14: Code Interpreter Abuse." in text and "User: Ask" in text and "Agent: Say" in text
+
+
+def new_bytes(before):
+    """Bytes of the arrays on devices that were not there before."""
+    return sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
+
+
+@pytest.mark.parametrize("kind", ["guard", "guardian"])
+def test_a_guard_is_in_memory_only_while_it_is_used(packaged, pairs, tmp_path, monkeypatch, kind):
+    config = default_config()
+    config.filter.update({"kind": kind, "model": "package:model", "epochs": 1, "max_length": 96})
+    config.cai.check = "filter"
+    trainings, loads = [], []
+    train, load = training.train, filtering.load_pretrained
+    monkeypatch.setattr(training, "train", lambda *a, **k: trainings.append(1) or train(*a, **k))
+    monkeypatch.setattr(
+        filtering, "load_pretrained", lambda *a, **k: loads.append(a[0]) or load(*a, **k)
+    )
+    inputs = types.SimpleNamespace(lm=packaged, lora=SHAPE, filter_pairs=pairs[::8])
+    adapter = lora.init(
+        jax.random.key(0), packaged.config, lora.LoraConfig(16, 32.0, SHAPE.targets)
+    )
+    small = 2 * quantize.num_bytes(adapter)  # the adapter, and rounding up of what jax keeps
+    base = quantize.num_bytes(packaged.params)
+    assert small < base / 4
+    gc.collect()
+    before = {id(x): x for x in jax.live_arrays()}  # held, so that no id is given anew
+    gc.disable()  # references alone must free it
+    try:
+        verdicts = filtering.score_pairs(config, inputs, pairs[:40], seed=0, folder=tmp_path)
+        assert new_bytes(before) < small
+        # The judge of a round of Constitutional AI, and a guardian that writes answers.
+        whole = verdicts.make_filter()
+        assert new_bytes(before) > base
+        again = whole.score(pairs[:40])
+        del whole
+        assert new_bytes(before) < small
+        if kind == "guardian":
+            config.filter.action = "rewrite"
+            filtering.apply_action(config, inputs, [pairs[:40]], verdicts, 0)
+            assert new_bytes(before) < small
+    finally:
+        gc.enable()
+    np.testing.assert_allclose(again, verdicts.probability, atol=1e-6)
+    assert len(trainings) == 1 and len(loads) == (3 if kind == "guardian" else 2)
+    # What is in the cache needs no model at all.
+    filtering.score_pairs(config, inputs, pairs[:40], seed=0, folder=tmp_path)
+    assert len(trainings) == 1 and len(loads) == (3 if kind == "guardian" else 2)
+
+
+def test_a_guard_is_split_quantised_and_recomputed_as_the_base(packaged, pairs):
+    config = filter_config()
+    config.update({"quantization": "int8", "remat": True, "model_parallel": 2})
+    mesh = make_mesh(model_parallel=2)
+    base = filtering.guard_loader(config, mesh)("package:model")
+    kernel = base.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.kind == "int8" and base.config.remat
+    assert kernel.codes.sharding.device_set == set(mesh.devices[0])  # one copy, not four
+    assert kernel.codes.addressable_shards[0].data.shape[-1] == kernel.codes.shape[-1] // 2
+    options = TrainingOptions(epochs=1, batch_size=16, learning_rate=3e-3)
+    scores = []
+    for model in (base, filtering.guard_loader(filter_config(), None)("package:model")):
+        made, _ = guard.train(pairs[::8], model, SHAPE, seed=0, options=options, max_length=96)
+        assert made.model.config.remat == model.config.remat
+        scores.append(made.log_odds(pairs[1:40]))
+    # int8 moves logits by 1% of their spread.
+    assert np.corrcoef(*scores)[0, 1] > 0.99 and np.abs(scores[0]).max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("quantization", "int4", "quantization: 'int4' is not one of .*int8, nf4"),
+        ("dtype", "float16", "dtype: 'float16' is not one of float32, bfloat16"),
+        ("model_parallel", 0, "model_parallel=0: expected at least 1"),
+    ],
+)
+def test_the_layout_of_a_guard_is_checked(field, value, message):
+    config = filter_config()
+    config[field] = value
+    with pytest.raises(ConfigError, match=message):
+        validate_filter(config)

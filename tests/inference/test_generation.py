@@ -8,7 +8,7 @@ from families import FAMILIES, VOCAB, checkpoint
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.inference import decoding, generation, language_model
+from fedsafe_jax.inference import decoding, generation, language_model, prompt_packing
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
@@ -133,3 +133,38 @@ def test_devices_share_the_rows(packaged, model_parallel):
     if model_parallel == 1:
         sampled = {"temperature": 1.0, "seed": 3} | options
         assert split.generate(prompts, **sampled) == packaged.generate(prompts, **sampled)
+
+
+@pytest.mark.parametrize("unrolled", [True, False])
+def test_a_cache_that_grows_frees_the_old_one(packaged, monkeypatch, unrolled):
+    if not unrolled:
+        monkeypatch.setattr("fedsafe_jax.models.cache.UNROLLED_LAYERS", 0)
+    decoding.prefill_program.cache_clear()
+    engine = generation.Engine(packaged.model, packaged.params, None, stop_ids=(2,), batch_size=2)
+    packed = prompt_packing.pack_prompts([[5, 6, 7], [8, 9]], platform="cpu")
+    _, old = engine.prefill(packed)
+    content = jax.device_get(old)
+    assert decoding.grow(old, 32) is old
+    new = decoding.grow(old, 64)
+    arrays = jax.tree.leaves((old.key, old.value, old.valid))
+    assert all(x.is_deleted() for x in arrays)
+    assert new.valid.shape[-1] == 64 and not np.asarray(new.valid)[:, 32:].any()
+    values = jax.tree.leaves(new.value), jax.tree.leaves(content.value)
+    for wide, narrow in zip(*values, strict=True):
+        np.testing.assert_array_equal(np.asarray(wide)[..., :32, :], narrow)
+    decoding.prefill_program.cache_clear()
+
+
+def test_caches_of_accelerators_grow_in_longer_steps(packaged, monkeypatch):
+    lengths = {
+        platform: {prompt_packing.cache_length(n, platform) for n in range(1, 1025)}
+        for platform in ("cpu", "gpu", "tpu")
+    }
+    assert lengths["gpu"] == lengths["tpu"] == {256, 512, 768, 1024}
+    assert {32, 64, 96} < lengths["cpu"] and all(n % 32 == 0 for n in lengths["cpu"])
+    expected, grown = packaged.generate(PROMPTS, max_new_tokens=40), []
+    grow = decoding.grow
+    monkeypatch.setattr(decoding, "grow", lambda *a: grown.append(a[1]) or grow(*a))
+    monkeypatch.setitem(prompt_packing.CACHE_STEP, "cpu", prompt_packing.ACCELERATOR_CACHE_STEP)
+    assert packaged.generate(PROMPTS, max_new_tokens=40) == expected
+    assert not grown

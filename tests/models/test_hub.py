@@ -1,6 +1,9 @@
 """Model folders that are not as they should be, and what loading costs."""
 
+import collections
+import fnmatch
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_config
 
-from fedsafe_jax.models import hub
+from fedsafe_jax.federated.mesh import make_mesh
+from fedsafe_jax.inference import language_model
+from fedsafe_jax.models import hub, quantize
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
 
@@ -124,3 +130,116 @@ def test_a_model_is_never_twice_in_memory(tmp_path):
     grown = int(done.stdout) * 1024
     # The file's own pages count too, once (half of `total`); then one stacked leaf and its copy.
     assert grown < 1.5 * total + 3 * stacked < 2.5 * total
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # whole blocks of NF4
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A folder of a model that NF4 can take, and its config."""
+    config, blank = tiny_config(**WIDE), jnp.zeros((1, 4), jnp.int32)
+    params = Decoder(config).init(jax.random.key(0), blank, blank, blank)["params"]
+    hub.save_params(params, config, tmp_path, dtype="float32")
+    return tmp_path, config
+
+
+@pytest.mark.parametrize("model_parallel", [1, 2])
+@pytest.mark.parametrize("kind", ["", "int8", "nf4"])
+def test_each_part_is_read_once_for_all_copies(wide, monkeypatch, kind, model_parallel):
+    folder, config = wide
+    mesh, read = make_mesh(model_parallel=model_parallel), hub.Tensors.read
+    monkeypatch.setattr(hub, "is_shared", lambda mesh: False)  # as on accelerators
+    reads, numbers = collections.Counter(), collections.Counter()
+
+    def counting(self, name, index):
+        part = read(self, name, index)
+        reads[name, str(index)] += 1
+        numbers[name] += part.size
+        return part
+
+    monkeypatch.setattr(hub.Tensors, "read", counting)
+    params = hub.load_params(folder, config, "float32", mesh, kind)
+    assert len(params["norm"]["scale"].sharding.device_set) == 8
+    assert set(reads.values()) == {1}
+    sizes = {n: int(np.prod(x.tensor_shape)) for x in hub.leaves(config) for n in x.names}
+    assert dict(numbers) == sizes  # parts of a tensor do not overlap
+    split = [index for name, index in reads if name == "model.layers.1.mlp.up_proj.weight"]
+    assert len(split) == model_parallel
+
+
+@pytest.mark.parametrize("model_parallel", [0, 1, 2])
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_kernels_quantised_layer_by_layer_are_those_of_the_whole(wide, kind, model_parallel):
+    folder, config = wide
+    mesh = make_mesh(model_parallel=model_parallel) if model_parallel else None
+    whole = hub.load_params(folder, config, "float32", mesh)
+    expected = quantize.quantize_params(whole, kind)
+    loaded = hub.load_params(folder, config, "float32", mesh, kind)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    codes = loaded["layers"]["mlp"]["down_proj"]["kernel"].codes
+    assert codes.addressable_shards[0].data.shape[1] == codes.shape[1] // max(model_parallel, 1)
+
+
+def test_quantising_a_layer_overwrites_its_place(wide):
+    folder, config = wide
+    placed = hub.load_params(folder, config, "float32", None, "nf4")
+    codes = placed["layers"]["mlp"]["up_proj"]["kernel"]
+    again = hub._with_layer(codes, jax.tree.map(lambda x: x[0], codes), 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(codes))
+    np.testing.assert_array_equal(again.codes[1], again.codes[0])
+
+
+REPOSITORY = (
+    "config.json generation_config.json params.json model.safetensors.index.json "
+    "model-00001-of-00002.safetensors model-00002-of-00002.safetensors "
+    "consolidated.safetensors consolidated-00001-of-00002.safetensors "
+    "consolidated.safetensors.index.json original/consolidated.00.pth original/params.json "
+    "original/tokenizer.model onnx/model.onnx onnx/config.json fp16/model.safetensors "
+    "model-q4.gguf pytorch_model.bin modeling_own.py tokenizer.json tokenizer_config.json "
+    "tokenizer.model chat_template.jinja README.md"
+).split()
+
+
+def test_one_copy_of_the_weights_is_fetched(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, **patterns):
+        asked.append((name, patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub.resolve("org/model") == tmp_path
+    ((name, patterns),) = asked
+    assert name == "org/model"
+    assert set(filter_repo_objects(REPOSITORY, **patterns)) == {
+        "config.json", "generation_config.json", "params.json", "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "tokenizer.model", "chat_template.jinja",
+    }  # fmt: skip
+
+
+def test_what_a_load_reads_is_fetched(monkeypatch, packaged, tmp_path):
+    whole, snapshot = tmp_path / "whole", tmp_path / "snapshot"
+    language_model.save_pretrained(packaged, whole, shard_bytes=2_000_000)
+    for junk in ("consolidated.safetensors", "original/params.json", "onnx/model.safetensors"):
+        (whole / junk).parent.mkdir(exist_ok=True)
+        (whole / junk).write_bytes(b"not read")
+
+    def snapshot_download(name, **patterns):
+        del name
+        files = [str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, **patterns):
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / file, snapshot / file)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    fetched = language_model.load_pretrained("org/model")
+    for lm in (fetched, language_model.load_pretrained(str(whole))):  # junk beside is not read
+        jax.tree.map(np.testing.assert_array_equal, lm.params, packaged.params)
+        assert lm.generate(["Hello!"]) == packaged.generate(["Hello!"])
+    assert fetched.tokenizer.chat_template == packaged.tokenizer.chat_template
+    shards = fnmatch.filter([p.name for p in snapshot.iterdir()], "*.safetensors")
+    assert len(shards) > 1 and all(shard.startswith("model-") for shard in shards)

@@ -43,6 +43,58 @@ def test_nf4_takes_the_nearest_of_the_published_levels():
         quantize.quantize(np.zeros((72, 8), np.float32), "nf4")
 
 
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_layers_are_quantised_as_if_alone(kind):
+    values = kernel((2, 3, 128, 24))
+    stacked = quantize.quantize(values, kind)
+    for index in np.ndindex(2, 3):
+        alone = quantize.quantize(values[index], kind)
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+        jax.tree.map(np.testing.assert_array_equal, one, alone)
+
+
+def test_nf4_rounds_one_layer_at_a_time():
+    shape = jax.ShapeDtypeStruct((16, 256, 512), jnp.float32)
+    compiled = quantize.quantize.lower(shape, kind="nf4").compile()
+    layer = 4 * 256 * 512
+    # A few float32 and int32 copies of a layer; of all layers at once they would be 16 times that.
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * layer
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_reaches_the_inputs_of_all_clients(kind, dtype):
+    layer = quantize.quantize(kernel()[1], kind)
+    x, pull = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(3, 5, width)), dtype)
+        for i, width in ((1, 128), (2, 24))
+    )
+
+    def gradient(x, pull):
+        return jax.vjp(lambda x: quantize.matmul(x, layer), x)[1](pull)[0]
+
+    mapped = jax.jit(jax.vmap(gradient))(x, pull)
+    assert mapped.dtype == x.dtype
+    expanded = np.asarray(quantize.dequantize(layer, jnp.float32), np.float64)
+    expected = np.asarray(pull, np.float64) @ expanded.T
+    # Of numbers near 10, bfloat16 keeps 8 bits; int8 scales round once more there.
+    tolerance = 1e-4 if dtype == "float32" else 0.15
+    np.testing.assert_allclose(np.asarray(mapped, np.float64), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_the_backward_pass_keeps_codes_and_no_expanded_kernels(kind):
+    stacked = quantize.quantize(kernel((4, 128, 128)), kind)
+    x = jnp.ones((2, 128))
+
+    def layers(x):
+        return jax.lax.scan(lambda h, layer: (quantize.matmul(h, layer), None), x, stacked)[0]
+
+    _, backward = jax.vjp(layers, x)
+    kept = quantize.num_bytes(jax.tree.leaves(backward))
+    assert kept <= quantize.num_bytes(stacked) < 4 * 128 * 128 * 4
+
+
 def test_nf4_levels_are_those_of_the_qlora_paper():
     # Equation 4: means of neighbouring quantiles of the normal, 8 to the negative side and 9 to the
     # positive (the shared zero left out once), normalised to 1.
