@@ -111,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
     from fedsafe_jax.pipeline import filtering
+    from fedsafe_jax.runtime import devices
     from fedsafe_jax.runtime.run_files import write_json
 
     if FILTER_KINDS[config.kind].make is None:
@@ -118,6 +119,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     pairs, held, counts = read(config)
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
+    devices.announce()
     safety_filter, trained = filtering.build_filter(
         config, pairs, tokenizer, seed=config.seed, dtype=config.dtype, targets=targets
     )
