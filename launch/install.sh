@@ -3,7 +3,7 @@
 # Usage: install EXTRAS, such as: install '[report]'
 install() {
   local extras="$1" tested stamp
-  [ -d .venv ] || python3 -m venv .venv
+  [ -d .venv/bin ] || python3 -m venv .venv
   tested="$(constraints_of .venv/bin/python)"
   stamp=".venv/installed-$(cat setup.cfg setup.py pyproject.toml "$tested" | sha256sum | cut -c1-16)$extras"
   [ -e "$stamp" ] && return

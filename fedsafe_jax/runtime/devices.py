@@ -120,18 +120,17 @@ def _cuda_fault(gpu: Gpu) -> str:
     if major < 525:
         return "CUDA 12 needs driver 525 or newer; update the driver."
     extra = cuda_extra(gpu)
-    install = f"pip install 'jax[{extra}]=={jax.__version__}'"
     wanted, faults = _version("jaxlib"), []
     for plugin in CUDA_PLUGINS:
-        if version := _version(plugin):
-            if version != wanted:
-                faults.append(f"{plugin} {version} does not pair with jaxlib {wanted}")
-            elif extra == "cuda12" and plugin == "jax-cuda13-plugin":
-                faults.append(f"{plugin} needs driver 580 and a GPU of Turing or newer")
-            else:
-                # A plugin that pairs and still finds nothing: CUDA's libraries are missing or old.
-                faults.append(f"{plugin} {version} finds no GPU")
-    return f"{' and '.join(faults) or 'no CUDA plugin is installed'}; {install}, then start again"
+        version = _version(plugin)
+        if version and version != wanted:
+            faults.append(f"{plugin} {version} does not pair with jaxlib {wanted}")
+        elif version and plugin == "jax-cuda13-plugin" and extra == "cuda12":
+            faults.append(f"{plugin} needs driver 580 and a GPU of Turing or newer")
+        elif version:
+            return f"{plugin} {version} finds no GPU; restart, and see what JAX_PLATFORMS=cuda says"
+    install = f"pip install 'jax[{extra}]=={jax.__version__}', then start again"
+    return f"{' and '.join(faults) or 'no CUDA plugin is installed'}; {install}"
 
 
 def _version(package: str) -> str:

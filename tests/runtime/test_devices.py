@@ -118,6 +118,20 @@ def test_a_plugin_of_another_release_is_named(smi, nothing_asked, monkeypatch):
     assert "'jax[cuda13]==" in line
 
 
+def test_a_plugin_that_pairs_is_not_to_be_installed_again(smi, nothing_asked, monkeypatch):
+    smi("Tesla T4, 580.82.07, 7.5")
+    monkeypatch.setattr(devices, "_version", lambda package: "0.10.2")
+    line = devices.overlooked({})
+    assert "jax-cuda12-plugin 0.10.2 finds no GPU; restart" in line and "pip" not in line
+
+
+def test_a_cuda_that_the_driver_cannot_run_is_named(smi, nothing_asked, monkeypatch):
+    smi("Tesla T4, 550.54.15, 7.5")
+    monkeypatch.setattr(devices, "_version", lambda p: "" if "cuda12" in p else "0.10.2")
+    line = devices.overlooked({})
+    assert "jax-cuda13-plugin needs driver 580" in line and "pip install 'jax[cuda12]==" in line
+
+
 def test_a_driver_that_is_too_old_is_named(smi, nothing_asked):
     smi("Tesla K80, 470.82.01, 3.7")
     assert "CUDA 12 needs driver 525 or newer" in devices.overlooked({})
