@@ -125,7 +125,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         config.lora_rank_stabilized,
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
-    announce()  # before the weights load, which may take minutes
+    hub.read_config(model_folder(config.model), config.dtype)
+    announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)
     return RunInputs(
         lm=lm,
