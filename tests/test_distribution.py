@@ -1,5 +1,7 @@
 """What is installed from the sdist's wheel works without the repository beside it."""
 
+import configparser
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -9,6 +11,7 @@ import zipfile
 
 import pytest
 from commands import QUICK, SMALL
+from packaging.requirements import Requirement
 
 import fedsafe_jax
 
@@ -83,3 +86,78 @@ def test_type_checkers_can_follow_an_editable_install(source, tmp_path):
         top = [name for name in archive.namelist() if ".dist-info/" not in name]
         assert len(top) == 1 and top[0].endswith(".pth")  # no import hook, which they cannot read
         assert archive.read(top[0]).decode().strip() == str(source)
+
+
+def requirements():
+    """Yields `(extra, Requirement)` of setup.cfg; the extra is "" for what is always installed."""
+    cfg = configparser.ConfigParser()
+    cfg.read(ROOT / "setup.cfg")
+    lists = {"": cfg["options"]["install_requires"], **cfg["options.extras_require"]}
+    for extra, text in lists.items():
+        for line in filter(None, text.splitlines()):
+            yield extra, Requirement(line)
+
+
+def test_no_requirement_has_an_upper_bound_of_jax_or_its_libraries():
+    for extra, asked in requirements():
+        bounded = [s for s in asked.specifier if s.operator not in (">=", ">")]
+        # cuDNN's bound is the plugin's own: jax is built against one of its major versions.
+        assert not bounded or asked.name == "nvidia-cudnn-cu12", f"{extra}: {asked}"
+
+
+def test_accelerators_come_in_the_versions_that_jax_pairs_with():
+    extras = {}
+    for extra, asked in requirements():
+        if asked.name == "jax":
+            extras[extra] = asked.extras
+    assert extras.pop("") == set()
+    assert extras == {
+        "cuda12": {"cuda12"},
+        "cuda13": {"cuda13"},
+        "gpu": {"cuda12"},
+        "tpu": {"tpu"},
+        "aot": {"tpu", "cuda12-local"},
+    }
+    known = set(importlib.metadata.metadata("jax").get_all("Provides-Extra"))
+    assert set().union(*extras.values()) <= known
+
+
+@pytest.mark.parametrize(
+    ("file", "jax"), [("constraints.txt", "0.10.2"), ("constraints-newest.txt", "0.12.0.1")]
+)
+def test_tested_versions_are_whole_and_allowed(file, jax):
+    pins = dict(line.split("==") for line in (ROOT / "launch" / file).read_text().splitlines())
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    assert pins["jax"] == pins["jaxlib"] == jax
+    apart = {"parity", "cuda12", "cuda13", "gpu", "tpu", "aot"}  # not of the tests' environment
+    for extra, asked in requirements():
+        # `pip freeze` leaves out setuptools before Python 3.12.
+        if extra not in apart and asked.name != "setuptools":
+            version = pins[asked.name.lower().replace("_", "-")]
+            assert asked.specifier.contains(version), f"{asked}: {version}"
+
+
+@pytest.mark.parametrize(
+    ("code", "file"), [(0, "launch/constraints-newest.txt"), (1, "launch/constraints.txt")]
+)
+def test_the_versions_follow_the_python(tmp_path, code, file):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexit {code}\n")  # as what asks whether it is 3.12 or newer
+    python.chmod(0o755)
+    script = f"source launch/install.sh; constraints_of {python}; constraints_of {sys.executable}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    own = (
+        "launch/constraints-newest.txt" if sys.version_info >= (3, 12) else "launch/constraints.txt"
+    )
+    assert done.stdout.split() == [file, own]
+
+
+def test_a_python_that_is_missing_is_one_line():
+    done = subprocess.run(
+        ["bash", "-c", "source launch/install.sh; python_of 3.99"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: no Python 3.99 on PATH or of pyenv\n"

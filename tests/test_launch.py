@@ -226,7 +226,8 @@ def test_scripts_need_their_tools(tmp_path):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
     folder = ROOT / "launch"
-    scripts = sorted(map(str, [*folder.glob("*.sh"), folder / "slurm.sbatch"]))
+    scripts = [*folder.glob("*.sh"), folder / "slurm.sbatch", *(ROOT / ".ci").iterdir()]
+    scripts = sorted(map(str, scripts))
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert os.access(SCRIPT, os.X_OK)

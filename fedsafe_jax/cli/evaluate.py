@@ -153,7 +153,7 @@ def main(values: flags.FlagValues) -> None:
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.data import sources
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.runtime import run_files
+    from fedsafe_jax.runtime import devices, run_files
 
     if values.output:
         check_file("output", values.output)
@@ -174,6 +174,7 @@ def main(values: flags.FlagValues) -> None:
         options = options._replace(base=load_pretrained(values.base, values.dtype))
     if values.adapter:
         lm = lm.with_adapter(load_adapter(values.adapter))
+    devices.announce()
     result = run_prompts(lm, prompts, options) if prompts else run_tasks(lm, sets, options)
     if values.output:
         result |= {"model": values.model, "adapter": values.adapter}

@@ -76,8 +76,10 @@ def score(folder: str, rows: list[dict], action: str, threshold: float) -> list[
     from fedsafe_jax.data.examples import Example
     from fedsafe_jax.filters import store
     from fedsafe_jax.inference.language_model import load_pretrained
+    from fedsafe_jax.runtime import devices
 
     safety_filter = store.load(folder, load_pretrained)
+    devices.announce()
     pairs = [Example((("user", row["prompt"]),), row["response"]) for row in rows]
     probability = safety_filter.score(pairs)
     threshold = threshold or safety_filter.decision.threshold

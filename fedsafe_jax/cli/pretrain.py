@@ -5,6 +5,7 @@
 The folder is written every `save_every` steps, with a card that lists what was read and dropped.
 """
 
+import functools
 import sys
 
 import ml_collections
@@ -36,8 +37,12 @@ def main(values: flags.FlagValues) -> None:
     """Trains and saves, with a line of progress every 50 steps on stderr."""
     check_folder("output", values.output)
     from fedsafe_jax.demo import pretrain
+    from fedsafe_jax.runtime import devices
+
+    announced = functools.cache(devices.announce)  # once, and after what may be wrong in the data
 
     def report(line: str) -> None:
+        announced()
         print(line, file=sys.stderr, flush=True)
 
     pretrain.run(values.config, values.output, report)

@@ -107,6 +107,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
+    from fedsafe_jax.runtime import devices
     from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(values.prompts, values.column)
@@ -123,6 +124,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     if values.adapter:
         lm = lm.with_adapter(load_adapter(values.adapter))
 
+    devices.announce()
     talk = ChatSession(lm, values.batch_size)
 
     def speak(temperature: float):

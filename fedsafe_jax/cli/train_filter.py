@@ -112,6 +112,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
     from fedsafe_jax.pipeline import filtering
+    from fedsafe_jax.runtime import devices
     from fedsafe_jax.runtime.run_files import write_json
 
     if FILTER_KINDS[config.kind].make is None:
@@ -120,6 +121,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
     mesh = make_mesh(model_parallel=config.model_parallel)
+    devices.announce()
     safety_filter, trained = filtering.build_filter(
         config,
         pairs,

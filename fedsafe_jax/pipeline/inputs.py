@@ -22,6 +22,7 @@ from fedsafe_jax.models import hub, lora
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import load_sets
 from fedsafe_jax.runtime import multihost
+from fedsafe_jax.runtime.devices import announce
 
 
 class Pool(NamedTuple):
@@ -124,6 +125,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         config.lora_rank_stabilized,
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
+    hub.read_config(model_folder(config.model), config.dtype)
+    announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)
     return RunInputs(
         lm=lm,

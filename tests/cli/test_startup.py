@@ -1,6 +1,7 @@
 """The border of the commands: a mistake is a line and code 2, a bug a traceback; help, version."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -211,7 +212,8 @@ def test_the_ways_in_are_one(tmp_path):
 def test_evaluate_works_as_it_is(tmp_path):
     small = ("--max_prompts=2", "--max_new_tokens=4")
     done = fedsafe("evaluate", *small, f"--output={tmp_path / 'new' / 'o.json'}", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"devices: \d+ x cpu\n", done.stderr), done.stderr
     lines = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert sorted(lines) == ["advbench", "hhh", "mean (95% interval)", "over_refusal"]
     results = json.loads((tmp_path / "new" / "o.json").read_text())
