@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "federated": {"models", "data"},
     "filters": {"models", "data"},
     "inference": {"models", "data"},
+    "aot": set(),
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference"},
     "runtime": {"federated"},
