@@ -9,13 +9,13 @@ TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config", "vali
 BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
 MAY_IMPORT = {
+    "aot": set(),
     "models": set(),
     "data": set(),
     "config": set(),
     "federated": {"models", "data"},
     "filters": {"models", "data"},
     "inference": {"models", "data"},
-    "aot": set(),
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference"},
     "runtime": {"federated"},

@@ -182,7 +182,21 @@ class _Counter:
             largest = max(done, key=_Executed.flops)
             # A collective must not hide in a branch with fewer products.
             return largest._replace(collectives=_one_after_another(done).collectives)
-        return _one_after_another(done)
+        together = _one_after_another(done)
+        is_new = not together.collectives or not self._continues(line)
+        return together if is_new else together._replace(collectives=())
+
+    def _continues(self, line: Instruction) -> bool:
+        """Returns whether an instruction goes on with a collective that was counted at its start.
+
+        On TPU a collective that runs beside other work is in the text of its start, of each fusion
+        that it runs beside, and of its end.
+        """
+        if line.op != "fusion" or '"continuation_config"' in line.tail:
+            return line.op == "fusion"
+        [name] = line.called()["calls"]
+        fused = self.module.computations[name].instructions.values()
+        return any('custom_call_target="AsyncCollectiveDone"' in x.tail for x in fused)
 
     def _collective(self, line: Instruction, op: str) -> Collective:
         # An all-reduce starts with its result's shape, others with `(operands, result, ...)`.
@@ -254,7 +268,7 @@ def _product(line: Instruction, around: Computation) -> Product | None:
         flops = _convolution_flops(line.tail, lhs, rhs, out)
     else:
         flops = 2 * math.prod(out) * math.prod(lhs[i] for i in contracted)
-    return Product(lhs, rhs, out, flops, trips=1, op_name=line.op_name())
+    return Product(lhs=lhs, rhs=rhs, out=out, flops=flops, trips=1, op_name=line.op_name())
 
 
 def _convolution_flops(attributes: str, lhs: tuple, rhs: tuple, out: tuple) -> int:

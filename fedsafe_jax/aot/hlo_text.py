@@ -40,13 +40,13 @@ def num_bytes(shape: str) -> int:
 
 def parts(shape: str) -> list[str]:
     """Returns the shapes in a tuple of shapes, tuples in it kept whole."""
-    found, depth, begin = [], 0, 1
+    shapes, depth, begin = [], 0, 1
     for i, letter in enumerate(shape):
         depth += (letter in "([{") - (letter in ")]}")
         if (letter, depth) in ((",", 1), (")", 0)):
-            found.append(shape[begin:i].strip())
+            shapes.append(shape[begin:i].strip())
             begin = i + 1
-    return found
+    return shapes
 
 
 def has_scope(scope: str, op_name: str) -> bool:
@@ -88,8 +88,8 @@ class Instruction(NamedTuple):
 
     def op_name(self) -> str:
         """Returns where the operation comes from in the program, "" where that is lost."""
-        found = _OP_NAME.search(self.tail)
-        return found[1] if found else ""
+        match = _OP_NAME.search(self.tail)
+        return match[1] if match else ""
 
 
 class Computation(NamedTuple):
@@ -105,10 +105,10 @@ class Computation(NamedTuple):
 
     def source(self, name: str) -> Instruction:
         """Returns what `name` is a copy of."""
-        found = self.instructions[name]
-        while found.op in ("copy", "bitcast", "convert", "reshape"):
-            found = self.instructions[found.operands()[0]]
-        return found
+        line = self.instructions[name]
+        while line.op in ("copy", "bitcast", "convert", "reshape"):
+            line = self.instructions[line.operands()[0]]
+        return line
 
     def constant(self, name: str) -> int | None:
         """Returns the value of an integer constant or of a copy of one, None of all else."""
@@ -152,9 +152,9 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 name, root, last, instructions = header[2], "", None, {}
                 entry = name if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            last = Instruction(*found.groups()[1:], line[found.end() :])
-            root = last.name if found[1] else root
+        elif match := _INSTRUCTION.match(line):
+            last = Instruction(*match.groups()[1:], line[match.end() :])
+            root = last.name if match[1] else root
             instructions[last.name] = last
         elif _END.fullmatch(line):
             computations[name] = Computation(instructions, root)
@@ -180,23 +180,24 @@ def counted_trips(module: Module, loop: Instruction, around: Computation) -> int
     body, condition = (module.computations[loop.called()[x][0]] for x in ("body", "condition"))
     start, after = around.source(loop.operands()[0]), body.instructions[body.root]
     test = condition.instructions[condition.root]
-    found = re.search(r"direction=(LT|LE|GT|GE)", test.tail)
-    if test.op != "compare" or not found or start.op != "tuple" or after.op != "tuple":
+    comparison = re.search(r"direction=(LT|LE|GT|GE)", test.tail)
+    if test.op != "compare" or not comparison or start.op != "tuple" or after.op != "tuple":
         return None
-    counter, bound, direction = *test.operands(), found[1]
-    if condition.constant(counter) is not None:
-        counter, bound = bound, counter
+    direction = comparison[1]
+    slots = [condition.slot(x) for x in test.operands()]
+    # Carried along, but changed by no trip.
+    is_fixed = [x is None or body.slot(after.operands()[x]) == x for x in slots]
+    if all(is_fixed) or not any(is_fixed):
+        return None
+    bound = test.operands()[is_fixed.index(True)]
+    slot, bound_slot = slots[is_fixed.index(False)], slots[is_fixed.index(True)]
+    if is_fixed[0]:
         direction = direction.translate(str.maketrans("LG", "GL"))
-    slot, bound_slot = condition.slot(counter), condition.slot(bound)
-    if slot is None:
-        return None
     first = around.constant(start.operands()[slot])
     if bound_slot is None:
         last = condition.constant(bound)
-    elif body.slot(after.operands()[bound_slot]) == bound_slot:  # No trip changes it.
-        last = around.constant(start.operands()[bound_slot])
     else:
-        last = None
+        last = around.constant(start.operands()[bound_slot])
     add = body.source(after.operands()[slot])
     if add.op != "add" or slot not in map(body.slot, add.operands()):
         return None
