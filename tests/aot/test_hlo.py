@@ -326,9 +326,10 @@ def test_convolutions_count_what_meets(window):
     ],
 )
 def test_real_modules(platform, kernel, after):
-    """Two H100 and v5e:2x2: three local steps, then chunks of 64 tokens through a head of 1,024.
+    """Modules for two H100 and v5e:2x2, cut down to what is counted.
 
-    A step: 256 tokens of two clients through a shared `[256, 256]`, an adapter of rank 32 a client,
+    Three local steps, then chunks of 64 tokens through a head of 1,024 tokens. A step takes 256
+    tokens of two clients through a shared `[256, 256]`, an adapter of rank 32 a client,
     attention, and a sum over devices.
     """
     text = (pathlib.Path(__file__).parent / f"{platform}.txt").read_text()
