@@ -199,8 +199,10 @@ class _Counter:
         return any('custom_call_target="AsyncCollectiveDone"' in x.tail for x in fused)
 
     def _collective(self, line: Instruction, op: str) -> Collective:
-        # An all-reduce starts with its result's shape, others with `(operands, result, ...)`.
-        is_pair = line.op not in (op, "all-reduce-start") and line.shape.startswith("(")
+        # A start has the shape `(operands, result, ...)`, operands a tuple or a single shape; an
+        # all-reduce's has that of the result alone up to jax 0.10.
+        pair = "((" if line.op == "all-reduce-start" else "("
+        is_pair = line.op != op and line.shape.startswith(pair)
         before, is_inside, _ = line.op_name().rpartition(LOOP_BODY)
         in_steps = not self.has_steps_loop and bool(is_inside) and has_scope(self.steps, before)
         size = num_bytes(parts(line.shape)[1] if is_pair else line.shape)

@@ -214,6 +214,8 @@ ENTRY %main (p: f32[8,4]) -> f32[16,4] {
   %g = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%p), dimensions={0}
   %r = f32[8,4]{1,0} all-reduce-start(%p), to_apply=%add
   %m = ((f32[8,4]{1,0:T(8,128)}, f32[8]), (f32[2]{0}, /*index=1*/bf16[4]), u32[]) all-to-all-start(%p, %p)
+  %s = (f32[8,4]{1,0}, bf16[4]{0}) all-reduce-start(%p, %q), to_apply=%add
+  %t = ((f32[8,4]{1,0}), f32[8,4]{1,0}) all-reduce-start(%p), to_apply=%add
   %rd = f32[8,4]{1,0} all-reduce-done(%r)
   ROOT %gd = f32[16,4]{1,0} all-gather-done(%g)
 }
@@ -226,6 +228,8 @@ def test_the_result_of_a_started_collective():
         ("all-gather", 16 * 4 * 4),
         ("all-reduce", 8 * 4 * 4),
         ("all-to-all", 2 * 4 + 4 * 2),
+        ("all-reduce", 8 * 4 * 4 + 4 * 2),
+        ("all-reduce", 8 * 4 * 4),
     ]
 
 
