@@ -9,6 +9,7 @@ TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config", "vali
 BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
 MAY_IMPORT = {
+    "aot": set(),
     "models": set(),
     "data": set(),
     "config": set(),

@@ -177,6 +177,8 @@ def local_training(
 
     zero = jax.tree.map(jnp.zeros_like, start)
     carry = (start, training.optimizer.init(start), zero)
-    (local, _, gradient_sum), (losses, active) = jax.lax.scan(step, carry, (batches, rates))
+    # Named, so that a compiled program tells what lies inside the steps (see `aot.hlo`).
+    with jax.named_scope("local_steps"):
+        (local, _, gradient_sum), (losses, active) = jax.lax.scan(step, carry, (batches, rates))
     done = jnp.maximum(active.sum(), 1.0)
     return LocalResult(local, jax.tree.map(lambda g: g / done, gradient_sum), losses, active)

@@ -99,7 +99,9 @@ def _nll(chunk_nll: Callable, chunk: int, params, hidden, targets, is_target):
         )
 
     num_chunks = -(-is_target.sum() // chunk)
-    nll = jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.zeros(order.size))
+    # Named, as its trips are data: who reads the compiled program must be told them (`aot.hlo`).
+    with jax.named_scope("target_chunks"):
+        nll = jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.zeros(order.size))
     return _restore_order(nll, order, is_target)
 
 
@@ -125,7 +127,8 @@ def _nll_and_gradient(chunk_nll: Callable, chunk: int, params, hidden, targets, 
 
     num_chunks = -(-is_target.sum() // chunk)
     zeros = jnp.zeros(order.size), jnp.zeros_like(hidden)
-    results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
+    with jax.named_scope("target_chunks"):
+        results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
     return tuple(_restore_order(x, order, is_target) for x in results)
 
 
