@@ -21,6 +21,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.quantization = ""  # format of the frozen base's projections; "" for none
     c.model_parallel = 1  # devices that share one copy of the base model
     c.remat = False  # recompute layers in the backward pass: less memory, a third more compute
+    c.attention = "auto"  # kernel of attention; auto: the platform's
     c.dry_run = False  # print the plan and stop
     c.export_arm = "fl+filter+cai"  # arm whose adapter and merged model are exported
 

@@ -28,6 +28,7 @@ from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
 from fedsafe_jax.filters.kinds import FILTER_KINDS
+from fedsafe_jax.models.attention import BACKENDS
 from fedsafe_jax.models.quantize import KINDS as QUANTIZATIONS
 from fedsafe_jax.pipeline.arms import ARMS, any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
@@ -41,6 +42,7 @@ def choices() -> dict[str, Collection[str]]:
         "export_arm": ARMS,
         "dtype": ("float32", "bfloat16"),
         "quantization": ("", *QUANTIZATIONS),
+        "attention": BACKENDS,
         "partition": PARTITIONS,
         "schedule": DECAYS,
         "step_schedule": DECAYS,
@@ -308,6 +310,7 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 def input_errors() -> tuple[type[Exception], ...]:
     """Returns the exception types of wrong input: reported as one line, without a traceback."""
+    from fedsafe_jax.aot.targets import TargetError
     from fedsafe_jax.cai.constitution import ConstitutionError
     from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.data.partition import PartitionError
@@ -318,4 +321,4 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.runtime.run_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
-    return *data, ClusterError, EndpointError, FilterError, ModelError
+    return *data, ClusterError, EndpointError, FilterError, ModelError, TargetError

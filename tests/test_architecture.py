@@ -9,7 +9,7 @@ TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config", "vali
 BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
 MAY_IMPORT = {
-    "aot": set(),
+    "aot": SCIENCE | {"config", "pipeline"},
     "models": set(),
     "data": set(),
     "config": set(),
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "finetune": {"models", "data", "inference", "federated"},
     "pipeline": SCIENCE | {"runtime", "report", "config"},
     "demo": SCIENCE,
-    "validation": SCIENCE | {"runtime", "report", "config", "pipeline"},
+    "validation": SCIENCE | {"runtime", "report", "config", "pipeline", "aot"},
     "experiment": SCIENCE | {"runtime", "config", "pipeline", "report", "validation"},
     "flower": SCIENCE | {"runtime", "config", "pipeline", "report", "validation", "experiment"},
     "__init__": {"finetune", "inference", "federated", "models"},

@@ -152,15 +152,41 @@ def _batch(rows: Sequence[Encoded], width: int, count: int) -> PairBatch:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "unsafe_classes"))
-def _batch_log_odds(
+def batch_log_odds(
     config: EncoderConfig, unsafe_classes: tuple[int, ...], params: dict, batch: PairBatch
 ) -> jax.Array:
-    """Log-odds of the unsafe classes together against the others, float32 `[rows]`."""
+    """Returns the log-odds of the unsafe classes together against the others, float32 `[rows]`."""
     logits = Classifier(config).apply({"params": params}, *batch)
     chance = jax.nn.log_softmax(logits)
     unsafe = jnp.isin(jnp.arange(config.num_labels), jnp.asarray(unsafe_classes))
     worse = jax.nn.logsumexp(jnp.where(unsafe, chance, -jnp.inf), axis=-1)
     return worse - jax.nn.logsumexp(jnp.where(unsafe, -jnp.inf, chance), axis=-1)
+
+
+def weighted_loss(
+    model: Classifier,
+    params: dict,
+    frozen: tuple,
+    batch: PairBatch,
+    target: jax.Array,
+    weight: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Returns the weighted mean cross-entropy of a batch, with dropout.
+
+    Args:
+      model: the encoder with its head.
+      params: its weights.
+      frozen: nothing, as all of a classifier is trained.
+      batch: `rows` padded pairs.
+      target: int32 `[rows]`, 1 for unsafe.
+      weight: float32 `[rows]`, 0 for rows that fill the batch.
+      key: random key of dropout.
+    """
+    del frozen
+    logits = model.apply({"params": params}, *batch, deterministic=False, rngs={"dropout": key})
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return jnp.sum(nll * weight) / jnp.sum(weight)
 
 
 def _log_odds(
@@ -179,7 +205,7 @@ def _log_odds(
         batch = _batch([rows[i] for i in chosen], min(width, config.max_length), count)
         turn = number % len(devices)
         batch = jax.device_put(batch, devices[turn])
-        scores = _batch_log_odds(config, unsafe_classes, copies[turn], batch)
+        scores = batch_log_odds(config, unsafe_classes, copies[turn], batch)
         waiting.append((chosen, scores))
     for chosen, scores in waiting:
         out[chosen] = np.asarray(scores)[: len(chosen)]
@@ -216,21 +242,12 @@ def train(
         params = Classifier(config).init(jax.random.key(seed), *batch)["params"]
     else:
         config, params = start
-    model = Classifier(config)
-
-    def loss_fn(params, frozen, batch, target, weight, key):
-        del frozen
-        rngs = {"dropout": key}
-        logits = model.apply({"params": params}, *batch, deterministic=False, rngs=rngs)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        return jnp.sum(nll * weight) / jnp.sum(weight)
-
     network = training.Network(
         [len(r.ids) for r in rows],
         make_batch=lambda chosen, width, count: _batch(
             [rows[i] for i in chosen], min(width, config.max_length), count
         ),
-        loss_fn=loss_fn,
+        loss_fn=functools.partial(weighted_loss, Classifier(config)),
         log_odds=lambda params, chosen: _log_odds(config, (1,), params, [rows[i] for i in chosen]),
     )
     trained = training.train(pairs, params, network, options or TrainingOptions(), seed)

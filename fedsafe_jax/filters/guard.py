@@ -122,14 +122,14 @@ def _hidden(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "verdicts"))
-def _verdict_log_odds(
+def verdict_log_odds(
     model: Decoder,
     verdicts: tuple[int, int],
     params: dict,
     factors: dict | None,
     batch: RowBatch,
 ) -> jax.Array:
-    """Log-odds of "unsafe" against "safe" as the token after each row, float32 `[rows]`."""
+    """Returns the log-odds of "unsafe" against "safe" after each row, float32 `[rows]`."""
     hidden, _ = _hidden(model, params, factors, batch)
     last = jnp.take_along_axis(hidden, batch.lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply({"params": params}, last, method="unembed")
@@ -148,7 +148,7 @@ def _log_odds(
     waiting = []
     for chosen, width, count in stream.batches(lengths, BATCH_TOKENS):
         batch = _stacked([rows[i] for i in chosen], width, count)
-        scores = _verdict_log_odds(model, verdicts, params, factors=factors, batch=batch)
+        scores = verdict_log_odds(model, verdicts, params, factors=factors, batch=batch)
         waiting.append((chosen, scores))
     for chosen, scores in waiting:
         out[chosen] = np.asarray(scores)[: len(chosen)]
@@ -199,7 +199,7 @@ def train(
     network = training.Network(
         [len(r) for r in whole],
         make_batch=make_batch,
-        loss_fn=functools.partial(_loss, model),
+        loss_fn=functools.partial(verdict_loss, model),
         log_odds=lambda factors, chosen: _log_odds(
             model, verdicts, base.params, factors=factors, rows=[rows[i] for i in chosen]
         ),
@@ -237,7 +237,7 @@ def _with_replies(
     return longer
 
 
-def _loss(
+def verdict_loss(
     model: Decoder,
     factors: dict,
     base: dict,
@@ -246,7 +246,7 @@ def _loss(
     weight: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Weighted loss of the verdict, plus the mean loss of the tokens behind it (a guardian's)."""
+    """Returns the weighted loss of the verdict, plus the mean loss of a guardian's answer."""
     del target, key
     rows, starts = batch
     hidden, positions = _hidden(model, base, factors, rows)

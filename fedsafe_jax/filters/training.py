@@ -103,16 +103,10 @@ def train(
     _, unsafe = protocol.labelled(pairs)
     learned, held = _split(pairs, unsafe, options.validation_share, seed)
     balance = (len(learned) / (2 * np.bincount(unsafe[learned]))).astype(np.float32)
-    optimizer = _optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
+    optimizer = make_optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
     state, key = optimizer.init(params), jax.random.key(seed)
-    loss_fn = network.loss_fn  # `step`, which jit may keep, must not hold the network's base
-
-    @jax.jit
-    def step(params, state, frozen, data, key):
-        grads = jax.grad(loss_fn)(params, frozen, *data, key)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
+    # The loss alone: what jit may keep must not hold the network's base.
+    step = make_step(network.loss_fn, optimizer)
     best_loss, best_params, best = np.inf, params, -1
     history: list[Epoch] = []
     for epoch in range(options.epochs):
@@ -152,6 +146,26 @@ def train(
     return Trained(best_params, fitted, history, best)
 
 
+def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """Returns the jitted step of training.
+
+    Args:
+      loss_fn: see `Network.loss_fn`.
+      optimizer: optimizer of the trained parameters.
+
+    Returns:
+      `(params, state, frozen, (batch, unsafe, weights), key) -> (params, state)`.
+    """
+
+    @jax.jit
+    def step(params, state, frozen, data, key):
+        grads = jax.grad(loss_fn)(params, frozen, *data, key)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def _split(
     pairs: Sequence[Example], unsafe: np.ndarray, share: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +177,8 @@ def _split(
     return np.array(learned), np.array(held, int)
 
 
-def _optimizer(options: TrainingOptions, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(options: TrainingOptions, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Returns AdamW after clipping, whose rate warms up and falls as a cosine."""
     total = max(options.epochs * steps_per_epoch, 2)
     warmup = max(total // 10, 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, total)

@@ -170,7 +170,8 @@ def _sum_over_chunks(function: Callable, zero, chunk: int, base, row: _Row):
         weights = jnp.where(places < size, row.weights[0, slots], 0)
         return jax.tree.map(jnp.add, sums, function(slots, weights, params, base, row))
 
-    return jax.lax.fori_loop(0, -(-has_loss.sum() // chunk), add_chunk, zero)
+    with jax.named_scope("target_chunks"):
+        return jax.lax.fori_loop(0, -(-has_loss.sum() // chunk), add_chunk, zero)
 
 
 def _last_layer_value(chunk_nll: Callable, chunk: int, factors, states, base, row: _Row):

@@ -1,5 +1,7 @@
 """`--config.dry_run`: what a run would load, hold and compute, without any of it."""
 
+import dataclasses
+
 import jax
 from ml_collections import ConfigDict
 
@@ -7,23 +9,15 @@ from fedsafe_jax.config import default_config
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import DecoderConfig, num_parameters, param_shapes
+from fedsafe_jax.models.known import KNOWN
 from fedsafe_jax.models.quantize import num_bytes, quantize_params
 from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.evaluation import chosen_sets
 
-# For models whose folder is not at hand; from their public config.json.
-KNOWN = {
-    "meta-llama/Llama-3.1-8B-Instruct": DecoderConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
-        num_kv_heads=8, head_dim=128, rope_theta=500000.0, rope_scaling=(8.0, 1.0, 4.0, 8192.0),
-        tie_embeddings=False, max_length=131072, dtype="bfloat16",
-    ),
-}  # fmt: skip
-
 
 def _decoder_config(config) -> DecoderConfig:
     if config.model in KNOWN:
-        return KNOWN[config.model]
+        return dataclasses.replace(KNOWN[config.model], dtype=config.dtype)
     from fedsafe_jax.inference.language_model import model_folder
 
     return hub.read_config(model_folder(config.model), config.dtype)
@@ -104,7 +98,8 @@ def describe(config: ConfigDict) -> str:
         f"client memory    {_size(per_adapter * 4 * 4 * parallel)} "
         "(adapter, gradient, two moments)",
         f"activations      <= {_size(activations)}",
-        f"total a device   about {_size(total)}",
+        f"total a device   about {_size(total)}, estimated from the sizes of arrays; what a compiler",
+        "                 makes of it: fedsafe compile --config=FILE --target=h100 (or v5e:2x2, ...)",
         f"runs             {runs} ({len(config.seeds)} seed(s), {', '.join(config.algorithms)}, "
         f"{', '.join(trained)}) and the base model",
         f"a run            {config.rounds} rounds, {examples:,} client examples, "

@@ -18,7 +18,7 @@ from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.pairs import drop_mislabelled
 from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
-from fedsafe_jax.models import hub, lora
+from fedsafe_jax.models import attention, hub, lora
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import load_sets
 from fedsafe_jax.runtime import multihost
@@ -168,9 +168,22 @@ def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: i
 
 
 def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
-    """Loads the base model: `(lm on this process's devices, parameters on those of all)`."""
+    """Loads the base model: `(lm on this process's devices, parameters on those of all)`.
+
+    Raises:
+      ModelError: the folder is damaged, or the config's attention cannot be computed.
+    """
+    shape = hub.read_config(model_folder(config.model), config.dtype)
+    shape = dataclasses.replace(shape, attention=config.attention, mesh=devices)
+    # Before the weights are read, and not while the first round is traced.
+    attention.choose_backend(shape, config.seq_len, config.seq_len)
     lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
-    own = dataclasses.replace(lm.config, remat=config.remat, mesh=multihost.local_mesh(devices))
+    own = dataclasses.replace(
+        lm.config,
+        remat=config.remat,
+        attention=config.attention,
+        mesh=multihost.local_mesh(devices),
+    )
     local = dataclasses.replace(lm, config=own, params=multihost.local(lm.params, devices))
     return local, lm.params
 

@@ -10,6 +10,7 @@ def quiet_libraries() -> None:
     """Silences third-party libraries, unless an environment variable asks for their messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # XLA's notes on plugins without a device
 
 
 def prepare_libraries(workdir: str) -> None:

@@ -1,0 +1,255 @@
+"""Everything that a run of a config compiles, as programs of shapes: no weights, no data."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from fedsafe_jax.aot.program import (
+    TARGET_SCOPE,
+    Program,
+    Run,
+    base_shapes,
+    kernel_flops,
+    least,
+    on,
+)
+from fedsafe_jax.cai import train as cai_train
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.batches import RoundBatches
+from fedsafe_jax.federated import simulation
+from fedsafe_jax.federated.round_programs import ChunkInputs
+from fedsafe_jax.inference import decoding
+from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
+from fedsafe_jax.inference.sampling import Sampling
+from fedsafe_jax.models import attention, microbatch
+from fedsafe_jax.models.cache import unrolls, unstack
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.sharding import CLIENTS, MODEL
+from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.constitutional import read_recipe
+
+
+def federated(run: Run) -> Iterator[Program]:
+    """Yields local training of a chunk, the sum over chunks, and the server's step."""
+    c, mesh = run.config, run.mesh
+    programs = rounds.build(c, c.algorithms[0], run.model, mesh)
+    spec, layout = programs.spec, programs.layout
+    count = simulation.chunk_size(c.clients_per_round, mesh, c.chunk_clients)
+    real = min(count, c.clients_per_round)
+    examples = run.lengths.encoded(real * c.examples_per_client, c.seq_len)
+    batches = RoundBatches(
+        [examples[i::real] for i in range(real)],
+        0,
+        0,
+        ids=range(real),
+        steps=[c.local_steps] * real,
+        local_steps=c.local_steps,
+        batch_size=c.batch_size,
+        seq=c.seq_len,
+        accumulation=c.accumulation,
+    )
+    batch = batches.chunk(0, count)
+    tokens, targets = int((batch.segment_ids > 0).sum()), int((batch.mask > 0).sum())
+    server = on(jax.eval_shape(spec.algorithm.init, run.factors), mesh)
+    states = jax.eval_shape(spec.algorithm.init_client, run.factors)
+    params = sum(x.size for x in jax.tree.leaves(run.factors))
+    residuals = jax.ShapeDtypeStruct((params,), jnp.float32) if spec.compression else ()
+    each = (jnp.float32, jnp.float32, jnp.int32)
+    weights, scales, ranks = (jax.ShapeDtypeStruct((count,), dtype) for dtype in each)
+    by_client = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), (states, residuals)
+    )
+    inputs = on(
+        ChunkInputs(
+            batch, weights, scales, ranks=ranks, states=by_client[0], residuals=by_client[1]
+        ),
+        mesh,
+        layout,
+    )
+    rates = on(jax.ShapeDtypeStruct((c.local_steps,), jnp.float32), mesh)
+    rows, seq = batch.mask.shape[-2:]
+    calls = batch.mask.size // (rows * seq)
+    at_once = max(1, -(-real // mesh.shape[CLIENTS]))
+    at_once = min(at_once, c.clients_in_parallel or at_once)
+    moments = 2 * 4 * params * at_once
+    backend = attention.choose_backend(run.shape, seq, seq)
+    recomputed = bool(c.remat)
+    segment = tokens / max(len(batch.mask.reshape(-1, seq)), 1)
+    yield Program(
+        "train",
+        programs.train,
+        (server, run.base, inputs, rates),
+        kinds={"base": run.base, "adapters": server, "batch": inputs},
+        mesh=mesh,
+        tokens=tokens,
+        minimum=least(run.shape, tokens, 2 + recomputed, 2 * targets, seq=min(segment, seq) / 2),
+        attention=backend,
+        kernel_flops=kernel_flops(
+            run.shape, backend, calls * rows, seq=seq, forward=2 + recomputed, backward=1
+        ),
+        trips={
+            TARGET_SCOPE: run.chunk_trips(targets * at_once / (real * c.local_steps)),
+            microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
+        },
+        hidden_optimizer=moments,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        sent = jax.eval_shape(programs.train, server, run.base, inputs, rates)[0]
+    sent = on(sent, mesh, layout)
+    gathered = [sent]
+    if spec.linear:
+        gathered = on(jax.eval_shape(programs.collect, None, sent), mesh)
+        yield Program(
+            "sum",
+            programs.collect,
+            (gathered, sent),
+            kinds={"adapters": (gathered, sent)},
+            mesh=mesh,
+        )
+    key = on(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    yield Program(
+        "server",
+        programs.finish,
+        (server, gathered, key),
+        kinds={"adapters": (server, gathered)},
+        mesh=mesh,
+    )
+
+
+def generation(run: Run) -> Iterator[Program]:
+    """Yields prefill of a batch of prompts, and the decoding that follows."""
+    c, mesh, model = run.config, run.mesh, run.model
+    devices, rows = mesh.shape[CLIENTS], c.eval.batch_size
+    rows = -(-rows // devices) * devices
+    most = run.shape.max_length - c.eval.max_new_tokens
+    lengths = np.minimum(run.lengths.prompts, most)
+    prompts = [np.zeros(lengths[i % len(lengths)], int) for i in range(rows)]
+    packed = pack_prompts(prompts, devices, run.shape.platform)
+    specs = decoding.Specs.of(model, stacked=False)
+    laid = type(packed)(*(on(x, mesh, s) for x, s in zip(packed, specs.packed, strict=True)))
+    factors = on(run.factors, mesh)
+    tokens, (count, seq) = (
+        int(lengths[np.arange(rows) % len(lengths)].sum()),
+        packed.tokens.shape,
+    )
+    backend = attention.choose_backend(run.shape, seq, seq)
+    prefill = decoding.prefill_program(model, False, mesh)
+    yield Program(
+        "prefill",
+        prefill,
+        (run.base, factors, laid),
+        kinds={"base": run.base, "adapters": factors, "batch": laid},
+        mesh=mesh,
+        tokens=tokens,
+        minimum=least(run.shape, tokens, 1, rows, seq=tokens / rows / 2),
+        attention=backend,
+        kernel_flops=kernel_flops(run.shape, backend, count, seq=seq, forward=1, backward=0),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        _, cache = jax.eval_shape(prefill, run.base, factors, laid)
+    slots = cache_length(packed.valid.shape[1] + c.eval.max_new_tokens, run.shape.platform)
+    cache = jax.eval_shape(functools.partial(decoding.grow_cache, cache_len=slots), cache)
+    split = MODEL if run.shape.num_kv_heads % mesh.shape[MODEL] == 0 else None
+
+    def laid_out(x):  # keys and values: rows over clients, heads over `model`
+        axes = [None] * x.ndim
+        axes[-4], axes[-3] = CLIENTS, split
+        return on(x, mesh, PartitionSpec(*axes))
+
+    cache = cache._replace(
+        key=jax.tree.map(laid_out, cache.key),
+        value=jax.tree.map(laid_out, cache.value),
+        valid=on(cache.valid, mesh, PartitionSpec(CLIENTS)),
+        length=on(cache.length, mesh),
+    )
+    groups = PartitionSpec(None, CLIENTS)
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    state = decoding.State(
+        on(integers((1, rows)), mesh, groups),
+        on(integers((1, rows, c.eval.max_new_tokens)), mesh, groups),
+        on(jax.ShapeDtypeStruct((1, rows), bool), mesh, groups),
+        cache,
+    )
+    keys = on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, rows))), mesh, groups)
+    base = run.base
+    if unrolls(run.shape):  # as `decoding.decoding_params` does
+        base = on(jax.eval_shape(lambda x: unstack(x, run.shape.num_layers), base), mesh)
+    yield Program(
+        "decode",
+        decoding.decode_program(model, Sampling(), False, mesh),
+        (
+            base,
+            factors,
+            state,
+            on(integers((rows,)), mesh, PartitionSpec(CLIENTS)),
+            on(integers(()), mesh),
+            keys,
+            on(integers((2,)), mesh),
+        ),
+        kinds={"base": base, "adapters": factors, "cache": cache},
+        mesh=mesh,
+        tokens=rows,  # of one step
+        minimum=least(run.shape, rows, 1, rows, seq=slots),
+        attention="xla",
+    )
+
+
+def constitutional(run: Run) -> Iterator[Program]:
+    """Yields a training step of Constitutional AI."""
+    c, mesh = run.config, run.copy
+    shape = dataclasses.replace(run.shape, mesh=mesh)
+    recipe = read_recipe(c)
+    init, step = cai_train.make_step(Decoder(shape, run.lora.scale), recipe)
+    tokenizer = load_pretrained("package:model").tokenizer
+
+    def text(count: int) -> str:
+        return " ".join(["water"] * max(1, count))
+
+    answer = int(min(c.cai.max_new_tokens, c.seq_len // 2))
+    triples = [
+        cai_train.Triple(text(min(int(n), c.seq_len // 2)), text(answer), text(answer))
+        for n in run.lengths.prompts[: c.cai.pairs_per_step]
+    ]
+    data = cai_train.steps(
+        recipe,
+        1,
+        run.lengths.encoded(c.cai.batch_size, c.seq_len),
+        triples=triples,
+        encode=lambda p, r: chat.encode(tokenizer, (("user", p),), r, c.seq_len),
+        seed=(0,),
+        tokenizer=tokenizer,
+    )[0]
+    trained = [data.imitation, *data.rows.values()]
+    read = [data.pairs.rows] * (data.pairs is not None)
+    count = lambda batches: sum(int((b.segment_ids > 0).sum()) for b in batches)  # noqa: E731
+    targets = sum(int((b.mask > 0).sum()) for b in trained + 2 * read)
+    base = base_shapes(shape, c)
+    factors, data = on(run.factors, mesh), on(data, mesh)
+    state = on(jax.eval_shape(init, run.factors), mesh)
+    reference = factors if c.cai.reference == "global" else None
+    rate = on(jax.ShapeDtypeStruct((), jnp.float32), mesh)
+    backend = attention.choose_backend(shape, c.seq_len, c.seq_len)
+    rows = sum(len(b.mask) for b in trained), sum(len(b.mask) for b in read)
+    remat, seq = bool(c.remat), c.seq_len
+    yield Program(
+        "cai",
+        step,
+        (factors, state, reference, base, data, rate),
+        kinds={"base": base, "adapters": factors, "optimizer": state, "batch": data},
+        mesh=mesh,
+        tokens=count(trained) + count(read),
+        minimum=least(run.shape, count(trained), 2 + remat, 2 * targets, seq=seq / 4)
+        + least(run.shape, count(read), 3 + remat, 0, seq=seq / 4),
+        attention=backend,
+        kernel_flops=(
+            kernel_flops(shape, backend, sum(rows), seq=seq, forward=2 + remat, backward=1)
+            + kernel_flops(shape, backend, rows[1], seq=seq, forward=1, backward=0)
+        ),
+        trips={TARGET_SCOPE: run.chunk_trips(targets / (len(trained) + 2 * len(read)))},
+    )
