@@ -98,8 +98,8 @@ def describe(config: ConfigDict) -> str:
         f"client memory    {_size(per_adapter * 4 * 4 * parallel)} "
         "(adapter, gradient, two moments)",
         f"activations      <= {_size(activations)}",
-        f"total a device   about {_size(total)}, estimated from the sizes of arrays; what a compiler",
-        "                 makes of it: fedsafe compile --config=FILE --target=h100 (or v5e:2x2, ...)",
+        f"total a device   about {_size(total)}, estimated from the arrays' sizes; compiled sizes:",
+        "                 fedsafe compile --config=FILE --target=h100 (or v5e:2x2, ...)",
         f"runs             {runs} ({len(config.seeds)} seed(s), {', '.join(config.algorithms)}, "
         f"{', '.join(trained)}) and the base model",
         f"a run            {config.rounds} rounds, {examples:,} client examples, "
