@@ -7,7 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 parts=(numerics round_8b cai round_135m generate attention)
-limits=(70 100 90 80 90 60)
+limits=(90 100 90 70 80 50)
 output=device_results options=() chosen=()
 for argument in "$@"; do
   case "$argument" in
