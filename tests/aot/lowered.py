@@ -5,6 +5,7 @@ whoever asks the package for the platform of a mesh. A program that is compiled 
 therefore never found in a cache that holds the other's.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -26,15 +27,18 @@ PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
 DOT = re.compile(
     r"stablehlo\.dot_general %\S+, %\S+, (?:batching_dims = \[([\d, ]*)\] x \[[\d, ]*\], )?"
     r"contracting_dims = \[[\d, ]*\] x \[[\d, ]*\](?:, precision = \[(\w+), (\w+)\])?[^:]*"
-    r" : \(tensor<([^>]*)>, tensor<([^>]*)>\)"
+    r" : \(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>"
 )
+CALL = re.compile(r"stablehlo\.custom_call @([\w$.]+)\(")
+TENSOR = re.compile(r"tensor<((?:\d+x)*)(\w+)>")
 
 
 class Dot(NamedTuple):
-    """A product of a lowered program: shapes and types of its operands, precision, batch axes."""
+    """A product of a lowered program: shapes, types of the operands, precision, batch axes."""
 
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
+    out: tuple[int, ...]
     types: tuple[str, str]
     precision: tuple[str, str]
     batched: int
@@ -47,7 +51,7 @@ def shape(**changes) -> DecoderConfig:
         "hidden_size": 320,
         "intermediate_size": 448,
         "num_layers": 2,
-        "num_heads": 8,
+        "num_heads": 14,
         "num_kv_heads": 2,
         "head_dim": 64,
         "max_length": 1024,
@@ -62,7 +66,10 @@ def config(**changes) -> ConfigDict:
     c.model, c.dtype, c.seq_len, c.remat = MODEL, "bfloat16", 256, True
     c.clients_per_round, c.local_steps, c.batch_size = 4, 2, 2
     c.eval.batch_size, c.eval.max_new_tokens, c.filter.batch_size = 8, 32, 8
-    c.update_from_flattened_dict({key.replace("__", "."): x for key, x in changes.items()})
+    for key, value in changes.items():
+        *sections, field = key.split("__")
+        section = functools.reduce(getattr, sections, c)
+        section[field] = value if field in section else section.pop(field)  # which raises
     return c
 
 
@@ -122,13 +129,25 @@ def dots(text: str) -> list[Dot]:
         match = DOT.search(line)
         if not match:
             raise ValueError(f"no product that can be read: {line.strip()[:300]}")
-        batch, *precision, lhs, rhs = match.groups()
-        operands = [operand.split("x") for operand in (lhs, rhs)]
+        batch, *precision = match.groups()[:3]
+        operands = [operand.split("x") for operand in match.groups()[3:]]
         sizes = [tuple(map(int, operand[:-1])) for operand in operands]
         types = operands[0][-1], operands[1][-1]
         precision = tuple(p or "DEFAULT" for p in precision)
         batched = len(batch.split(",")) if batch else 0
         found.append(Dot(*sizes, types=types, precision=precision, batched=batched))
+    return found
+
+
+def kernels(text: str) -> dict[str, list[tuple[int, ...]]]:
+    """The custom calls of a StableHLO module: the shapes of their operands and results, by name."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for line in text.splitlines():
+        if match := CALL.search(line):
+            # Behind the configuration, which may be long, stand the types.
+            types = TENSOR.findall(line.rpartition(" : (")[2])
+            shapes = [tuple(int(n) for n in sizes.split("x")[:-1]) for sizes, _ in types]
+            found.setdefault(match[1], []).extend(shapes)
     return found
 
 
@@ -141,12 +160,12 @@ def kernel_dots(program: Program) -> list[Dot]:
     def walk(jaxpr, inside: bool) -> None:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general" and inside:
-                operands = [x.aval for x in equation.invars[:2]]
+                operands = [x.aval for x in (*equation.invars[:2], equation.outvars[0])]
                 precision = equation.params["precision"] or ("DEFAULT", "DEFAULT")
                 found.append(
                     Dot(
                         *(x.shape for x in operands),
-                        types=tuple(str(x.dtype) for x in operands),
+                        types=tuple(str(x.dtype) for x in operands[:2]),
                         precision=tuple(str(p).rpartition(".")[2] for p in precision),
                         batched=len(equation.params["dimension_numbers"][1][0]),
                     )
