@@ -226,7 +226,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         tokenizer=tokenizer,
     )[0]
     trained = [data.imitation, *data.rows.values()]
-    read = [data.pairs.rows] * (data.pairs is not None)
+    read = [] if data.pairs is None else [data.pairs.rows]
     count = lambda batches: sum(int((b.segment_ids > 0).sum()) for b in batches)  # noqa: E731
     targets = sum(int((b.mask > 0).sum()) for b in trained + 2 * read)
     base = base_shapes(shape, c)
