@@ -94,7 +94,9 @@ def federated(run: Run) -> Iterator[Program]:
             run.shape, backend, calls * rows, seq=seq, forward=2 + recomputed, backward=1
         ),
         trips={
-            TARGET_SCOPE: run.chunk_trips(targets * at_once / (real * c.local_steps)),
+            TARGET_SCOPE: run.chunk_trips(
+                targets * at_once / (real * c.local_steps * c.accumulation), rows * seq
+            ),
             microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
         },
         hidden_optimizer=moments,
@@ -251,5 +253,9 @@ def constitutional(run: Run) -> Iterator[Program]:
             kernel_flops(shape, backend, sum(rows), seq=seq, forward=2 + remat, backward=1)
             + kernel_flops(shape, backend, rows[1], seq=seq, forward=1, backward=0)
         ),
-        trips={TARGET_SCOPE: run.chunk_trips(targets / (len(trained) + 2 * len(read)))},
+        trips={
+            TARGET_SCOPE: run.chunk_trips(
+                targets / (len(trained) + 2 * len(read)), data.imitation.mask.size
+            )
+        },
     )

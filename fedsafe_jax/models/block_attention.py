@@ -3,9 +3,9 @@
 Packed rows hold many short examples, so most of a row's `seq x seq` scores are masked out. Rows are
 cut into blocks of tokens, and a list is made of the pairs of blocks that share a segment, causally
 and within the window. A loop works off the list with a running softmax (FlashAttention, arXiv
-2205.14135), in the forward and the backward pass, all in float32. The list's length is data, its capacity is not,
-so a new batch compiles nothing. XLA has no such kernel for CPU; on GPU and TPU, cuDNN and splash
-attention do the same.
+2205.14135), in the forward and the backward pass, all in float32. The list's length is data, its
+capacity is not, so a new batch compiles nothing. XLA has no such kernel for CPU; on GPU and TPU,
+cuDNN and splash attention do the same.
 """
 
 import functools
