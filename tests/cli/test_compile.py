@@ -94,8 +94,10 @@ def test_every_program_is_told_without_network_or_weights(tmp_path):
             assert program["minimum_flops_per_token"] == 0
         else:
             assert program["flops"] > 0 and program["gib"]["base"] > 0
-            # Padding costs; nothing is done in less than is possible.
-            assert program["flops_per_useful_token"] > 0.9 * program["minimum_flops_per_token"] > 0
+            # Padding costs; training on the CPU computes its last layer for target tokens alone.
+            least = 0.6 if program["program"] == "train" else 0.95
+            assert program["flops_per_useful_token"] > least * program["minimum_flops_per_token"]
+            assert program["minimum_flops_per_token"] > 0
     by_name = {program["program"]: program for program in found}
     assert by_name["train"]["attention"] == "xla"
     assert by_name["filter_train"]["attention"] == ""  # a classifier's has no choice
