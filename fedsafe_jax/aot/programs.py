@@ -24,7 +24,7 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import ChunkInputs
 from fedsafe_jax.inference import decoding
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import attention, microbatch
@@ -94,7 +94,9 @@ def federated(run: Run) -> Iterator[Program]:
             run.shape, backend, calls * rows, seq=seq, forward=2 + recomputed, backward=1
         ),
         trips={
-            TARGET_SCOPE: run.chunk_trips(targets * at_once / (real * c.local_steps)),
+            TARGET_SCOPE: run.chunk_trips(
+                targets * at_once / (real * c.local_steps * c.accumulation), rows * seq
+            ),
             microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
         },
         hidden_optimizer=moments,
@@ -206,7 +208,10 @@ def constitutional(run: Run) -> Iterator[Program]:
     shape = dataclasses.replace(run.shape, mesh=mesh)
     recipe = read_recipe(c)
     init, step = cai_train.make_step(Decoder(shape, run.lora.scale), recipe)
-    tokenizer = load_pretrained("package:model").tokenizer
+    from transformers import AutoTokenizer
+
+    # Words of one token each; the packaged tokenizer is at hand whatever the model is.
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("package:model"))
 
     def text(count: int) -> str:
         return " ".join(["water"] * max(1, count))
@@ -251,5 +256,9 @@ def constitutional(run: Run) -> Iterator[Program]:
             kernel_flops(shape, backend, sum(rows), seq=seq, forward=2 + remat, backward=1)
             + kernel_flops(shape, backend, rows[1], seq=seq, forward=1, backward=0)
         ),
-        trips={TARGET_SCOPE: run.chunk_trips(targets / (len(trained) + 2 * len(read)))},
+        trips={
+            TARGET_SCOPE: run.chunk_trips(
+                targets / (len(trained) + 2 * len(read)), data.imitation.mask.size
+            )
+        },
     )

@@ -135,7 +135,10 @@ def dots(text: str) -> list[Dot]:
         types = operands[0][-1], operands[1][-1]
         precision = tuple(p or "DEFAULT" for p in precision)
         batched = len(batch.split(",")) if batch else 0
-        found.append(Dot(*sizes, types=types, precision=precision, batched=batched))
+        lhs, rhs, out = sizes
+        found.append(
+            Dot(lhs=lhs, rhs=rhs, out=out, types=types, precision=precision, batched=batched)
+        )
     return found
 
 
@@ -164,7 +167,9 @@ def kernel_dots(program: Program) -> list[Dot]:
                 precision = equation.params["precision"] or ("DEFAULT", "DEFAULT")
                 found.append(
                     Dot(
-                        *(x.shape for x in operands),
+                        lhs=operands[0].shape,
+                        rhs=operands[1].shape,
+                        out=operands[2].shape,
                         types=tuple(str(x.dtype) for x in operands[:2]),
                         precision=tuple(str(p).rpartition(".")[2] for p in precision),
                         batched=len(equation.params["dimension_numbers"][1][0]),
