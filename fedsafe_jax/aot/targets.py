@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 GIB = 2**30
-# Chips by generation: bytes of memory, and the topologies of their slices that libtpu knows.
+# Chips by generation: bytes of memory that the compiler has for a program, less than 16, 32 and 96
+# GiB, and the topologies of their slices that libtpu knows.
 TPUS = {
-    "v5e": (16 * GIB, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v6e": (32 * GIB, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v5p": (95 * GIB, ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
+    "v5e": (int(15.75 * GIB), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v6e": (int(31.25 * GIB), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": (
+        int(95.74 * GIB),
+        ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    ),
 }
 H100_MEMORY = 84929347584
 MOST_GPUS = 8  # of one host
@@ -53,7 +57,7 @@ class Target(NamedTuple):
       platform: platform of the lowering: `tpu`, `cuda` or `cpu`.
       kind: generation of TPU, "h100" or "cpu".
       topology: shape of the slice, as libtpu names it; for others the number of devices.
-      memory: bytes of a device; 0 for a CPU, whose devices share the host's.
+      memory: bytes of a device that programs may use; 0 for a CPU, whose devices share the host's.
     """
 
     name: str
