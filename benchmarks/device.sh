@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring where a GPU can be had, the most valuable first; five minutes in all.
+# Everything that is worth measuring where a GPU can be had, the most valuable first; six minutes in all.
 #   bash benchmarks/device.sh [--tiny] [--output=DIR] [--peers=DIR] [PART ...]
-# Parts: attention, numerics, round_8b, round_135m, generate, cai; all of them by default. Each runs in a process of
+# Parts: numerics, round_8b, cai, round_135m, generate, attention; all of them by default. Each runs in a process of
 # its own under a time limit, and writes DIR/PART.json (default: device_results). --tiny runs small sizes, on a CPU
 # too. --peers names a folder with the PyTorch loops peft_loop.py and hf_generate.py, which are then run beside.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-parts=(attention numerics round_8b round_135m generate cai)
-limits=([0]=100 [1]=60 [2]=120 [3]=100 [4]=120 [5]=90)
+parts=(numerics round_8b cai round_135m generate attention)
+limits=(90 100 90 70 80 50)
 output=device_results options=() chosen=()
 for argument in "$@"; do
   case "$argument" in

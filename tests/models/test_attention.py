@@ -79,6 +79,10 @@ CASES = [
     ("packed", 50, None),
     ("splash", 0, None),
     ("splash", 50, 4.0),
+    ("blocks", 0, None),
+    ("blocks", 50, 4.0),
+    ("xla", 0, None),
+    ("xla", 50, 4.0),
 ]
 
 
@@ -92,19 +96,17 @@ def test_kernels_equal_the_formula_for_clients_under_vmap_with_gradients(
     weights = np.random.default_rng(1).normal(size=clients[0].shape)
     scale = 64**-0.5
 
+    def attend(query, key, value, segments):
+        if name == "xla":
+            mask = kernels.visible(segments, window)
+            return attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
+        static = {"segments": segments, "window": window, "scale": scale, "softcap": softcap}
+        if name == "blocks":
+            return block_attention.attend(query, key, value, **static)
+        return kernels.attend(name, query, key, value=value, **static, interpret=True)
+
     def loss(query, key, value, segments, weights):
-        out = kernels.attend(
-            name,
-            query,
-            key,
-            value=value,
-            segments=segments,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            interpret=True,
-        )
-        return jnp.sum(weights * out)
+        return jnp.sum(weights * attend(query, key, value, segments))
 
     def formula(query, key, value, segments, weights):
         key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
