@@ -91,8 +91,8 @@ def required(message: str) -> float | None:
     """
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
-    found = REQUIRED.search(message)
-    return float(found[1]) * UNITS[found[2]] if found else 0.0
+    size = REQUIRED.search(message)
+    return float(size[1]) * UNITS[size[2]] if size else 0.0
 
 
 def compile_program(program: Program, target: Target) -> Result:
@@ -108,9 +108,9 @@ def compile_program(program: Program, target: Target) -> Result:
     try:
         compiled = lower(program, target).compile()
     except jax.errors.JaxRuntimeError as error:
-        if (found := required(str(error))) is None:
+        if (whole := required(str(error))) is None:
             raise
-        temporary = max(found - needed, 0)
+        temporary = max(whole - needed, 0)
         needed += temporary
     else:
         memory = compiled.memory_analysis()

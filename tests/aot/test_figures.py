@@ -16,7 +16,7 @@ from fedsafe_jax.models.decoder import Decoder, param_shapes
 from fedsafe_jax.models.decoder_config import DecoderConfig
 
 GIB = 2**30
-# What libtpu 0.0.41 said of 12 GiB of arguments and 6 of temporaries on a v5e; then an older one.
+# What libtpu 0.0.42 said of 12 GiB of arguments and 6 of temporaries on a v5e; then an older one.
 MESSAGES = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(18.00G) exceeds available HBM (15.75G).",
