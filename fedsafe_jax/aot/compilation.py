@@ -119,7 +119,8 @@ def compile_program(program: Program, target: Target) -> Result:
         needed = memory.argument_size_in_bytes + temporary + held["output"]
         counts = hlo.count(compiled.as_text(), program.trips, STEPS_SCOPE)
     hidden = min(program.hidden_optimizer, temporary)
-    held["optimizer"] = held.get("optimizer", 0) + hidden
+    if hidden:
+        held["optimizer"] = held.get("optimizer", 0) + hidden
     held["temporaries"] = temporary - hidden
     devices = program.mesh.size
     kernels, collectives = (counts.kernels, counts.collectives) if counts else ((), ())

@@ -33,7 +33,8 @@ def show(results: Sequence[Result], target: Target) -> None:
     for kind in (*KINDS, "in all", "fits"):
         memory.add_column(kind, justify="right")
     for result in results:
-        fits = "yes" if result.fits else f"no: {result.over_gib:,.1f} too many"
+        over = f": {result.over_gib:,.1f} too many" if result.over_gib else ""
+        fits = "yes" if result.fits else f"no{over}"
         sizes = [_size(result.gib.get(kind)) for kind in KINDS]
         memory.add_row(result.program, *sizes, _size(sum(result.gib.values())), fits)
     work = Table(title="Operations and communication", title_justify="left")
