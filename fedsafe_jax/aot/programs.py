@@ -225,7 +225,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         tokenizer=tokenizer,
     )[0]
     trained = [data.imitation, *data.rows.values()]
-    read = [data.pairs.rows] * (data.pairs is not None)
+    read = [] if data.pairs is None else [data.pairs.rows]
     batches = trained + read
     filled = [int((b.segment_ids > 0).sum()) for b in batches]
     targets = [int((b.mask > 0).sum()) for b in batches]

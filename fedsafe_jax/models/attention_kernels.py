@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from fedsafe_jax.models.flatten_vmap import flatten_vmap
+from fedsafe_jax.models.precision import own_precision
 from fedsafe_jax.models.sharding import MODEL
 
 ROW = 128  # Kernels take rows of a multiple of this; shorter ones are padded.
@@ -113,10 +114,13 @@ def _programs(static: Call, mesh: Mesh | None) -> tuple[Callable, Callable]:
 
     def forward(query, key, value, segments):
         # As in the backward pass, so that the compiler sees two calls that are the same.
-        return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)[0]
+        with own_precision(query.dtype):
+            return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)[0]
 
     def backward(query, key, value, segments, grad):
-        return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)[1](grad)
+        # It is traced when the gradient is taken, outside of what the model says of precision.
+        with own_precision(query.dtype):
+            return jax.vjp(lambda *x: kernel(*x, segments), query, key, value)[1](grad)
 
     heads, whole = PartitionSpec(None, None, MODEL), PartitionSpec()
     inputs = (heads, heads, heads, whole)

@@ -3,9 +3,9 @@
 Packed rows hold many short examples, so most of a row's `seq x seq` scores are masked out. Rows are
 cut into blocks of tokens, and a list is made of the pairs of blocks that share a segment, causally
 and within the window. A loop works off the list with a running softmax (FlashAttention, arXiv
-2205.14135), in the forward and the backward pass. The list's length is data, its capacity is not,
-so a new batch compiles nothing. XLA has no such kernel for CPU; on GPU and TPU, cuDNN and splash
-attention do the same.
+2205.14135), in the forward and the backward pass, all in float32. The list's length is data, its
+capacity is not, so a new batch compiles nothing. XLA has no such kernel for CPU; GPU and TPU have
+those of `attention_kernels`.
 """
 
 import functools
@@ -147,6 +147,7 @@ def _update(array, value, index):
     return jax.lax.dynamic_update_index_in_dim(array, value, index, 0)
 
 
+@jax.default_matmul_precision("float32")
 def _forward(query, key, value, segments, window, softcap):
     """Computes attention; arguments as in `attend`, float32, `seq` a multiple of `BLOCK`.
 
@@ -189,6 +190,7 @@ def _forward(query, key, value, segments, window, softcap):
     return _from_blocks(out, batch), log_sum.reshape(batch, -1, heads, BLOCK)
 
 
+@jax.default_matmul_precision("float32")
 def _backward(query, key, value, segments, out, log_sum, grad, window, softcap):
     """Computes the gradients with respect to query, key and value, in their shapes.
 

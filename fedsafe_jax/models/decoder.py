@@ -7,7 +7,6 @@ alone while the base is shared (see `flatten_vmap`). `DecoderConfig` holds what 
 families.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from fedsafe_jax.models import attention, rotary
 from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.models.precision import own_precision
 from fedsafe_jax.models.quantize import matmul
 from fedsafe_jax.models.rotary import Rotation
 
@@ -231,16 +231,11 @@ def layer_kinds(config: DecoderConfig) -> LayerKind:
 
 
 def _in_own_precision(method: Callable) -> Callable:
-    """Returns a method whose products are computed in float32 where the model is float32.
-
-    Accelerators round the operands of a product to TF32 or bfloat16 unless it says otherwise.
-    """
+    """Returns a method whose products are computed in float32 where the model is float32."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        is_wide = self.config.dtype == "float32"
-        precise = jax.default_matmul_precision("float32") if is_wide else contextlib.nullcontext()
-        with precise:
+        with own_precision(self.config.dtype):
             return method(self, *args, **kwargs)
 
     return wrapped

@@ -89,7 +89,7 @@ def _rotate(x, positions, theta: float):
     return rotary.rotate(x, rotary.Rotation(jnp.sin(angle), jnp.cos(angle)))
 
 
-def _attend(query, key, value, mask):
+def _attend(query, key, value, mask, platform: str):
     """Computes scaled dot-product attention.
 
     On CPU the scores have the axis of keys first: there XLA reduces across rows with vector
@@ -99,8 +99,9 @@ def _attend(query, key, value, mask):
       query: `[batch, q_len, heads, head_dim]`.
       key, value: `[batch, kv_len, heads, head_dim]`.
       mask: bool `[batch, 1, q_len, kv_len]`.
+      platform: platform of the devices that compute.
     """
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
     query = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("bshd,bthd->bhst", key, query)
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
             theta = config.rotary_thetas[int(self.local)]
             query = _rotate(query, positions[:, :queries], theta)
             key = _rotate(key, positions, theta)
-        out = _attend(query, key, value, mask[:, :, :queries])
+        out = _attend(query, key, value, mask[:, :, :queries], config.platform)
         out = out.reshape(batch, -1, width)
         return nn.Dense(width, use_bias=config.use_bias, name="output")(out)
 

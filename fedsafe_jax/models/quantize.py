@@ -18,6 +18,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.precision import own_precision
 
 KINDS = ("int8", "nf4")
 NF4_BLOCK = 64  # weights that share a scale, along the input axis
@@ -137,10 +138,12 @@ def _forward(x, kernel):
 
 
 def _backward(kernel, gradient):
-    if kernel.kind == "int8":
-        gradient = gradient * kernel.scale[0].astype(gradient.dtype)
-        return gradient @ kernel.codes.astype(gradient.dtype).T, None
-    return gradient @ dequantize(kernel, gradient.dtype).T, None
+    dtype = gradient.dtype
+    with own_precision(dtype):
+        if kernel.kind == "int8":
+            gradient = gradient * kernel.scale[0].astype(dtype)
+            return gradient @ kernel.codes.astype(dtype).T, None
+        return gradient @ dequantize(kernel, dtype).T, None
 
 
 _quantized_product.defvjp(_forward, _backward)

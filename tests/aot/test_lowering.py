@@ -1,0 +1,292 @@
+"""Every program of a run, lowered for GPUs and TPUs: its kernels, base products, and precision."""
+
+import math
+import re
+
+import jax
+import pytest
+from lowered import (
+    MODEL,
+    config,
+    dots,
+    kernel_dots,
+    kernels,
+    pretend,
+    programs,
+    run_on,
+    shape,
+    text_of,
+)
+
+from fedsafe_jax.aot.filter_programs import filters
+from fedsafe_jax.aot.program import PROJECTION_NAMES
+from fedsafe_jax.aot.programs import constitutional, federated, generation
+from fedsafe_jax.cli.compile import PROGRAMS
+from fedsafe_jax.federated.aggregation import AGGREGATORS
+from fedsafe_jax.inference import decoding
+from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.known import KNOWN
+
+TRITON, CUDNN, SPLASH = "__gpu$xla.gpu.triton", "__cudnn$fmha", "tpu_custom_call"
+TARGET = {"triton": TRITON, "cudnn": CUDNN, "packed": CUDNN, "splash": SPLASH}
+COMMUNICATION = re.compile(
+    r"(?:stablehlo|sdy)\.(?:all_reduce|all_gather|reduce_scatter|all_to_all|collective_\w+)"
+)
+DEVICES = [(1, 1), (4, 1), (4, 2)]  # devices, model_parallel
+
+
+@pytest.fixture
+def accelerators(monkeypatch):
+    """Lets simulated devices pass for GPUs and TPU chips; `use` sets the model's shape."""
+    pretend(monkeypatch, shape())
+
+    def use(**changes):
+        monkeypatch.setitem(KNOWN, MODEL, shape(**changes))
+
+    return use
+
+
+def base_products(text: str):
+    """The products with a projection or the logits' matrix of `lowered.shape`, and all others."""
+    model = shape()
+    sizes = {model.projection_shape(name) for name in PROJECTION_NAMES}
+    sizes.add((model.hidden_size, model.vocab_size))
+    sizes |= {size[::-1] for size in sizes}
+    with_base, others = [], []
+    for dot in dots(text):
+        # With a leading axis, a base weight would be read once a client.
+        is_base = any(operand[-2:] in sizes for operand in (dot.lhs, dot.rhs))
+        (with_base if is_base else others).append(dot)
+    return sizes, with_base, others
+
+
+@pytest.mark.parametrize("count, model_parallel", DEVICES)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_program_lowers_with_its_kernels(accelerators, platform, count, model_parallel):
+    run = run_on(platform, count, config(model_parallel=model_parallel))
+    seen = []
+    for program in programs(run):
+        text = text_of(program, platform)
+        seen.append(program.name)
+        sizes, with_base, others = base_products(text)
+        gathers = [x for x in COMMUNICATION.findall(text) if "gather" in x]
+        assert not gathers, program.name
+        if model_parallel == 1 and program.name == "train":
+            assert not COMMUNICATION.findall(text)
+        if program.name not in ("train", "prefill", "decode", "cai"):
+            continue
+        # A weight of the base is one factor of one large product, whatever the clients.
+        weights = {x for dot in with_base for x in (dot.lhs, dot.rhs) if x in sizes}
+        assert len(weights) == 6, program.name  # of seven projections some have the same shape
+        assert all(not dot.batched for dot in with_base), program.name
+        # No product makes a gradient of the base.
+        assert not [dot for dot in with_base + others if dot.out[-2:] in sizes], program.name
+        if program.name == "decode":
+            assert program.attention == "xla"
+            continue
+        assert program.attention == {"cuda": "triton", "tpu": "splash"}[platform]
+        found = kernels(text)[TARGET[program.attention]]
+        heads = run.shape.num_heads // model_parallel
+        # All clients' rows are in one call, and this device's heads alone.
+        calls = [x for x in found if len(x) == 4 and x[-1] == run.shape.head_dim and heads in x]
+        assert calls, program.name
+        if program.name == "train":
+            rows = 4 // (count // model_parallel) * run_rows(program)  # of all clients of a device
+            assert {x[0] for x in calls} == {rows}
+            down = [dot for dot in with_base if (448, 320) in (dot.lhs, dot.rhs)]
+            tokens = {max(map(math.prod, dot[:2])) / rows / 256 for dot in down}
+            assert tokens == {448, 320}  # forward, and the gradient of its input
+    assert tuple(seen) == PROGRAMS
+
+
+def run_rows(program):
+    """Packed rows of one client's step."""
+    return program.arguments[2].batches.mask.shape[-2]
+
+
+@pytest.mark.parametrize("count, model_parallel", DEVICES)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_guard_lowers(accelerators, platform, count, model_parallel):
+    run = run_on(platform, count, config(filter__kind="guard", model_parallel=model_parallel))
+    for program in filters(run):
+        text = text_of(program, platform)
+        _, with_base, _ = base_products(text)
+        assert with_base and all(not dot.batched for dot in with_base)
+        heads = run.shape.num_heads // model_parallel
+        found = kernels(text)[TARGET[program.attention]]
+        assert [x for x in found if len(x) == 4 and x[-1] == 64 and heads in x]
+
+
+@pytest.mark.parametrize("count, model_parallel", DEVICES)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_prefill_of_several_adapters_lowers(accelerators, platform, count, model_parallel):
+    run = run_on(platform, count, config(model_parallel=model_parallel))
+    prefill = next(program for program in generation(run) if program.name == "prefill")
+    base, factors, packed = prefill.arguments
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype, sharding=x.sharding), factors
+    )
+    function = decoding.prefill_program(run.model, True, prefill.mesh)
+    each = prefill._replace(function=function, arguments=(base, stacked, packed))
+    _, with_base, _ = base_products(text_of(each, platform))
+    assert with_base and all(not dot.batched for dot in with_base)
+    called = [
+        [x for x in kernels(text_of(program, platform))[TARGET[prefill.attention]] if len(x) == 4]
+        for program in (prefill, each)
+    ]
+    # The rows of all adapters in one call.
+    assert {x[0] for x in called[1]} == {3 * x[0] for x in called[0]}
+
+
+WINDOWS = {"windowed_layers": (0, 1), "window": 96}
+SHAPES = {
+    "heads of 128": ({"head_dim": 128}, "triton", "splash"),
+    "heads of 96": ({"head_dim": 96}, "triton", "splash"),
+    "no groups": ({"num_kv_heads": 14}, "triton", "splash"),
+    "one key head": ({"num_kv_heads": 1}, "triton", "splash"),
+    "windows": (WINDOWS, "cudnn", "splash"),
+    "windows in some layers": (WINDOWS | {"windowed_layers": (1,)}, "cudnn", "splash"),
+    "a window as long as the row": (WINDOWS | {"window": 1024}, "triton", "splash"),
+    "a cap": ({"attention_softcap": 50.0}, "xla", "splash"),
+    "Gemma": ({"head_dim": 256}, "cudnn", "splash"),
+    "Gemma 2": (
+        WINDOWS | {"windowed_layers": (0,), "head_dim": 256, "attention_softcap": 50.0},
+        "xla",
+        "splash",
+    ),
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_attention_have_a_kernel(accelerators, name, platform):
+    changes, *expected = SHAPES[name]
+    accelerators(**changes)
+    expected = expected[platform == "tpu"]
+    # Heads are split where they can be.
+    parallel = 2 - changes.get("num_kv_heads", 2) % 2
+    run = run_on(platform, 4, config(model_parallel=parallel))
+    train, prefill = next(federated(run)), next(generation(run))
+    for program in (train, prefill):
+        assert program.attention == expected
+        found = " ".join(kernels(text_of(program, platform)))
+        assert (TARGET[expected] in found) if expected != "xla" else ("fmha" not in found)
+
+
+@pytest.mark.parametrize(
+    "platform, attention",
+    [("cuda", x) for x in ("triton", "cudnn", "packed", "xla", "blocks")]
+    + [("tpu", x) for x in ("splash", "xla", "blocks")],
+)
+def test_attention_can_be_chosen(accelerators, platform, attention):
+    run = run_on(platform, 4, config(attention=attention, model_parallel=2))
+    for program in (next(federated(run)), next(generation(run)), next(constitutional(run))):
+        assert program.attention == attention
+        found = " ".join(kernels(text_of(program, platform)))
+        assert (TARGET[attention] in found) if attention in TARGET else not found
+
+
+@pytest.mark.parametrize(
+    "platform, changes, attention, message",
+    [
+        ("cuda", {}, "splash", "attention 'splash': it is a kernel for TPU, and the devices are g"),
+        ("tpu", {}, "triton", "attention 'triton': it is a kernel for GPU, and the devices are t"),
+        ("cuda", WINDOWS, "triton", "attention 'triton': it has no sliding window, which the mode"),
+        ("cuda", {"head_dim": 256}, "triton", "attention 'triton': heads have 256 numbers, and i"),
+        ("cuda", {"attention_softcap": 5.0}, "cudnn", "attention 'cudnn': it has no cap of atten"),
+        ("cuda", {"num_kv_heads": 1}, "auto", "model_parallel=2 does not divide the model's 1 ke"),
+        ("tpu", {"num_kv_heads": 1}, "auto", "model_parallel=2 does not divide the model's 1 ke"),
+        ("tpu", {"num_kv_heads": 1}, "splash", "attention 'splash': it splits heads over devices"),
+    ],
+)
+def test_what_cannot_be_computed_is_one_line(accelerators, platform, changes, attention, message):
+    accelerators(**changes)
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        run = run_on(platform, 4, config(attention=attention, model_parallel=2))
+        next(federated(run))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_float32_model_has_no_kernel_on_gpu(accelerators):
+    with pytest.raises(ModelError, match="it computes in bfloat16, and the model in float32"):
+        next(federated(run_on("cuda", 1, config(attention="triton", dtype="float32"))))
+    assert next(federated(run_on("cuda", 1, config(dtype="float32")))).attention == "xla"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["no groups", "windows", "a cap", "Gemma 2"])
+def test_long_rows_hold_no_scores_of_all_heads(accelerators, name, platform):
+    changes, *_ = SHAPES[name]
+    accelerators(max_length=8192, **changes)
+    train = next(federated(run_on(platform, 1, config(seq_len=4096))))
+    rows = 4 * run_rows(train)
+    square = re.findall(r"tensor<((?:\d+x)*)4096x4096x", text_of(train, platform))
+    # A mask has no axis of heads.
+    assert all(math.prod(int(n) for n in sizes.split("x")[:-1]) <= rows for sizes in square)
+
+
+# The programs of float32 products: what is computed there must not be rounded on the way.
+FLOAT32 = {
+    "classifier": (filters, {"dtype": "bfloat16"}),
+    "mean": (federated, {}),
+    "product": (federated, {"federated__average": "product"}),
+    "ranks": (federated, {"federated__client_ranks": (4, 16)}),
+    "noise": (federated, {"federated__clip_norm": 1.0, "federated__noise_multiplier": 1.0}),
+    "scaffold": (federated, {"algorithms": ("scaffold",)}),
+    "int8": (federated, {"quantization": "int8"}),
+    "nf4": (federated, {"quantization": "nf4"}),
+    "top k": (federated, {"federated__compression": "topk"}),
+    "blocks": (federated, {"attention": "blocks"}),
+    "generation": (generation, {}),
+    "cai": (constitutional, {}),
+    "kto": (constitutional, {"cai__losses": ("kto",), "cai__weights": (1.0,)}),
+    "derta": (constitutional, {"cai__losses": ("derta",), "cai__weights": (1.0,)}),
+    "guard": (filters, {"filter__kind": "guard"}),
+    **{name: (federated, {"federated__aggregator": name}) for name in AGGREGATORS},
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", FLOAT32)
+def test_products_of_float32_are_not_rounded(accelerators, name, platform):
+    make, changes = FLOAT32[name]
+    run = run_on(platform, 1, config(**{"dtype": "float32"} | changes))
+    count = 0
+    for program in make(run):
+        if name in AGGREGATORS and program.name == "train":
+            continue  # as with any other
+        text = text_of(program, platform)
+        found = dots(text)
+        if SPLASH in kernels(text):
+            found += kernel_dots(program)
+        count += len(found)
+        for dot in found:
+            assert dot.precision == ("HIGHEST", "HIGHEST"), (program.name, dot)
+        assert "stablehlo.convolution" not in text
+    assert count
+
+
+def test_the_singular_values_of_a_mean_product_are_float32(accelerators):
+    server = config(federated__average="product", dtype="bfloat16")
+    texts = {
+        platform: text_of(list(federated(run_on(platform, 1, server)))[-1], platform)
+        for platform in ("cuda", "tpu")
+    }
+    assert {"cusolver_geqrf_ffi", "cusolver_gesvdj_ffi"} <= kernels(texts["cuda"]).keys()
+    assert "Qr" in kernels(texts["tpu"])
+    for text in texts.values():
+        assert all(dot.precision == ("HIGHEST", "HIGHEST") for dot in dots(text))
+        assert "bf16" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_base_of_a_bfloat16_model_is_multiplied_in_bfloat16(accelerators, platform):
+    run = run_on(platform, 1, config())
+    for program in programs(run):
+        if program.name in ("train", "prefill", "decode", "cai"):
+            _, with_base, _ = base_products(text_of(program, platform))
+            assert all("HIGHEST" not in dot.precision for dot in with_base)
+            is_narrow = [dot for dot in with_base if dot.types == ("bf16", "bf16")]
+            # The gradient of the logits alone is float32, and is rounded by the compiler.
+            wide = {size for dot in with_base if dot not in is_narrow for size in dot[:2]}
+            assert is_narrow and all(768 in size for size in wide)
