@@ -101,13 +101,20 @@ class Run:
       config: config of a run.
       devices: devices to compile for.
       lengths: lengths of the examples.
+      copy: devices to compile the programs of one copy of the base for; None for some of `devices`.
     """
 
-    def __init__(self, config: ConfigDict, devices: Sequence, lengths: Lengths):
+    def __init__(
+        self,
+        config: ConfigDict,
+        devices: Sequence,
+        lengths: Lengths,
+        copy: Sequence | None = None,
+    ):
         self.config, self.lengths = config, lengths
         self.mesh = make_mesh(devices, config.model_parallel)
         # Constitutional AI and guards take the devices of one copy, classifiers the first.
-        self.copy = make_mesh(self.mesh.devices[0].tolist(), config.model_parallel)
+        self.copy = make_mesh(copy or self.mesh.devices[0].tolist(), config.model_parallel)
         self.first = make_mesh(self.mesh.devices[0][:1].tolist())
         self.shape = decoder_config(config.model, config, self.mesh)
         self.lora = lora.LoraConfig(

@@ -1,6 +1,7 @@
 """Devices that programs are compiled for, without having them: TPU slices, H100s, CPU cores."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -141,6 +142,27 @@ def devices(target: Target) -> Sequence:
         return topologies.get_topology_desc(name, platform="tpu", **more).devices
     except jax.errors.JaxRuntimeError as error:
         raise TargetError(f"--target={target.name}: {str(error).splitlines()[0]}") from None
+
+
+def part(target: Target, count: int) -> Target | None:
+    """Returns a slice of `count` chips of a slice's kind, None where none is smaller than it.
+
+    The compiler for a slice of TPU fails on collectives of some of its chips, unless these are
+    numbered from 0 on, as they are in a slice of their own: a host's four chips of a v5e:4x4 are 0,
+    1, 4 and 5.
+
+    Args:
+      target: the devices of a run.
+      count: chips that some of its programs run on.
+    """
+    if target.platform != "tpu" or _chips(target.topology) == count:
+        return None
+    shape = next((x for x in TPUS[target.kind][1] if _chips(x) == count), None)
+    return target._replace(topology=shape) if shape else None
+
+
+def _chips(topology: str) -> int:
+    return math.prod(map(int, topology.split("x")))
 
 
 def _without_a_gpu() -> None:

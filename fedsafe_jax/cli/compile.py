@@ -71,7 +71,9 @@ def main(values: flags.FlagValues) -> None:
     from fedsafe_jax.aot.programs import constitutional, federated, generation
 
     examples = lengths.read(values.lengths) if values.lengths else lengths.default()
-    run = Run(values.config, targets.devices(target), examples)
+    part = targets.part(target, values.config.model_parallel)
+    copy = part and targets.devices(part)
+    run = Run(values.config, targets.devices(target), examples, copy=copy)
     makers = {
         federated: ("train", "sum", "server"),
         filters: ("filter_train", "filter_score"),

@@ -73,6 +73,14 @@ def test_a_kernel_that_asks_for_too_much_is_a_fault():
     assert compilation.required("INTERNAL: Mosaic failed to compile") is None
 
 
+def test_a_copy_is_compiled_as_a_slice_of_its_own():
+    part = lambda name, count: targets.part(targets.parse(name), count)  # noqa: E731
+    assert part("v5e:4x4", 4).topology == "2x2" and part("v5p:2x2x2", 4).topology == "2x2x1"
+    assert part("v5e:4x4", 4).memory == targets.parse("v5e").memory
+    assert part("v6e:2x4", 2) is None  # there is no slice of two
+    assert part("v5e:2x2", 4) is part("h100:4", 2) is part("cpu:4", 2) is None
+
+
 TRITON = """HloModule kernels
 
 ENTRY %main (q: bf16[12,512,32,128], lse: f32[12,32,512]) -> bf16[12,512,32,128] {
