@@ -13,8 +13,9 @@ from fedsafe_jax.aot.program import STEPS_SCOPE, Program
 from fedsafe_jax.aot.targets import GIB, Target, around
 
 KINDS = ("base", "adapters", "optimizer", "batch", "cache", "temporaries", "output")
-# What compilers say of a program that is too large, such as "Used 33.1G of 15.75G hbm".
-USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT])i?B? of")
+# What libtpu says of a program that is too large, its arguments and results counted in spite of
+# the words; then as older ones say it: "Used 33.1G of 15.75G hbm".
+REQUIRED = re.compile(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -24,13 +25,15 @@ class Result(NamedTuple):
     Attributes:
       target: name of the target.
       program: name of the program.
-      fits: whether the program's arrays fit into a device's memory, all else left out.
-      gib: GiB a device by kind of array, see `KINDS`; without temporaries and output where the
-        compiler gave up.
-      over_gib: GiB by which a program does not fit, 0 where it does.
+      fits: whether the compiler took the program, and its arrays fit into a device's memory.
+      gib: GiB a device by kind of array, see `KINDS`; temporaries hold the program itself, and,
+        where the compiler gave up, all beyond the arguments, the output included.
+      over_gib: GiB by which a program does not fit, 0 where it does, or where the compiler does
+        not say.
       flops: operations of products a call, on all devices, attention kernels included.
       flops_per_useful_token, minimum_flops_per_token: the same by token that is not padding, and
         the least that is possible; 0 for a program without tokens.
+      useful_share: of the tokens computed, those that are no padding; 0 likewise.
       attention: backend of its attention, and the kernels that the compiled program holds.
       kernels: names of the kernels in the compiled program.
       collectives_in_steps, collectives_outside: operations between devices in the loop over local
@@ -49,6 +52,7 @@ class Result(NamedTuple):
     flops: float
     flops_per_useful_token: float
     minimum_flops_per_token: float
+    useful_share: float
     attention: str
     kernels: list[str]
     collectives_in_steps: list[dict]
@@ -75,6 +79,22 @@ def bytes_on_a_device(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
+def required(message: str) -> float | None:
+    """Returns the bytes a device that a compiler found a program to need.
+
+    Args:
+      message: of the compiler's error.
+
+    Returns:
+      0 where the compiler does not say how many; None where the error is not about the memory of
+      devices. A kernel that asks for too much of a core's own memory is a fault of the kernel.
+    """
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    size = REQUIRED.search(message)
+    return float(size[1]) * UNITS[size[2]] if size else 0.0
+
+
 def compile_program(program: Program, target: Target) -> Result:
     """Compiles a program; one that does not fit is a result too.
 
@@ -88,21 +108,23 @@ def compile_program(program: Program, target: Target) -> Result:
     try:
         compiled = lower(program, target).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if (whole := required(str(error))) is None:
             raise
-        used = USED.search(str(error))
-        needed = max(needed, float(used[1]) * UNITS[used[2]] if used else target.memory + 1)
+        temporary = max(whole - needed, 0)
+        needed += temporary
     else:
         memory = compiled.memory_analysis()
-        temporaries = memory.temp_size_in_bytes - program.hidden_optimizer
-        held["optimizer"] = held.get("optimizer", 0) + program.hidden_optimizer
-        held["temporaries"] = max(temporaries, 0)
+        temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         held["output"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + held["output"]
+        needed = memory.argument_size_in_bytes + temporary + held["output"]
         counts = hlo.count(compiled.as_text(), program.trips, STEPS_SCOPE)
+    hidden = min(program.hidden_optimizer, temporary)
+    if hidden:
+        held["optimizer"] = held.get("optimizer", 0) + hidden
+    held["temporaries"] = temporary - hidden
     devices = program.mesh.size
     kernels, collectives = (counts.kernels, counts.collectives) if counts else ((), ())
-    flops = counts.flops * devices + program.kernel_flops * bool(kernels) if counts else 0
+    flops = (counts.flops + counts.kernel_flops) * devices if counts else 0
     per_token = 1 / program.tokens if program.tokens else 0.0
     over = max(needed - target.memory, 0) if target.memory else 0
 
@@ -116,12 +138,13 @@ def compile_program(program: Program, target: Target) -> Result:
     return Result(
         target=target.name,
         program=program.name,
-        fits=not over,
+        fits=counts is not None and not over,
         gib={kind: round(held[kind] / GIB, 6) for kind in KINDS if kind in held},
         over_gib=round(over / GIB, 3),
         flops=float(flops),
         flops_per_useful_token=flops * per_token,
         minimum_flops_per_token=program.minimum * per_token,
+        useful_share=round(program.tokens / program.computed, 4) if program.computed else 0.0,
         attention=program.attention,
         kernels=list(kernels),
         collectives_in_steps=listed(True),

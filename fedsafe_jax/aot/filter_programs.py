@@ -16,7 +16,6 @@ from fedsafe_jax.aot.program import (
     Run,
     base_shapes,
     decoder_config,
-    kernel_flops,
     least,
     on,
 )
@@ -38,12 +37,13 @@ def filters(run: Run) -> Iterator[Program]:
     yield from _guard(run) if kind.needs_model else _classifier(run)
 
 
-def _widths(run: Run) -> tuple[int, int, int]:
-    """Returns rows and width of a training batch, and its tokens that are not padding."""
+def _widths(run: Run) -> tuple[int, int, int, float]:
+    """Returns rows and width of a training batch, its tokens, and the mean of those they see."""
     c = run.config.filter
     whole = np.minimum(run.lengths.prompts + run.lengths.responses, c.max_length)
     whole = whole[np.arange(c.batch_size) % len(whole)]
-    return c.batch_size, round_up(int(whole.max())), int(whole.sum())
+    seen = float((whole * (whole + 1)).sum() / (2 * whole.sum()))
+    return c.batch_size, round_up(int(whole.max())), int(whole.sum()), seen
 
 
 def _options(run: Run, **changes: float) -> training.TrainingOptions:
@@ -61,7 +61,7 @@ def _guard(run: Run) -> Iterator[Program]:
     )
     base, model = base_shapes(shape, c), Decoder(shape, shape_of.scale)
     factors = jax.eval_shape(lambda: lora.init(jax.random.key(0), shape, shape_of))
-    rows, width, tokens = _widths(run)
+    rows, width, tokens, seen = _widths(run)
     batch = guard.RowBatch(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
     data = (batch, np.zeros(rows, np.int32)), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
     optimizer = training.make_optimizer(_options(run, weight_decay=0.0), 1)
@@ -70,7 +70,6 @@ def _guard(run: Run) -> Iterator[Program]:
     state = on(jax.eval_shape(optimizer.init, factors), mesh)
     key = on(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     backend = attention.choose_backend(shape, width, width)
-    passes, seq = 2 + c.remat, tokens / rows / 2
     yield Program(
         "filter_train",
         step,
@@ -78,9 +77,9 @@ def _guard(run: Run) -> Iterator[Program]:
         kinds={"base": base, "adapters": laid, "optimizer": state, "batch": data},
         mesh=mesh,
         tokens=tokens,
-        minimum=least(shape, tokens, passes, logits=2 * rows, seq=seq),
+        computed=rows * width,
+        minimum=least(shape, tokens, seen, logits=2 * rows, trains=True, remat=c.remat),
         attention=backend,
-        kernel_flops=kernel_flops(shape, backend, rows, seq=width, forward=passes, backward=1),
     )
     count = max(guard.BATCH_TOKENS // width, 1)
     batch = guard.RowBatch(np.zeros((count, width), np.int32), np.zeros(count, np.int32))
@@ -92,9 +91,9 @@ def _guard(run: Run) -> Iterator[Program]:
         kinds={"base": base, "adapters": laid, "batch": batch},
         mesh=mesh,
         tokens=scored,
-        minimum=least(shape, scored, 1, logits=count, seq=seq),
+        computed=count * width,
+        minimum=least(shape, scored, seen, logits=count),
         attention=backend,
-        kernel_flops=kernel_flops(shape, backend, count, seq=width, forward=1, backward=0),
     )
 
 
@@ -102,7 +101,7 @@ def _classifier(run: Run) -> Iterator[Program]:
     c, mesh = run.config.filter, run.first
     config = _encoder_config(run, mesh)
     model = Classifier(config)
-    rows, width, tokens = _widths(run)
+    rows, width, tokens, _ = _widths(run)
     width = min(width, config.max_length)
 
     def batch_of(count: int) -> classifier.PairBatch:
@@ -129,6 +128,7 @@ def _classifier(run: Run) -> Iterator[Program]:
             kinds={"base": params, "optimizer": state, "batch": data},
             mesh=mesh,
             tokens=tokens,
+            computed=rows * width,
             minimum=3 * tokens * (2 * weights + scores),
         )
     count = max(classifier.BATCH_TOKENS // width, 1)
@@ -141,6 +141,7 @@ def _classifier(run: Run) -> Iterator[Program]:
         kinds={"base": params, "batch": batch},
         mesh=mesh,
         tokens=scored,
+        computed=count * width,
         minimum=scored * (2 * weights + scores),
     )
 

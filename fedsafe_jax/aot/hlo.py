@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from fedsafe_jax.aot import kernel_calls
 from fedsafe_jax.aot.hlo_text import (
     Computation,
     Instruction,
@@ -33,8 +34,6 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Of these calls the body cannot be read: Triton and Mosaic kernels, cuDNN's attention.
-KERNELS = re.compile(r"triton|mosaic|tpu_custom_call|fmha")
 # What these call is a scalar function of elements.
 ELEMENTWISE = ("reduce", "reduce-window", "select-and-scatter", "scatter", "sort", "map")
 BRANCHES = {"true_computation", "false_computation", "branch_computations"}
@@ -80,6 +79,7 @@ class Counts(NamedTuple):
 
     Attributes:
       flops: floating-point operations of all products, those inside `kernels` left out.
+      kernel_flops: operations of all attention kernels, see `kernel_calls`.
       collectives: all collectives, in the order of execution; of a conditional all branches'.
       kernels: attention kernels as "target" or "target:name", once per call in the text.
       products: what `flops` is made of; of a conditional the branch with most flops.
@@ -88,6 +88,7 @@ class Counts(NamedTuple):
     """
 
     flops: int
+    kernel_flops: int
     collectives: tuple[Collective, ...]
     kernels: tuple[str, ...]
     products: tuple[Product, ...]
@@ -114,6 +115,7 @@ def count(text: str, trips: Mapping[str, int] | None = None, steps: str = "local
     loops = tuple(dict.fromkeys(done.unknown_loops))
     return Counts(
         flops=done.flops(),
+        kernel_flops=sum(x.flops * x.trips for x in done.kernels),
         collectives=done.collectives,
         kernels=tuple(counter.kernels),
         products=done.products,
@@ -125,6 +127,7 @@ class _Executed(NamedTuple):
     """What one execution does; fields as in `Counts`."""
 
     products: tuple[Product, ...] = ()
+    kernels: tuple[kernel_calls.Kernel, ...] = ()
     collectives: tuple[Collective, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
@@ -132,12 +135,15 @@ class _Executed(NamedTuple):
         return sum(x.flops * x.trips for x in self.products)
 
     def repeated(self, trips: int, in_steps: bool) -> "_Executed":
-        products = [x._replace(trips=x.trips * trips) for x in self.products]
+        products, kernels = (
+            tuple(x._replace(trips=x.trips * trips) for x in field)
+            for field in (self.products, self.kernels)
+        )
         collectives = [
             x._replace(trips=x.trips * trips, in_steps=x.in_steps or in_steps)
             for x in self.collectives
         ]
-        return _Executed(tuple(products), tuple(collectives), self.unknown_loops)
+        return _Executed(products, kernels, tuple(collectives), self.unknown_loops)
 
 
 def _one_after_another(all_done: Iterable[_Executed]) -> _Executed:
@@ -174,8 +180,9 @@ class _Counter:
             return self._loop(line, around)
         if product := _product(line, around):
             return _Executed(products=(product,))
-        if op == "custom-call" and (kernel := _kernel(line)):
-            self.kernels.append(kernel)
+        if op == "custom-call" and (kernel := kernel_calls.read(line, around)):
+            self.kernels.append(kernel.name)
+            return _Executed(kernels=(kernel,))
         called = line.called()
         done = [self.executed(name) for names in called.values() for name in names]
         if BRANCHES & called.keys():
@@ -236,16 +243,6 @@ class _Counter:
                 unknown = (line.op_name() or line.name,)
         every = once.repeated(1 if trips is None else trips, has_scope(self.steps, scope))
         return every._replace(unknown_loops=unknown + every.unknown_loops)
-
-
-def _kernel(line: Instruction) -> str | None:
-    """Returns "target:name" of a kernel, the name from Triton's configuration or the metadata."""
-    target = re.search(r'custom_call_target="([^"]*)"', line.tail)[1]
-    if not KERNELS.search(target):
-        return None
-    name = re.search(r'[,{] name = "([\w.$-]+)"', line.tail)
-    name = name or re.search(r"([\w.$-]+)\)*/pallas_call\b", line.op_name())
-    return f"{target}:{name[1]}" if name else target
 
 
 def _product(line: Instruction, around: Computation) -> Product | None:

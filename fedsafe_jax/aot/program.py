@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -13,7 +15,7 @@ from fedsafe_jax.aot.lengths import Lengths
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.inference.language_model import model_folder
-from fedsafe_jax.models import attention_kernels, hub, lora, loss, microbatch
+from fedsafe_jax.models import hub, lora, loss, microbatch
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 from fedsafe_jax.models.known import KNOWN
@@ -36,12 +38,11 @@ class Program(NamedTuple):
       arguments: its arguments, `jax.ShapeDtypeStruct`s with shardings.
       kinds: the arguments' arrays by what they are: base, adapters, optimizer, batch, cache.
       mesh: devices that run it.
-      tokens: tokens that a call computes, padding not counted; 0 where there are none.
-      minimum: least operations of a call on all devices: products with weights, of attention, and
-        those that `remat` computes again.
+      tokens: tokens that a call is for, padding not counted; 0 where there are none.
+      computed: tokens that a call computes on all devices, with padding, and with clients that
+        fill the chunk.
+      minimum: least operations of a call on all devices, see `least`.
       attention: backend of its attention; "" without.
-      kernel_flops: operations of one call's attention kernels on all devices, which the text of a
-        compiled program does not show.
       trips: turns of the loops whose length is data, by the named scope they lie in.
       hidden_optimizer: bytes of the optimizer's state that are temporaries.
     """
@@ -52,9 +53,9 @@ class Program(NamedTuple):
     kinds: dict[str, Any]
     mesh: Mesh
     tokens: int = 0
+    computed: int = 0
     minimum: float = 0.0
     attention: str = ""
-    kernel_flops: float = 0.0
     trips: dict[str, int] = {}  # noqa: RUF012  never changed
     hidden_optimizer: int = 0
 
@@ -100,13 +101,20 @@ class Run:
       config: config of a run.
       devices: devices to compile for.
       lengths: lengths of the examples.
+      copy: devices to compile the programs of one copy of the base for; None for some of `devices`.
     """
 
-    def __init__(self, config: ConfigDict, devices: Sequence, lengths: Lengths):
+    def __init__(
+        self,
+        config: ConfigDict,
+        devices: Sequence,
+        lengths: Lengths,
+        copy: Sequence | None = None,
+    ):
         self.config, self.lengths = config, lengths
         self.mesh = make_mesh(devices, config.model_parallel)
         # Constitutional AI and guards take the devices of one copy, classifiers the first.
-        self.copy = make_mesh(self.mesh.devices[0].tolist(), config.model_parallel)
+        self.copy = make_mesh(copy or self.mesh.devices[0].tolist(), config.model_parallel)
         self.first = make_mesh(self.mesh.devices[0][:1].tolist())
         self.shape = decoder_config(config.model, config, self.mesh)
         self.lora = lora.LoraConfig(
@@ -141,31 +149,45 @@ class Run:
         return max(1, -(-int(targets) // min(chunk, tokens)))
 
 
-def least(shape: DecoderConfig, tokens: int, passes: float, logits: int, seq: float) -> float:
+def attended(positions: np.ndarray, segment_ids: np.ndarray) -> float:
+    """Returns the tokens that one attends to, itself included: the mean over filled slots.
+
+    Args:
+      positions, segment_ids: of packed rows, as in `data.packing.Batch`.
+    """
+    is_filled = segment_ids > 0
+    return float(((positions + 1) * is_filled).sum() / max(is_filled.sum(), 1))
+
+
+def least(
+    shape: DecoderConfig,
+    tokens: int,
+    seen: float,
+    logits: int,
+    trains: bool = False,
+    remat: bool = False,
+) -> float:
     """Returns the least operations for tokens: products of layers, attention, and logits.
+
+    Two operations a weight and token forward, and two for the gradient by a layer's input: a frozen
+    base has no gradient of its own. Attention has two products forward and four backward.
+    `remat` computes the forward products of layers again, except the last one of a layer, whose
+    result nothing needs. Adapters are left out.
 
     Args:
       shape: shape of the decoder.
       tokens: tokens that go through the layers.
-      passes: products with each weight, 1 for a forward pass: 2 operations a weight and token.
-      logits: tokens whose logits are computed, once or with their gradient, as products.
-      seq: tokens that one attends to, on average.
+      seen: tokens that one attends to, on average.
+      logits: tokens whose logits are computed, each time that they are: two with a gradient.
+      trains: whether there is a backward pass.
+      remat: whether layers are computed again in it.
     """
-    layers = sum(shape.num_layers * a * b for a, b in map(shape.projection_shape, PROJECTION_NAMES))
-    scores = 4 * shape.num_layers * shape.num_heads * shape.head_dim * seq
-    head = 2 * shape.vocab_size * shape.hidden_size
-    return passes * tokens * (2 * layers + scores) + logits * head
-
-
-def kernel_flops(
-    shape: DecoderConfig, backend: str, rows: int, seq: int, forward: int, backward: int
-) -> float:
-    """Returns the operations of a model's attention kernels over causal rows of `seq` tokens.
-
-    A backward kernel computes five products where a forward one computes two (FlashAttention-2,
-    arXiv 2307.08691).
-    """
-    if backend not in attention_kernels.KERNELS:
-        return 0.0  # Its products are in the program's text.
-    one = 2 * rows * seq * seq * shape.num_heads * shape.head_dim * shape.num_layers
-    return one * (forward + 2.5 * backward)
+    sizes = {name: math.prod(shape.projection_shape(name)) for name in PROJECTION_NAMES}
+    again = sum(sizes.values())
+    if not shape.sandwich_norms:
+        again -= sizes["down_proj"]
+    recomputed = trains and remat
+    weights = (1 + trains) * sum(sizes.values()) + recomputed * again
+    scores = (1 + 2 * trains + recomputed) * 2 * shape.num_heads * shape.head_dim * seen
+    head = shape.vocab_size * shape.hidden_size
+    return 2.0 * (tokens * shape.num_layers * (weights + scores) + logits * head)

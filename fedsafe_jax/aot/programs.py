@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -13,8 +14,8 @@ from fedsafe_jax.aot.program import (
     TARGET_SCOPE,
     Program,
     Run,
+    attended,
     base_shapes,
-    kernel_flops,
     least,
     on,
 )
@@ -73,14 +74,9 @@ def federated(run: Run) -> Iterator[Program]:
         layout,
     )
     rates = on(jax.ShapeDtypeStruct((c.local_steps,), jnp.float32), mesh)
-    rows, seq = batch.mask.shape[-2:]
-    calls = batch.mask.size // (rows * seq)
     at_once = max(1, -(-real // mesh.shape[CLIENTS]))
     at_once = min(at_once, c.clients_in_parallel or at_once)
     moments = 2 * 4 * params * at_once
-    backend = attention.choose_backend(run.shape, seq, seq)
-    recomputed = bool(c.remat)
-    segment = tokens / max(len(batch.mask.reshape(-1, seq)), 1)
     yield Program(
         "train",
         programs.train,
@@ -88,14 +84,20 @@ def federated(run: Run) -> Iterator[Program]:
         kinds={"base": run.base, "adapters": server, "batch": inputs},
         mesh=mesh,
         tokens=tokens,
-        minimum=least(run.shape, tokens, 2 + recomputed, 2 * targets, seq=min(segment, seq) / 2),
-        attention=backend,
-        kernel_flops=kernel_flops(
-            run.shape, backend, calls * rows, seq=seq, forward=2 + recomputed, backward=1
+        computed=batch.mask.size,
+        minimum=least(
+            run.shape,
+            tokens,
+            attended(batch.positions, batch.segment_ids),
+            logits=2 * targets,
+            trains=True,
+            remat=c.remat,
         ),
+        attention=attention.choose_backend(run.shape, c.seq_len, c.seq_len),
         trips={
             TARGET_SCOPE: run.chunk_trips(
-                targets * at_once / (real * c.local_steps * c.accumulation), rows * seq
+                targets * at_once / (real * c.local_steps * c.accumulation),
+                math.prod(batch.mask.shape[-2:]),
             ),
             microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
         },
@@ -136,11 +138,7 @@ def generation(run: Run) -> Iterator[Program]:
     specs = decoding.Specs.of(model, stacked=False)
     laid = type(packed)(*(on(x, mesh, s) for x, s in zip(packed, specs.packed, strict=True)))
     factors = on(run.factors, mesh)
-    tokens, (count, seq) = (
-        int(lengths[np.arange(rows) % len(lengths)].sum()),
-        packed.tokens.shape,
-    )
-    backend = attention.choose_backend(run.shape, seq, seq)
+    tokens, seq = int((packed.segment_ids > 0).sum()), packed.tokens.shape[1]
     prefill = decoding.prefill_program(model, False, mesh)
     yield Program(
         "prefill",
@@ -149,9 +147,11 @@ def generation(run: Run) -> Iterator[Program]:
         kinds={"base": run.base, "adapters": factors, "batch": laid},
         mesh=mesh,
         tokens=tokens,
-        minimum=least(run.shape, tokens, 1, rows, seq=tokens / rows / 2),
-        attention=backend,
-        kernel_flops=kernel_flops(run.shape, backend, count, seq=seq, forward=1, backward=0),
+        computed=packed.tokens.size,
+        minimum=least(
+            run.shape, tokens, attended(packed.positions, packed.segment_ids), logits=rows
+        ),
+        attention=attention.choose_backend(run.shape, seq, seq),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         _, cache = jax.eval_shape(prefill, run.base, factors, laid)
@@ -194,10 +194,11 @@ def generation(run: Run) -> Iterator[Program]:
             keys,
             on(integers((2,)), mesh),
         ),
-        kinds={"base": base, "adapters": factors, "cache": cache},
+        kinds={"base": base, "adapters": factors, "batch": state[:3], "cache": cache},
         mesh=mesh,
-        tokens=rows,  # of one step
-        minimum=least(run.shape, rows, 1, rows, seq=slots),
+        tokens=rows,  # of one step, in the middle of the answers
+        computed=rows,
+        minimum=least(run.shape, rows, tokens / rows + c.eval.max_new_tokens / 2, logits=rows),
         attention="xla",
     )
 
@@ -232,33 +233,30 @@ def constitutional(run: Run) -> Iterator[Program]:
     )[0]
     trained = [data.imitation, *data.rows.values()]
     read = [] if data.pairs is None else [data.pairs.rows]
-    count = lambda batches: sum(int((b.segment_ids > 0).sum()) for b in batches)  # noqa: E731
-    targets = sum(int((b.mask > 0).sum()) for b in trained + 2 * read)
+    batches = trained + read
+    filled = [int((b.segment_ids > 0).sum()) for b in batches]
+    targets = [int((b.mask > 0).sum()) for b in batches]
+    seen = [attended(b.positions, b.segment_ids) for b in batches]
+    minimum = sum(
+        least(shape, n, s, logits=2 * t, trains=True, remat=c.remat)
+        for n, s, t in zip(filled, seen, targets, strict=True)
+    )
+    if read:  # the reference's pass
+        minimum += least(shape, filled[-1], seen[-1], logits=targets[-1])
     base = base_shapes(shape, c)
     factors, data = on(run.factors, mesh), on(data, mesh)
     state = on(jax.eval_shape(init, run.factors), mesh)
     reference = factors if c.cai.reference == "global" else None
     rate = on(jax.ShapeDtypeStruct((), jnp.float32), mesh)
-    backend = attention.choose_backend(shape, c.seq_len, c.seq_len)
-    rows = sum(len(b.mask) for b in trained), sum(len(b.mask) for b in read)
-    remat, seq = bool(c.remat), c.seq_len
     yield Program(
         "cai",
         step,
         (factors, state, reference, base, data, rate),
         kinds={"base": base, "adapters": factors, "optimizer": state, "batch": data},
         mesh=mesh,
-        tokens=count(trained) + count(read),
-        minimum=least(run.shape, count(trained), 2 + remat, 2 * targets, seq=seq / 4)
-        + least(run.shape, count(read), 3 + remat, 0, seq=seq / 4),
-        attention=backend,
-        kernel_flops=(
-            kernel_flops(shape, backend, sum(rows), seq=seq, forward=2 + remat, backward=1)
-            + kernel_flops(shape, backend, rows[1], seq=seq, forward=1, backward=0)
-        ),
-        trips={
-            TARGET_SCOPE: run.chunk_trips(
-                targets / (len(trained) + 2 * len(read)), data.imitation.mask.size
-            )
-        },
+        tokens=sum(filled),
+        computed=sum(b.mask.size for b in batches),
+        minimum=minimum,
+        attention=attention.choose_backend(shape, c.seq_len, c.seq_len),
+        trips={TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches), batches[0].mask.size)},
     )

@@ -33,12 +33,14 @@ def show(results: Sequence[Result], target: Target) -> None:
     for kind in (*KINDS, "in all", "fits"):
         memory.add_column(kind, justify="right")
     for result in results:
-        fits = "yes" if result.fits else f"no: {result.over_gib:,.1f} too many"
+        over = f": {result.over_gib:,.1f} too many" if result.over_gib else ""
+        fits = "yes" if result.fits else f"no{over}"
         sizes = [_size(result.gib.get(kind)) for kind in KINDS]
         memory.add_row(result.program, *sizes, _size(sum(result.gib.values())), fits)
     work = Table(title="Operations and communication", title_justify="left")
-    for column in ("program", "attention", "MFLOP/token", "least", "ratio", "in the local steps"):
+    for column in ("program", "attention", "MFLOP/token", "least", "ratio", "useful"):
         work.add_column(column, justify="left" if column in ("program", "attention") else "right")
+    work.add_column("in the local steps", justify="right")
     work.add_column("elsewhere", justify="right")
     work.add_column("seconds", justify="right")
     for result in results:
@@ -49,6 +51,7 @@ def show(results: Sequence[Result], target: Target) -> None:
             f"{result.flops_per_useful_token / 1e6:,.1f}",
             f"{result.minimum_flops_per_token / 1e6:,.1f}",
             "" if math.isnan(share) else f"{share:.2f}",
+            f"{result.useful_share:.0%}" if result.useful_share else "",
             _collectives(result.collectives_in_steps),
             _collectives(result.collectives_outside),
             f"{result.seconds:,.0f}",

@@ -1,6 +1,7 @@
 """Devices that programs are compiled for, without having them: TPU slices, H100s, CPU cores."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,11 +12,15 @@ if TYPE_CHECKING:
 
 
 GIB = 2**30
-# Chips by generation: bytes of memory, and the topologies of their slices that libtpu knows.
+# Chips by generation: bytes of memory that the compiler has for a program, less than 16, 32 and 96
+# GiB, and the topologies of their slices that libtpu knows.
 TPUS = {
-    "v5e": (16 * GIB, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v6e": (32 * GIB, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v5p": (95 * GIB, ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
+    "v5e": (int(15.75 * GIB), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v6e": (int(31.25 * GIB), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": (
+        int(95.74 * GIB),
+        ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    ),
 }
 H100_MEMORY = 84929347584
 MOST_GPUS = 8  # of one host
@@ -53,7 +58,7 @@ class Target(NamedTuple):
       platform: platform of the lowering: `tpu`, `cuda` or `cpu`.
       kind: generation of TPU, "h100" or "cpu".
       topology: shape of the slice, as libtpu names it; for others the number of devices.
-      memory: bytes of a device; 0 for a CPU, whose devices share the host's.
+      memory: bytes of a device that programs may use; 0 for a CPU, whose devices share the host's.
     """
 
     name: str
@@ -137,6 +142,27 @@ def devices(target: Target) -> Sequence:
         return topologies.get_topology_desc(name, platform="tpu", **more).devices
     except jax.errors.JaxRuntimeError as error:
         raise TargetError(f"--target={target.name}: {str(error).splitlines()[0]}") from None
+
+
+def part(target: Target, count: int) -> Target | None:
+    """Returns a slice of `count` chips of a slice's kind, None where none is smaller than it.
+
+    The compiler for a slice of TPU fails on collectives of some of its chips, unless these are
+    numbered from 0 on, as they are in a slice of their own: a host's four chips of a v5e:4x4 are 0,
+    1, 4 and 5.
+
+    Args:
+      target: the devices of a run.
+      count: chips that some of its programs run on.
+    """
+    if target.platform != "tpu" or _chips(target.topology) == count:
+        return None
+    shape = next((x for x in TPUS[target.kind][1] if _chips(x) == count), None)
+    return target._replace(topology=shape) if shape else None
+
+
+def _chips(topology: str) -> int:
+    return math.prod(map(int, topology.split("x")))
 
 
 def _without_a_gpu() -> None:

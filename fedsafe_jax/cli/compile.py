@@ -72,9 +72,10 @@ def main(values: flags.FlagValues) -> None:
     from fedsafe_jax.aot.programs import constitutional, federated, generation
 
     examples = lengths.read(values.lengths) if values.lengths else lengths.default()
+    part = targets.part(target, values.config.model_parallel)
     with native_notes.without_notes():
-        devices = targets.devices(target)
-    run = Run(values.config, devices, examples)
+        devices, copy = targets.devices(target), part and targets.devices(part)
+    run = Run(values.config, devices, examples, copy=copy)
     makers = {
         federated: ("train", "sum", "server"),
         filters: ("filter_train", "filter_score"),
