@@ -391,7 +391,7 @@ def main(argv):
             if device.platform == "gpu" else ("auto",),
         ),
         "round_135m": lambda r: measure_round(
-            r, "5m" if _TINY.value else "135m", options=("triton", "cudnn", "xla")
+            r, "5m" if _TINY.value else "135m", options=("triton", "cudnn")
             if device.platform == "gpu" else ("auto",),
         ),
         "generate": measure_generate,

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "validation": SCIENCE | {"runtime", "report", "config", "pipeline", "aot"},
     "experiment": SCIENCE | {"runtime", "config", "pipeline", "report", "validation"},
     "flower": SCIENCE | {"runtime", "config", "pipeline", "report", "validation", "experiment"},
-    "__init__": {"finetune", "inference", "federated", "models"},
+    "__init__": {"finetune", "inference", "federated", "models", "runtime"},
     "cli": None,  # everything
     "main": {"cli"},
     "__main__": {"cli"},

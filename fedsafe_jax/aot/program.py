@@ -136,12 +136,17 @@ class Run:
         rows = max(1, tokens // batch.mask.shape[-1])
         return max(1, -(-filled // (rows * steps * self.mesh.shape[CLIENTS])))
 
-    def chunk_trips(self, targets: float) -> int:
-        """Returns the turns of the loss's loop over chunks of target tokens."""
+    def chunk_trips(self, targets: float, tokens: int) -> int:
+        """Returns the turns of the loss's loop over chunks of target tokens.
+
+        Args:
+          targets: target tokens of one call, all clients' together.
+          tokens: tokens of one client's rows, as a chunk has no more.
+        """
         if self.shape.platform in microbatch.MICROBATCH_TOKENS:
             return 1  # of a microbatch
         chunk = loss.CHUNK_TOKENS.get(self.shape.platform, loss.DEFAULT_CHUNK_TOKENS)
-        return max(1, -(-int(targets) // chunk))
+        return max(1, -(-int(targets) // min(chunk, tokens)))
 
 
 def attended(positions: np.ndarray, segment_ids: np.ndarray) -> float:

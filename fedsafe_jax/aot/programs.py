@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -24,7 +25,7 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import ChunkInputs
 from fedsafe_jax.inference import decoding
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import attention, microbatch
@@ -94,7 +95,10 @@ def federated(run: Run) -> Iterator[Program]:
         ),
         attention=attention.choose_backend(run.shape, c.seq_len, c.seq_len),
         trips={
-            TARGET_SCOPE: run.chunk_trips(targets * at_once / (real * c.local_steps)),
+            TARGET_SCOPE: run.chunk_trips(
+                targets * at_once / (real * c.local_steps * c.accumulation),
+                math.prod(batch.mask.shape[-2:]),
+            ),
             microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
         },
         hidden_optimizer=moments,
@@ -205,7 +209,10 @@ def constitutional(run: Run) -> Iterator[Program]:
     shape = dataclasses.replace(run.shape, mesh=mesh)
     recipe = read_recipe(c)
     init, step = cai_train.make_step(Decoder(shape, run.lora.scale), recipe)
-    tokenizer = load_pretrained("package:model").tokenizer
+    from transformers import AutoTokenizer
+
+    # Words of one token each; the packaged tokenizer is at hand whatever the model is.
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("package:model"))
 
     def text(count: int) -> str:
         return " ".join(["water"] * max(1, count))
@@ -251,5 +258,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         computed=sum(b.mask.size for b in batches),
         minimum=minimum,
         attention=attention.choose_backend(shape, c.seq_len, c.seq_len),
-        trips={TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches))},
+        trips={
+            TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches), data.imitation.mask.size)
+        },
     )

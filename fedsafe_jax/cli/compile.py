@@ -16,6 +16,7 @@ from fedsafe_jax.aot import targets
 from fedsafe_jax.cli.command import Command, Config, UsageError, check_file, hint
 from fedsafe_jax.cli.config_help import run_fields
 from fedsafe_jax.config import default_config
+from fedsafe_jax.runtime import native_notes
 from fedsafe_jax.validation import validate
 
 PROGRAMS = (
@@ -72,8 +73,10 @@ def main(values: flags.FlagValues) -> None:
 
     examples = lengths.read(values.lengths) if values.lengths else lengths.default()
     part = targets.part(target, values.config.model_parallel)
-    copy = part and targets.devices(part)
-    run = Run(values.config, targets.devices(target), examples, copy=copy)
+    with native_notes.without_notes():
+        devices = targets.devices(target)
+        copy = part and targets.devices(part)
+    run = Run(values.config, devices, examples, copy=copy)
     makers = {
         federated: ("train", "sum", "server"),
         filters: ("filter_train", "filter_score"),

@@ -11,20 +11,14 @@ import jax
 from etils import epath
 from jax._src import xla_bridge
 
-from fedsafe_jax.runtime import cluster, devices
-
-GPU_FILES = ("nvidia0", "nvidiactl", "dxg")  # in /dev: of a driver, in a container, of WSL
-CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+from fedsafe_jax.runtime import cluster, devices, native_notes
 
 
 def quiet_libraries() -> None:
     """Silences third-party libraries, unless an environment variable asks for their messages."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # XLA's notes on plugins without a device: level 1, which jax sets when it is imported (the
-    # package has imported it by now), does not hide them.
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     leave_out_absent_devices(os.environ)
 
 
@@ -41,21 +35,22 @@ def leave_out_absent_devices(
       environment: environment variables by name.
       dev: folder of the device files.
     """
-    if jax.config.jax_platforms or xla_bridge.backends_are_initialized():
-        return  # On a TPU VM jax has set the platforms by now.
-    has_libtpu = importlib.util.find_spec("libtpu") is not None
-    has_cuda = any(map(importlib.util.find_spec, CUDA_PLUGINS))
+    platforms = jax.config.jax_platforms  # on a TPU VM jax has set them by now
+    has_cuda, has_libtpu = native_notes.has_cuda_plugin(), importlib.util.find_spec("libtpu")
+    is_begun = xla_bridge.backends_are_initialized()
+    if is_begun or platforms not in (None, "", "cpu") or not (has_cuda or has_libtpu):
+        return
+    plugins = {plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")}
     is_tpu = cluster.on_tpu_vm() or bool(devices.tpu_sign(environment, dev))
-    is_gpu = any((dev / name).exists() for name in GPU_FILES) or bool(shutil.which("nvidia-smi"))
-    others = {plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")} - {
-        "xla_cuda12",
-        "xla_cuda13",
-    }
-    if is_tpu or others or not (has_libtpu or has_cuda):
+    is_gpu = native_notes.has_gpu_files(dev) or bool(shutil.which("nvidia-smi"))
+    if not platforms and (is_tpu or plugins - {"xla_cuda12", "xla_cuda13"}):
         return
     if not is_gpu:
         jax.config.update("jax_platforms", "cpu")
-    elif has_libtpu:
+        if has_cuda:  # The plugin is read all the same: now, while its notes are dropped.
+            with native_notes.without_notes():
+                xla_bridge._discover_and_register_pjrt_plugins()
+    elif not platforms:
         # Not by the list of platforms: what is on it must work, and a GPU whose driver is too old
         # is to leave the CPU and a warning (`devices.overlooked`).
         xla_bridge._backend_factories.pop("tpu", None)

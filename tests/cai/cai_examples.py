@@ -1,5 +1,7 @@
 """Constitution, stand-in for a decoder, and triples that several tests of `cai` use."""
 
+from tiny import tiny_config
+
 from fedsafe_jax.cai import constitution, derta
 
 SHOT = (
@@ -13,6 +15,8 @@ PRINCIPLES = constitution.Constitution(
 
 class Logits:
     """Stands for a decoder: its logits are its adapter, or its parameters without one."""
+
+    config = tiny_config()  # of which the platform is read
 
     def apply(self, variables, x, *place, method=None):
         if method == "unembed":

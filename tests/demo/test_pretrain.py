@@ -30,7 +30,8 @@ def test_two_stages_leave_a_model_that_loads(tmp_path, capsys):
     startup.start("pretrain", [f"--config={tmp_path / 'small.py'}", f"--output={first}"])
     said = capsys.readouterr()
     assert said.out == f"model: {first}\n"
-    data, rows, *steps = said.err.splitlines()
+    devices, data, rows, *steps = said.err.splitlines()
+    assert devices.startswith("devices: ")
     assert data.startswith("data: {") and rows.endswith("52 steps")
     assert [line.split(" answer nll ")[0] for line in steps] == ["step 50/52", "step 52/52"]
     counts = json.loads(data.removeprefix("data: "))
