@@ -222,7 +222,7 @@ def test_known_models_need_no_folder(here, monkeypatch, tmp_path, model, gib):
 
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not tried")
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HBM, not tried")
 
     monkeypatch.setattr(compilation, "lower", lambda program, target: Lowered())
     file = tmp_path / "figures.json"
