@@ -258,5 +258,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         computed=sum(b.mask.size for b in batches),
         minimum=minimum,
         attention=attention.choose_backend(shape, c.seq_len, c.seq_len),
-        trips={TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches), batches[0].mask.size)},
+        trips={
+            TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches), data.imitation.mask.size)
+        },
     )

@@ -74,7 +74,8 @@ def main(values: flags.FlagValues) -> None:
     examples = lengths.read(values.lengths) if values.lengths else lengths.default()
     part = targets.part(target, values.config.model_parallel)
     with native_notes.without_notes():
-        devices, copy = targets.devices(target), part and targets.devices(part)
+        devices = targets.devices(target)
+        copy = part and targets.devices(part)
     run = Run(values.config, devices, examples, copy=copy)
     makers = {
         federated: ("train", "sum", "server"),

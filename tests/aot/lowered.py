@@ -131,10 +131,11 @@ def dots(text: str) -> list[Dot]:
             raise ValueError(f"no product that can be read: {line.strip()[:300]}")
         batch, *precision = match.groups()[:3]
         operands = [operand.split("x") for operand in match.groups()[3:]]
-        lhs, rhs, out = (tuple(map(int, operand[:-1])) for operand in operands)
+        sizes = [tuple(map(int, operand[:-1])) for operand in operands]
         types = operands[0][-1], operands[1][-1]
         precision = tuple(p or "DEFAULT" for p in precision)
         batched = len(batch.split(",")) if batch else 0
+        lhs, rhs, out = sizes
         found.append(
             Dot(lhs=lhs, rhs=rhs, out=out, types=types, precision=precision, batched=batched)
         )
@@ -162,14 +163,14 @@ def kernel_dots(program: Program) -> list[Dot]:
     def walk(jaxpr, inside: bool) -> None:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general" and inside:
-                lhs, rhs, out = (x.aval for x in (*equation.invars[:2], equation.outvars[0]))
+                operands = [x.aval for x in (*equation.invars[:2], equation.outvars[0])]
                 precision = equation.params["precision"] or ("DEFAULT", "DEFAULT")
                 found.append(
                     Dot(
-                        lhs=lhs.shape,
-                        rhs=rhs.shape,
-                        out=out.shape,
-                        types=(str(lhs.dtype), str(rhs.dtype)),
+                        lhs=operands[0].shape,
+                        rhs=operands[1].shape,
+                        out=operands[2].shape,
+                        types=tuple(str(x.dtype) for x in operands[:2]),
                         precision=tuple(str(p).rpartition(".")[2] for p in precision),
                         batched=len(equation.params["dimension_numbers"][1][0]),
                     )

@@ -193,7 +193,9 @@ def test_a_compiler_out_of_memory_is_a_result(here, monkeypatch, tmp_path):
     here(*SMALL, "--target=cpu", "--programs=train", f"--json={file}")
     [program] = json.loads(file.read_text())["programs"]
     assert program["fits"] is False and program["over_gib"] == 33.25 - 16
-    assert program["gib"]["base"] > 0 and "temporaries" not in program["gib"]
+    # What the compiler did not say is all beyond the arguments.
+    assert program["gib"]["base"] > 0 and "output" not in program["gib"]
+    assert sum(program["gib"].values()) == pytest.approx(33.25, abs=1e-4)
     assert program["minimum_flops_per_token"] > 0
 
 
@@ -220,7 +222,7 @@ def test_known_models_need_no_folder(here, monkeypatch, tmp_path, model, gib):
 
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not tried")
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HBM, not tried")
 
     monkeypatch.setattr(compilation, "lower", lambda program, target: Lowered())
     file = tmp_path / "figures.json"
