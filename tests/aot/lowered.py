@@ -8,6 +8,7 @@ therefore never found in a cache that holds the other's.
 import functools
 import re
 import sys
+import types
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,6 +86,12 @@ def pretend(monkeypatch, model: DecoderConfig) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("fedsafe_jax") and getattr(module, "platform_of", None) is real:
             monkeypatch.setattr(module, "platform_of", platform_of)
+    from jax._src.pallas.triton import pallas_call_registration as triton
+
+    if hasattr(triton, "gpu_info_lib"):  # from jax 0.11 on it asks the device, which is a CPU here
+        h100 = types.SimpleNamespace(compute_capability=90)
+        info = types.SimpleNamespace(get_gpu_info=lambda: h100)
+        monkeypatch.setattr(triton, "gpu_info_lib", info)
     monkeypatch.setitem(known.KNOWN, MODEL, model)
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -132,12 +139,12 @@ def dots(text: str) -> list[Dot]:
         batch, *precision = match.groups()[:3]
         operands = [operand.split("x") for operand in match.groups()[3:]]
         sizes = [tuple(map(int, operand[:-1])) for operand in operands]
-        types = operands[0][-1], operands[1][-1]
+        dtypes = operands[0][-1], operands[1][-1]
         precision = tuple(p or "DEFAULT" for p in precision)
         batched = len(batch.split(",")) if batch else 0
         lhs, rhs, out = sizes
         found.append(
-            Dot(lhs=lhs, rhs=rhs, out=out, types=types, precision=precision, batched=batched)
+            Dot(lhs=lhs, rhs=rhs, out=out, types=dtypes, precision=precision, batched=batched)
         )
     return found
 
@@ -148,8 +155,8 @@ def kernels(text: str) -> dict[str, list[tuple[int, ...]]]:
     for line in text.splitlines():
         if match := CALL.search(line):
             # Behind the configuration, which may be long, stand the types.
-            types = TENSOR.findall(line.rpartition(" : (")[2])
-            shapes = [tuple(int(n) for n in sizes.split("x")[:-1]) for sizes, _ in types]
+            tensors = TENSOR.findall(line.rpartition(" : (")[2])
+            shapes = [tuple(int(n) for n in sizes.split("x")[:-1]) for sizes, _ in tensors]
             found.setdefault(match[1], []).extend(shapes)
     return found
 
