@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring where a GPU can be had, the most valuable first; about ten minutes in all.
+# Everything that is worth measuring where a GPU can be had, the most valuable first; five minutes in all.
 #   bash benchmarks/device.sh [--tiny] [--output=DIR] [--peers=DIR] [PART ...]
 # Parts: numerics, round_8b, cai, round_135m, generate, attention; all of them by default. Each runs in a process of
 # its own under a time limit, and writes DIR/PART.json (default: device_results). --tiny runs small sizes, on a CPU
@@ -7,7 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 parts=(numerics round_8b cai round_135m generate attention)
-limits=(120 110 150 100 150 100)
+limits=(60 80 45 40 45 30)
 output=device_results options=() chosen=()
 for argument in "$@"; do
   case "$argument" in

@@ -16,6 +16,7 @@ from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
 from fedsafe_jax.models.microbatch import compiler_options, value_and_grad_in_microbatches
+from fedsafe_jax.models.sharding import beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ def make_step(model: Decoder, recipe: Recipe) -> tuple[Callable, Callable]:
         moved = jax.tree.map(lambda p, d: p - learning_rate * d, factors, direction)
         return moved, state, values
 
-    return optimizer.init, step
+    return lambda factors: beside(factors, optimizer.init(factors)), step
 
 
 def draw(count: int, size: int, rng: np.random.Generator) -> list[int]:

@@ -10,6 +10,7 @@ import optax
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.packing import round_up
 from fedsafe_jax.filters import decision, protocol, quality
+from fedsafe_jax.models.sharding import beside
 
 BUCKET = 8  # batches that are sorted by length together
 
@@ -104,7 +105,8 @@ def train(
     learned, held = _split(pairs, unsafe, options.validation_share, seed)
     balance = (len(learned) / (2 * np.bincount(unsafe[learned]))).astype(np.float32)
     optimizer = make_optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
-    state, key = optimizer.init(params), jax.random.key(seed)
+    params = beside(network.frozen, params)
+    state, key = beside(params, optimizer.init(params)), jax.random.key(seed)
     # The loss alone: what jit may keep must not hold the network's base.
     step = make_step(network.loss_fn, optimizer)
     best_loss, best_params, best = np.inf, params, -1

@@ -106,6 +106,25 @@ def writes(tree: Any) -> bool:
     return own or jax.process_index() == 0
 
 
+def beside(like: Any, tree: Any) -> Any:
+    """Lays arrays whole on the devices that hold others, as a step of training leaves them.
+
+    Arrays that are laid nowhere yet go where the first step computes, and come back from it with a
+    place; the second step would then be compiled once more.
+
+    Args:
+      like: pytree of arrays that have a place; nothing changes where its first one has none.
+      tree: pytree of arrays, in the memory of this process.
+    """
+    leaf = next(iter(jax.tree.leaves(like)), None)
+    if not getattr(leaf, "committed", False):  # also a tracer, which lies nowhere
+        return tree
+    place = leaf.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(tree, place)
+
+
 def is_shared(mesh: Mesh | None) -> bool:
     """Returns whether the devices of a mesh are CPU cores that hold the same arrays."""
     if mesh is None or mesh.size == 1 or mesh.shape.get(MODEL, 1) > 1:

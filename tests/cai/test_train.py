@@ -10,6 +10,8 @@ from fedsafe_jax.cai import derta, train
 from fedsafe_jax.data import chat
 from fedsafe_jax.models import lora
 
+SHAPE = lora.LoraConfig(4, 8.0, ("q_proj",))
+
 
 def recipe(*names, weights=None):
     return train.Recipe(
@@ -68,3 +70,20 @@ def test_steps_have_one_shape_and_cover_every_pair(packaged):
     assert all(s.pairs.on.sum() == 2 for s in data)
     empty = train.steps(recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,))
     assert all(s.pairs is None for s in empty)
+
+
+def test_steps_on_given_devices_are_compiled_once(packaged):
+    """Factors of a run lie on its mesh; so has the state of the optimizer, from the first step."""
+    lm = packaged.with_adapter(
+        lora.Adapter(lora.init(jax.random.key(0), packaged.config, SHAPE), SHAPE)
+    )
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    factors, params = jax.device_put((lm.factors, lm.params), place)
+    start, step = train.make_step(lm.model, recipe("sft"))
+    state, before = start(factors), step._cache_size()  # other tests may share the step
+    encoded = chat.encode(lm.tokenizer, (("user", "Hello"),), "Hi.", 64)
+    data = train.steps(recipe("sft"), 3, [encoded], triples=[], encode=None, seed=(0,))
+    for one in data:
+        factors, state, _ = step(factors, state, None, params, one, jnp.float32(1e-3))
+    assert step._cache_size() == before + 1
+    assert {x.sharding for x in jax.tree.leaves(state)} == {place}
