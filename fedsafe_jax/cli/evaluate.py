@@ -150,10 +150,12 @@ def run_prompts(lm: LanguageModel, prompts: list[str], options: EvalOptions) -> 
 
 def main(values: flags.FlagValues) -> None:
     """Loads the model, runs the tasks or the prompt file, and writes the results."""
+    import jax
+
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.data import sources
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.runtime import devices, run_files
+    from fedsafe_jax.runtime import devices, multihost, run_files
 
     if values.output:
         check_file("output", values.output)
@@ -169,17 +171,22 @@ def main(values: flags.FlagValues) -> None:
     else:
         sets = load_sets(values, options)
     use_cores(values.batch_size)
-    lm = load_pretrained(values.model, values.dtype, mesh=make_mesh())
-    if values.base:
-        options = options._replace(base=load_pretrained(values.base, values.dtype))
-    if values.adapter:
-        lm = lm.with_adapter(load_adapter(values.adapter))
-    devices.announce()
-    result = run_prompts(lm, prompts, options) if prompts else run_tasks(lm, sets, options)
-    if values.output:
-        result |= {"model": values.model, "adapter": values.adapter}
-        result["seconds"] = time.monotonic() - started
-        run_files.write_json(pathlib.Path(values.output), json.loads(json.dumps(result)))
+
+    def work():
+        lm = load_pretrained(values.model, values.dtype, mesh=make_mesh(jax.local_devices()))
+        chosen = options
+        if values.base:
+            chosen = options._replace(base=load_pretrained(values.base, values.dtype))
+        if values.adapter:
+            lm = lm.with_adapter(load_adapter(values.adapter))
+        devices.announce()
+        result = run_prompts(lm, prompts, chosen) if prompts else run_tasks(lm, sets, chosen)
+        if values.output:
+            result |= {"model": values.model, "adapter": values.adapter}
+            result["seconds"] = time.monotonic() - started
+            run_files.write_json(pathlib.Path(values.output), json.loads(json.dumps(result)))
+
+    multihost.on_first(work, "evaluated")
 
 
 COMMAND = Command(define_flags, main)

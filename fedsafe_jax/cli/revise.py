@@ -101,10 +101,12 @@ def make_checks(count: int, check: str, filter_folder: str | None) -> dict:
 
 def revise_prompts(values: flags.FlagValues) -> list[Record]:
     """Loads model and prompts, revises, and writes the records to `--output`."""
+    import jax
+
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
-    from fedsafe_jax.federated.mesh import make_mesh, use_cores
+    from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
     from fedsafe_jax.runtime import devices
@@ -117,10 +119,11 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
             f"--few_shots={values.few_shots}: there are {len(constitution.few_shots)}; give "
             "--few_shot_file."
         )
-    use_cores(values.batch_size)
     dialogue = values.form == "dialogue"
     template = forms.DIALOGUE if dialogue else None
-    lm = load_pretrained(values.model, values.dtype, mesh=make_mesh(), chat_template=template)
+    lm = load_pretrained(
+        values.model, values.dtype, mesh=make_mesh(jax.local_devices()), chat_template=template
+    )
     if values.adapter:
         lm = lm.with_adapter(load_adapter(values.adapter))
 
@@ -152,17 +155,24 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
 def main(values: flags.FlagValues) -> None:
     """Revises and prints the counts and the first pairs."""
     from fedsafe_jax.cai.revise import tally
+    from fedsafe_jax.federated.mesh import use_cores
+    from fedsafe_jax.runtime import multihost
 
     if values.only_wrong and values.check == "none" and not values.filter:
         raise UsageError("--only_wrong: nothing says what is wrong; give --check or --filter.")
     check_file("output", values.output)
+    use_cores(values.batch_size)
     started = time.monotonic()
-    records = revise_prompts(values)
-    seconds = time.monotonic() - started
-    print(f"{len(records)} prompts in {seconds:.0f} s: {json.dumps(tally(records))}")
-    for record in [r for r in records if not r.dropped][:SHOWN]:
-        print(f"\n{record.prompt}\n  before: {record.initial}\n  after:  {record.revision}")
-    print(f"\nrecords: {values.output}")
+
+    def work():
+        records = revise_prompts(values)
+        seconds = time.monotonic() - started
+        print(f"{len(records)} prompts in {seconds:.0f} s: {json.dumps(tally(records))}")
+        for record in [r for r in records if not r.dropped][:SHOWN]:
+            print(f"\n{record.prompt}\n  before: {record.initial}\n  after:  {record.revision}")
+        print(f"\nrecords: {values.output}")
+
+    multihost.on_first(work, "revised")
 
 
 COMMAND = Command(define_flags, main, required=("prompts", "output"))

@@ -9,6 +9,7 @@ hosts, and it alone writes records and reports.
 
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,6 +81,21 @@ def barrier(name: str) -> None:
 
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key=f"{name}_{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
+
+
+def on_first(work: Callable[[], None], name: str) -> None:
+    """Runs what needs the devices of one host alone, in the primary process; the others wait.
+
+    The hosts of a TPU slice start together or not at all, also for a command that one of them does.
+
+    Args:
+      work: the work; it uses `jax.local_devices()`.
+      name: name of the barrier behind it.
+    """
+    join()
+    if is_primary():
+        work()
+    barrier(name)
 
 
 def broadcast_bool(value: bool) -> bool:
