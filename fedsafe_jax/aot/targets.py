@@ -43,7 +43,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 KNOWN = (
     "v5e:2x2 (or 2x4, 4x4, ...), v6e:2x4, v5p:2x2x1, v5e, v6e or v5p (a chip), h100, h100:2, cpu"
 )
-EXTRA = 'pip install "fedsafe_jax[aot]"'
+EXTRA = "pip install -e .[aot]"
 
 
 class TargetError(ValueError):

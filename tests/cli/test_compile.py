@@ -130,7 +130,7 @@ def test_an_unknown_target_is_one_line(capsys, target, said):
 def test_a_missing_extra_is_one_line(capsys, monkeypatch, target, package):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     assert line_of(capsys, CONFIG, f"--target={target}") == (
-        f'error: --target={target}: {package} is not installed; pip install "fedsafe_jax[aot]"'
+        f"error: --target={target}: {package} is not installed; pip install -e .[aot]"
     )
 
 
