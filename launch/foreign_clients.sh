@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { sed -n '4p' "$0" >&2; exit 2; }
-folder=$1
+folder="$(realpath --canonicalize-missing "$1")" # tests run the interpreter from elsewhere
 shift
 [ $# -gt 0 ] || set -- 4.57
 python=${PYTHON:-.venv/bin/python}

@@ -117,7 +117,8 @@ def beside(like: Any, tree: Any) -> Any:
       tree: pytree of arrays, in the memory of this process.
     """
     leaf = next(iter(jax.tree.leaves(like)), None)
-    if not getattr(leaf, "committed", False):  # also a tracer, which lies nowhere
+    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not is_array or not leaf.committed:
         return tree
     place = leaf.sharding
     if isinstance(place, NamedSharding):
