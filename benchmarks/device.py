@@ -43,6 +43,7 @@ from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.models import attention, attention_kernels, lora, loss
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.visibility import Visibility
 from fedsafe_jax.pipeline.constitutional import make_generate_fn
 
 PARTS = ("numerics", "round_8b", "cai", "round_135m", "generate", "attention")
@@ -120,7 +121,7 @@ def attend_with(name, window=0):
     def out(query, key, value, segments):
         scale = query.shape[-1] ** -0.5
         if name == "xla":
-            mask = attention_kernels.visible(segments, window)
+            mask = Visibility.in_rows(segments).mask(window)
             return attention.attend(query, key, value, mask=mask, scale=scale)
         return attention_kernels.attend(
             name, query, key, value=value, segments=segments, window=window, scale=scale

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from fedsafe_jax.aot import hlo
-from fedsafe_jax.aot.program import STEPS_SCOPE, Program
+from fedsafe_jax.aot.program import Program
 from fedsafe_jax.aot.targets import GIB, Target, around
+from fedsafe_jax.federated.client import LOCAL_STEPS
 
 KINDS = ("base", "adapters", "optimizer", "batch", "cache", "temporaries", "output")
 # What libtpu says of a program that is too large, its arguments and results counted in spite of
@@ -117,7 +118,7 @@ def compile_program(program: Program, target: Target) -> Result:
         temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         held["output"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
         needed = memory.argument_size_in_bytes + temporary + held["output"]
-        counts = hlo.count(compiled.as_text(), program.trips, STEPS_SCOPE)
+        counts = hlo.count(compiled.as_text(), program.trips, LOCAL_STEPS)
     hidden = min(program.hidden_optimizer, temporary)
     if hidden:
         held["optimizer"] = held.get("optimizer", 0) + hidden

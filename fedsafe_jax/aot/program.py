@@ -23,9 +23,6 @@ from fedsafe_jax.models.quantize import quantize
 from fedsafe_jax.models.sharding import CLIENTS, MODEL, leaf_spec
 
 WHOLE = PartitionSpec()
-# Scopes in the names of operations: the loop over local steps, and the loop over the chunks of
-# target tokens, whose length is data.
-STEPS_SCOPE, TARGET_SCOPE = "local_steps", "target_chunks"
 PROJECTION_NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
 
 

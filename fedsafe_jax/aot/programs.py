@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from fedsafe_jax.aot.program import (
-    TARGET_SCOPE,
     Program,
     Run,
     attended,
@@ -28,9 +27,10 @@ from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import attention, microbatch
+from fedsafe_jax.models import attention
 from fedsafe_jax.models.cache import unrolls, unstack
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS
 from fedsafe_jax.models.sharding import CLIENTS, MODEL
 from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.constitutional import read_recipe
@@ -95,11 +95,11 @@ def federated(run: Run) -> Iterator[Program]:
         ),
         attention=attention.choose_backend(run.shape, c.seq_len, c.seq_len),
         trips={
-            TARGET_SCOPE: run.chunk_trips(
+            TARGET_CHUNKS: run.chunk_trips(
                 targets * at_once / (real * c.local_steps * c.accumulation),
                 math.prod(batch.mask.shape[-2:]),
             ),
-            microbatch.SCOPE: run.microbatches(batch, c.local_steps * c.accumulation),
+            MICROBATCHES: run.microbatches(batch, c.local_steps * c.accumulation),
         },
         hidden_optimizer=moments,
     )
@@ -259,6 +259,6 @@ def constitutional(run: Run) -> Iterator[Program]:
         minimum=minimum,
         attention=attention.choose_backend(shape, c.seq_len, c.seq_len),
         trips={
-            TARGET_SCOPE: run.chunk_trips(sum(targets) / len(batches), data.imitation.mask.size)
+            TARGET_CHUNKS: run.chunk_trips(sum(targets) / len(batches), data.imitation.mask.size)
         },
     )

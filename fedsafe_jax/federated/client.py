@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from fedsafe_jax.models.microbatch import value_and_grad_in_microbatches
 
+LOCAL_STEPS = "local_steps"  # name of the loop over steps in compiled programs
+
 
 class LocalTraining(NamedTuple):
     """The part of a client's work that all algorithms share.
@@ -178,7 +180,7 @@ def local_training(
     zero = jax.tree.map(jnp.zeros_like, start)
     carry = (start, training.optimizer.init(start), zero)
     # Named, so that a compiled program tells what lies inside the steps (see `aot.hlo`).
-    with jax.named_scope("local_steps"):
+    with jax.named_scope(LOCAL_STEPS):
         (local, _, gradient_sum), (losses, active) = jax.lax.scan(step, carry, (batches, rates))
     done = jnp.maximum(active.sum(), 1.0)
     return LocalResult(local, jax.tree.map(lambda g: g / done, gradient_sum), losses, active)

@@ -1,7 +1,6 @@
-"""Attention: which tokens see which, and the choice of backend."""
+"""Attention of the decoder: the choice of backend, and XLA's own form."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax.typing import ArrayLike
 from fedsafe_jax.models import attention_kernels as kernels
 from fedsafe_jax.models import block_attention
 from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError
-from fedsafe_jax.models.sharding import MODEL
+from fedsafe_jax.models.visibility import Visibility
 
 BACKENDS = ("auto", "xla", "blocks", *kernels.KERNELS)
 # Kernels that `auto` tries, by platform. Triton's comes first, as jax compiles it whole and its
@@ -19,35 +18,6 @@ PREFERENCE = {"gpu": ("triton", "cudnn"), "tpu": ("splash",)}
 SPLASH_HEAD = 256  # largest head
 # On accelerators, XLA takes rows longer than `LONG_ROW` in parts of `PART` queries.
 LONG_ROW, PART = 1024, 512
-
-
-class Visibility(NamedTuple):
-    """Which keys a query may attend to: earlier ones (or itself) of its own segment.
-
-    Padding is segment 0, and sees the padding before it, so that no softmax row is empty.
-
-    Attributes:
-      query_segments: int32 `[batch, q_len]`.
-      key_segments: int32 `[batch, kv_len]`.
-      slots: int32 `[q_len]`, index of each query among the keys.
-    """
-
-    query_segments: jax.Array
-    key_segments: jax.Array
-    slots: jax.Array
-
-    def mask(self, window: int = 0) -> jax.Array:
-        """Returns a mask, bool `[batch, 1, q_len, kv_len]`.
-
-        Args:
-          window: number of slots that a query sees, its own included; 0 for all before it.
-        """
-        queries, keys = self.slots[:, None], jnp.arange(self.key_segments.shape[1])[None, :]
-        is_near = keys <= queries
-        if window:
-            is_near &= keys > queries - window
-        is_same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        return (is_same & is_near)[:, None]
 
 
 def refusal(backend: str, config: DecoderConfig, seq: int) -> str:
@@ -73,10 +43,10 @@ def refusal(backend: str, config: DecoderConfig, seq: int) -> str:
         return "it has no cap of attention logits, which the model has"
     if backend == "triton" and any(window < seq for window in windows(config) if window):
         return "it has no sliding window, which the model has"
-    size = 1 if config.mesh is None else config.mesh.shape.get(MODEL, 1)
-    if config.num_kv_heads % size:
-        return f"it splits heads over devices, and model_parallel={size} does not divide the " + (
-            f"{config.num_kv_heads} key-value heads"
+    if config.num_kv_heads % config.model_parallel:
+        return (
+            f"it splits heads over devices, and model_parallel={config.model_parallel} does not "
+            f"divide the {config.num_kv_heads} key-value heads"
         )
     return ""
 
@@ -99,11 +69,11 @@ def choose_backend(config: DecoderConfig, q_len: int, kv_len: int) -> str:
         if reason := refusal(wanted, config, q_len):
             raise ModelError(f"attention '{wanted}': {reason}; use auto or xla.")
         return "xla" if q_len != kv_len else wanted
-    size = 1 if config.mesh is None else config.mesh.shape.get(MODEL, 1)
-    if config.platform != "cpu" and config.num_kv_heads % size:
+    if config.platform != "cpu" and config.num_kv_heads % config.model_parallel:
         raise ModelError(
-            f"model_parallel={size} does not divide the model's {config.num_kv_heads} key-value "
-            "heads, which attention kernels split; choose a divisor, or attention xla."
+            f"model_parallel={config.model_parallel} does not divide the model's "
+            f"{config.num_kv_heads} key-value heads, which attention kernels split; choose a "
+            "divisor, or attention xla."
         )
     if q_len != kv_len:
         return "xla"
@@ -168,11 +138,12 @@ def attend_in_parts(
     @jax.checkpoint
     def one_part(i):
         row, first = i // parts, i % parts * PART
-        one = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (query, key, value, mask)]
-        one[0] = jax.lax.dynamic_slice_in_dim(one[0], first, PART, axis=1)
-        one[3] = jax.lax.dynamic_slice_in_dim(one[3], first, PART, axis=2)
-        part = dict(zip(("query", "key", "value", "mask"), one, strict=True))
-        return attend(**part, scale=scale, softcap=softcap)[0]
+        queries, keys, values, seen = (
+            jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (query, key, value, mask)
+        )
+        queries = jax.lax.dynamic_slice_in_dim(queries, first, PART, axis=1)
+        seen = jax.lax.dynamic_slice_in_dim(seen, first, PART, axis=2)
+        return attend(queries, keys, values, mask=seen, scale=scale, softcap=softcap)[0]
 
     out = jax.lax.map(one_part, jnp.arange(batch * parts))
     return out.reshape(batch, parts * PART, *out.shape[2:])[:, :q_len]

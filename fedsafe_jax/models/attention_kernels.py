@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from fedsafe_jax.models.flatten_vmap import flatten_vmap
 from fedsafe_jax.models.precision import own_precision
 from fedsafe_jax.models.sharding import MODEL
+from fedsafe_jax.models.visibility import Visibility
 
 ROW = 128  # Kernels take rows of a multiple of this; shorter ones are padded.
 # A block of splash attention is the whole row up to this length: fewer and larger blocks are
@@ -161,20 +162,6 @@ def _over_heads(function: Callable, mesh: Mesh | None, in_specs: tuple, out_spec
     return call
 
 
-def visible(segments: jax.Array, window: int = 0) -> jax.Array:
-    """Returns which keys of a row a query sees, bool `[rows, 1, seq, seq]`.
-
-    Args:
-      segments: int32 `[rows, seq]`.
-      window: number of positions that a query sees, its own included; 0 for all before it.
-    """
-    slots = jnp.arange(segments.shape[1])
-    is_near = slots[None, :] <= slots[:, None]
-    if window:
-        is_near &= slots[None, :] > slots[:, None] - window
-    return ((segments[:, :, None] == segments[:, None, :]) & is_near)[:, None]
-
-
 def _triton(static: Call, query, key, value, segments):
     """Computes attention by jax's Pallas kernel for Triton, which holds no scores."""
     with warnings.catch_warnings():
@@ -203,7 +190,9 @@ def _cudnn(static: Call, query, key, value, segments):
     """Computes attention by cuDNN, with the mask as a bias of one head."""
     # A bias instead of a mask, because cuDNN fails on a mask alone (jax#28974).
     lowest = jnp.finfo(query.dtype).min / 2
-    bias = jnp.where(visible(segments, static.window), 0.0, lowest).astype(query.dtype)
+    bias = jnp.where(Visibility.in_rows(segments).mask(static.window), 0.0, lowest).astype(
+        query.dtype
+    )
     return jax.nn.dot_product_attention(
         query, key, value, bias=jax.lax.stop_gradient(bias), scale=static.scale,
         implementation="xla" if static.interpret else "cudnn",
@@ -262,7 +251,7 @@ def _by_bounds(static: Call, query, key, value, lengths, offsets):
         query,
         key,
         value,
-        mask=visible(segments, static.window),
+        mask=Visibility.in_rows(segments).mask(static.window),
         scale=static.scale,
         implementation="xla",
     )

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsafe_jax.models import attention, rotary
-from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.precision import own_precision
 from fedsafe_jax.models.quantize import matmul
 from fedsafe_jax.models.rotary import Rotation
+from fedsafe_jax.models.visibility import Visibility
 
 
 class LayerKind(NamedTuple):
@@ -300,7 +300,7 @@ class Decoder(nn.Module):
                 valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
             )
         if segment_ids is not None:
-            visibility = Visibility(segment_ids, segment_ids, jnp.arange(seq))
+            visibility = Visibility.in_rows(segment_ids)
         else:
             # In a cache each row is one example: real tokens are segment 1, padding is 0.
             queries, keys = (x.astype(jnp.int32) for x in (valid, cache.valid))

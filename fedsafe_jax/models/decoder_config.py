@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
-from fedsafe_jax.models.sharding import platform_of
+from fedsafe_jax.models.sharding import MODEL, platform_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,6 +96,11 @@ class DecoderConfig:
     def platform(self) -> str:
         """Platform of the devices that compute, see `sharding.platform_of`."""
         return platform_of(self.mesh)
+
+    @property
+    def model_parallel(self) -> int:
+        """Number of devices that share one copy of the base."""
+        return 1 if self.mesh is None else self.mesh.shape.get(MODEL, 1)
 
     @property
     def attention_scale(self) -> float:

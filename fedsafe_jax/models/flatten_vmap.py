@@ -21,6 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Names of two of these loops in compiled programs: who counts operations has to be told their turns
+# (`aot.hlo`).
+TARGET_CHUNKS, MICROBATCHES = "target_chunks", "microbatches"
+
 
 def flatten_vmap(function: Callable, num_shared: int = 0) -> Callable:
     """Returns `function` with a rule for `vmap` that calls it once, with the rows of all clients.

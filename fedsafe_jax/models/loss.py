@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
-from fedsafe_jax.models.flatten_vmap import flatten_vmap
+from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS, flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
@@ -100,7 +100,7 @@ def _nll(chunk_nll: Callable, chunk: int, params, hidden, targets, is_target):
 
     num_chunks = -(-is_target.sum() // chunk)
     # Named, as its trips are data: who reads the compiled program must be told them (`aot.hlo`).
-    with jax.named_scope("target_chunks"):
+    with jax.named_scope(TARGET_CHUNKS):
         nll = jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.zeros(order.size))
     return _restore_order(nll, order, is_target)
 
@@ -127,7 +127,7 @@ def _nll_and_gradient(chunk_nll: Callable, chunk: int, params, hidden, targets, 
 
     num_chunks = -(-is_target.sum() // chunk)
     zeros = jnp.zeros(order.size), jnp.zeros_like(hidden)
-    with jax.named_scope("target_chunks"):
+    with jax.named_scope(TARGET_CHUNKS):
         results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
     return tuple(_restore_order(x, order, is_target) for x in results)
 

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from fedsafe_jax.models.flatten_vmap import all_mapped, broadcast_unmapped
+from fedsafe_jax.models.flatten_vmap import MICROBATCHES, all_mapped, broadcast_unmapped
 from fedsafe_jax.models.sharding import CLIENTS, platform_of
 
 # Tokens of a microbatch by platform; where a platform is missing, all rows are one microbatch.
 MICROBATCH_TOKENS = {"cpu": 256}
-SCOPE = "microbatches"  # names the loop in compiled programs, see `aot`
 CPU_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
@@ -85,7 +84,7 @@ def _sum_over_microbatches(value_and_grad: Callable, tokens: int | None, factors
         return jax.tree.map(lambda x, y: x + _target_fraction(part, num_targets) * y, sums, new)
 
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors)
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(MICROBATCHES):
         return jax.lax.fori_loop(0, -(-num_filled // rows), add_microbatch, zero)
 
 
@@ -167,7 +166,7 @@ def _queue(
     zero = jnp.zeros(clients), jax.tree.map(jnp.zeros_like, client_factors)
     # Empty microbatches are at the end of the queue, and are not computed.
     length = -(-(jnp.sum(num_tokens > 0) - first) // devices)
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(MICROBATCHES):
         sums = jax.lax.fori_loop(0, length, add_microbatch, zero)
     return jax.lax.psum(sums, CLIENTS) if devices > 1 else sums
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models import attention, rotary
-from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
+from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS
 from fedsafe_jax.models.rotary import Rotation
+from fedsafe_jax.models.visibility import Visibility
 
 CHUNK_TOKENS = 128  # Each chunk computes the keys and values of all tokens again.
 
@@ -72,8 +73,7 @@ def weighted_nll(
 def _before_last_layer(model: Decoder, factors, base, batch, rotation: Rotation):
     """Computes the last layer's input, `[rows, seq, hidden_size]`; arguments of `weighted_nll`."""
     config = model.config
-    slots = jnp.arange(batch.tokens.shape[1])
-    visibility = Visibility(batch.segment_ids, batch.segment_ids, slots)
+    visibility = Visibility.in_rows(batch.segment_ids)
     masks_or_segments = attention.attention_inputs(config, visibility)
     layer_fn = Layer(config, model.lora_scale, parent=None)
 
@@ -170,7 +170,7 @@ def _sum_over_chunks(function: Callable, zero, chunk: int, base, row: _Row):
         weights = jnp.where(places < size, row.weights[0, slots], 0)
         return jax.tree.map(jnp.add, sums, function(slots, weights, params, base, row))
 
-    with jax.named_scope("target_chunks"):
+    with jax.named_scope(TARGET_CHUNKS):
         return jax.lax.fori_loop(0, -(-has_loss.sum() // chunk), add_chunk, zero)
 
 

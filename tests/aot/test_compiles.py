@@ -18,8 +18,9 @@ import jax  # noqa: E402
 from lowered import MODEL, config, shape  # noqa: E402
 
 from fedsafe_jax.aot import compilation, hlo, lengths, targets  # noqa: E402
-from fedsafe_jax.aot.program import PROJECTION_NAMES, STEPS_SCOPE, Run  # noqa: E402
+from fedsafe_jax.aot.program import PROJECTION_NAMES, Run  # noqa: E402
 from fedsafe_jax.aot.programs import federated, generation  # noqa: E402
+from fedsafe_jax.federated.client import LOCAL_STEPS  # noqa: E402
 from fedsafe_jax.models.known import KNOWN  # noqa: E402
 
 LAYERS, HIDDEN, VOCAB, RANK, SEQ, STEPS = 2, 768, 4096, 16, 512, 2
@@ -69,7 +70,7 @@ def compiled(request, surroundings):
     found = {}
     for program in (next(federated(run)), next(generation(run))):
         text = compilation.lower(program, target).compile().as_text()
-        found[program.name] = program, hlo.count(text, program.trips, STEPS_SCOPE)
+        found[program.name] = program, hlo.count(text, program.trips, LOCAL_STEPS)
     return run, found
 
 

@@ -12,6 +12,7 @@ from fedsafe_jax.aot import compilation, targets
 from fedsafe_jax.aot.targets import GIB
 from fedsafe_jax.cli import startup
 from fedsafe_jax.cli.compile import PROGRAMS
+from fedsafe_jax.runtime import preemption
 
 CONFIG = "--config=configs/demo.py"
 SMALL = (
@@ -254,7 +255,8 @@ def test_wrong_input_is_one_line_before_anything_is_compiled(here, capsys, argum
     assert line.startswith("error: ") and said in line
 
 
-def test_a_run_says_in_one_line_which_kernel_it_cannot_use(capsys, tmp_path):
+def test_a_run_says_in_one_line_which_kernel_it_cannot_use(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "listen", lambda: None)  # the handlers of the tests stay
     arguments = [CONFIG, f"--workdir={tmp_path}", "--config.attention=triton"]
     with pytest.raises(SystemExit) as stopped:
         startup.start("run", arguments)

@@ -10,8 +10,8 @@ import tiny
 
 from fedsafe_jax.models import attention, block_attention
 from fedsafe_jax.models import attention_kernels as kernels
-from fedsafe_jax.models.attention import Visibility
 from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.visibility import Visibility
 
 SEQ, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 2, 128
 
@@ -98,7 +98,7 @@ def test_kernels_equal_the_formula_for_clients_under_vmap_with_gradients(
 
     def attend(query, key, value, segments):
         if name == "xla":
-            mask = kernels.visible(segments, window)
+            mask = Visibility.in_rows(segments).mask(window)
             return attention.attend(query, key, value, mask=mask, scale=scale, softcap=softcap)
         static = {"segments": segments, "window": window, "scale": scale, "softcap": softcap}
         if name == "blocks":
