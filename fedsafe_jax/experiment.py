@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from fedsafe_jax.evals import comparison
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.federated.round_programs import Programs
@@ -26,7 +27,7 @@ from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import fetch
 from fedsafe_jax.pipeline import clients, constitutional, evaluation, export, filtering, rounds
-from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, total_rounds
+from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, references, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.report import page
@@ -371,10 +372,12 @@ def summarise(
         | evaluation.summarise(inputs.evals, outcomes[planned.id], options)
         for planned in planned_arms(config)
     }
+    differences = comparison.differences(inputs.evals, outcomes, references(config), options)
     asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}
     results = {
         "arms": arms,
+        "differences": differences,
         "seeds": list(config.seeds),
         "data": inputs.counts,
         "sources": {name: one.source for name, one in asked.items()},
@@ -383,6 +386,12 @@ def summarise(
     }
     if filter_quality:
         names = ("accuracy", "precision", "recall", "hmean", "auroc")
-        mean = {n: float(np.mean([q[n] for q in filter_quality])) for n in names}
+        mean = {n: _mean_of_defined([q[n] for q in filter_quality]) for n in names}
         results["filter"] = mean | {"per_seed": filter_quality}
     return results
+
+
+def _mean_of_defined(values: list[float | None]) -> float | None:
+    """Returns the mean of the seeds in which a rate is defined, None where it is in none."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None

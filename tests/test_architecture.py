@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference"},
     "runtime": {"federated"},
-    "report": {"evals", "runtime"},
+    "report": {"evals", "filters", "runtime"},
     "finetune": {"models", "data", "inference", "federated"},
     "pipeline": SCIENCE | {"runtime", "report", "config"},
     "demo": SCIENCE,

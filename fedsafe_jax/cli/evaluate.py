@@ -142,7 +142,7 @@ def run_prompts(lm: LanguageModel, prompts: list[str], options: EvalOptions) -> 
         lines.append({"prompt": prompt, "answer": answer, "refused": verdicts})
     rates = {}
     for name, values in refused.items():
-        mean, interval = statistics.summarise([values])
+        mean, interval = statistics.rate([values])
         rates[name] = {"refused": mean, "ci95": interval, "n": len(lines)}
         print(f"{name}: {mean:.1f}% refused (95% interval {interval[0]:.1f} to {interval[1]:.1f})")
     return {"rates": rates, "prompts": lines}

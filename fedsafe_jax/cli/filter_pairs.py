@@ -112,8 +112,9 @@ def main(values: flags.FlagValues) -> None:
             [row["label"] == "unsafe" for row in known], [row["action"] != "keep" for row in known]
         )
         print(
-            f"{len(known)} labelled: precision {q.precision:.1f}, recall {q.recall:.1f}, harmonic "
-            f"mean {q.hmean:.1f}, accuracy {q.accuracy:.1f}"
+            f"{len(known)} labelled: precision {quality.shown(q.precision)}, recall "
+            f"{quality.shown(q.recall)}, harmonic mean {quality.shown(q.hmean)}, accuracy "
+            f"{quality.shown(q.accuracy)}"
         )
     for title, some in (("flagged", flagged), ("kept", kept)):
         for row in some[: values.samples]:

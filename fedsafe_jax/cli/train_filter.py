@@ -15,7 +15,9 @@ from fedsafe_jax.cli.command import Command, Config, check_folder
 from fedsafe_jax.cli.config_help import filter_fields
 from fedsafe_jax.config import filter_config
 from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
+from fedsafe_jax.filters.decision import AT_BOUND
 from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
+from fedsafe_jax.filters.quality import shown
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate_filter
 
@@ -149,8 +151,12 @@ def main(values: flags.FlagValues) -> None:
     print(f"pairs: {json.dumps(results['counts'])}")
     for i, epoch in enumerate(results.get("epochs", ())):
         mark = " (kept)" if i == results["best_epoch"] else ""
-        print(f"epoch {i + 1}: loss {epoch['loss']:.3f}, AUROC {epoch['auroc']:.3f}{mark}")
-    print(", ".join(f"{name} {value:.2f}" for name, value in results["decision"].items()))
+        print(f"epoch {i + 1}: loss {epoch['loss']:.3f}, AUROC {shown(epoch['auroc'], 3)}{mark}")
+    decision = results["decision"]
+    names = ("temperature", "threshold", "bias")
+    print(", ".join(f"{name} {decision[name]:.2f}" for name in names))
+    if decision["at_bound"]:
+        print(f"warning: {AT_BOUND}")
     if "heldout" in results:
         print_quality(results["heldout"])
     print(f"filter: {values.workdir}")
@@ -160,8 +166,8 @@ def print_quality(q: dict) -> None:
     """Prints the rates that `measure` returns."""
     print(
         f"held out: {q['pairs']} pairs, {100 * q['unsafe_share']:.0f}% unsafe: AUROC "
-        f"{q['auroc']:.3f}, precision {q['precision']:.1f}, recall {q['recall']:.1f}, harmonic "
-        f"mean {q['hmean']:.1f}, accuracy {q['accuracy']:.1f}, calibration error "
+        f"{shown(q['auroc'], 3)}, precision {shown(q['precision'])}, recall {shown(q['recall'])}, "
+        f"harmonic mean {shown(q['hmean'])}, accuracy {shown(q['accuracy'])}, calibration error "
         f"{q['calibration']['error']:.3f}"
     )
     for name, (flagged, seen) in q["flagged_by_source"].items():

@@ -12,6 +12,7 @@ import numpy as np
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
 HELDOUT = "heldout"  # source of the pairs that a run holds out from its clients' data
+UNDEFINED = "n/a"  # a figure without a value, such as precision where nothing was flagged
 ARROWS = {"up": "\u2191", "down": "\u2193"}
 
 
@@ -52,11 +53,22 @@ class Column(NamedTuple):
         return ", ".join(filter(None, (self.title, self.unit)))
 
     def cell(self, summary: Mapping) -> str:
-        """Returns the value with its interval, such as "63.7 (59.0-68.1)"; "" without a value."""
+        """Returns the value with its interval, such as "63.7 (59.0-68.1)"; "" without a value, and
+        "n/a" for one that is not defined."""
         if self.field not in summary:
             return ""
+        if summary[self.field] is None:
+            return UNDEFINED
         low, high = (f"{x:.{self.digits}f}" for x in summary[self.interval])
         return f"{summary[self.field]:.{self.digits}f} ({low}-{high})"
+
+    def difference(self, gap: Mapping) -> str:
+        """Returns a difference from `comparison.differences` with its interval, such as "-2.3 (-5.4,
+        +0.8)"."""
+        if gap["difference"] is None:
+            return UNDEFINED
+        mean, low, high = (f"{x:+.{self.digits}f}" for x in (gap["difference"], *gap["ci95"]))
+        return f"{mean} ({low}, {high})"
 
 
 class EvalOptions(NamedTuple):
@@ -92,6 +104,9 @@ class Task(NamedTuple):
       prompts: `items -> texts` that no training example may be near.
       run: `(lm, items, options) -> outcomes`, a JSON-ready dict with a value for every item.
       summarise: `(outcomes by seed, options) -> {field: value, interval: [low, high], ...}`.
+      values: `(outcome, options) -> {field of a column: value of each item}`: bool or from 0 to 1
+        for a rate in percent, float for another figure, None for an item without a value. Arms are
+        compared by them, item by item; None for a task whose arms are not compared.
       generates: whether answers are generated; a task that only scores given answers is cheaper.
       beside: name of the task without which this one is never shown, such as over-refusal for
         refusal; "" for none.
@@ -107,6 +122,7 @@ class Task(NamedTuple):
     prompts: Callable[[list], list[str]]
     run: Callable[[Any, list, EvalOptions], dict]
     summarise: Callable[[Sequence[dict], EvalOptions], dict]
+    values: Callable[[dict, EvalOptions], dict[str, Sequence]] | None = None
     generates: bool = True
     beside: str = ""
     needs_endpoint: bool = False

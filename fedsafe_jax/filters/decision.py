@@ -9,7 +9,16 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 TARGETS = ("f1", "recall")
-SLOPES, BIASES = (0.05, 20.0), (-20.0, 20.0)  # bounds of the calibration
+# Bounds of the calibration, on log-odds of mean 0 and standard deviation 1: raw ones of a filter
+# that learned little may all lie within a thousandth of one another.
+SLOPES, BIASES = (0.0, 20.0), (-20.0, 20.0)
+
+
+# What to say where a fit ended there.
+AT_BOUND = (
+    "the filter's calibration ended at a bound: its scores hardly separate the validation pairs; "
+    "train it longer or on more pairs, or set filter.threshold"
+)
 
 
 class Decision(NamedTuple):
@@ -20,11 +29,14 @@ class Decision(NamedTuple):
       threshold: calibrated probability from which a pair is unsafe.
       bias: added to the divided log-odds, since the share of unsafe pairs in use is not that of
         the training data.
+      at_bound: whether the fit of the calibration ended at a bound, so that its probabilities, and
+        the threshold on them, mean little.
     """
 
     temperature: float = 1.0
     threshold: float = 0.5
     bias: float = 0.0
+    at_bound: bool = False
 
     def probability(self, log_odds: ArrayLike) -> np.ndarray:
         """Returns the calibrated P(unsafe), float32 `[n]`, of log-odds `[n]`."""
@@ -44,14 +56,18 @@ def share_weights(unsafe: Sequence[bool], share: float) -> np.ndarray:
 def calibrate(log_odds: Sequence[float], unsafe: Sequence[bool], share: float = 0.0) -> Decision:
     """Fits the temperature and bias that make validation labels likeliest (Platt, 1999).
 
-    Labels are smoothed as in Platt's equation 3, so that separable ones have a finite fit.
+    Labels are smoothed as in Platt's equation 3, so that separable ones have a finite fit. A fit
+    that ends at a bound says so: where the slope is 0, scores do not rise with the labels, and all
+    pairs get the same probability.
 
     Args:
       log_odds: raw scores of validation pairs.
       unsafe: labels of the pairs.
       share: share of unsafe pairs that is expected in use; 0 for the share in validation.
     """
-    z, unsafe = np.asarray(log_odds, np.float64), np.asarray(unsafe, bool)
+    raw, unsafe = np.asarray(log_odds, np.float64), np.asarray(unsafe, bool)
+    middle, spread = raw.mean(), raw.std() or 1.0
+    z = (raw - middle) / spread
     weights = share_weights(unsafe, share)
     target = np.where(unsafe, 1 - 1 / (unsafe.sum() + 2), 1 / ((~unsafe).sum() + 2))
 
@@ -62,7 +78,12 @@ def calibrate(log_odds: Sequence[float], unsafe: Sequence[bool], share: float = 
         return value, np.array([(gap * z).mean(), gap.mean()])
 
     slope, bias = minimize(nll, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[SLOPES, BIASES]).x
-    return Decision(temperature=float(1 / slope), bias=float(bias))
+    at_bound = slope in SLOPES or bias in BIASES or raw.std() == 0
+    # A slope of 0 is an endless temperature, which cannot be written to a file.
+    temperature = spread / max(slope, 1e-6)
+    return Decision(
+        float(temperature), bias=float(bias - middle / temperature), at_bound=bool(at_bound)
+    )
 
 
 def choose_threshold(

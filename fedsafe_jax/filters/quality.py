@@ -8,12 +8,16 @@ from scipy.stats import rankdata
 
 
 class FilterQuality(NamedTuple):
-    """Detection rates of unsafe pairs in percent, and the confusion counts behind them."""
+    """Detection rates of unsafe pairs in percent, and the confusion counts behind them.
 
-    accuracy: float
-    precision: float
-    recall: float
-    hmean: float
+    A rate is None where it is not defined: precision where nothing was flagged, recall where
+    nothing is unsafe, and their mean where one of them is None.
+    """
+
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    hmean: float | None
     true_positive: int
     false_positive: int
     true_negative: int
@@ -45,14 +49,12 @@ def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
     unsafe, flagged = np.asarray(unsafe, bool), np.asarray(flagged, bool)
     tp, fp = int((unsafe & flagged).sum()), int((~unsafe & flagged).sum())
     tn, fn = int((~unsafe & ~flagged).sum()), int((unsafe & ~flagged).sum())
-    precision, recall = 100 * tp / max(tp + fp, 1), 100 * tp / max(tp + fn, 1)
-    hmean = 2 * precision * recall / max(precision + recall, 1e-9)
-    accuracy = 100 * (tp + tn) / max(len(unsafe), 1)
     return FilterQuality(
-        accuracy,
-        precision,
-        recall,
-        hmean=hmean,
+        _percent(tp + tn, len(unsafe)),
+        _percent(tp, tp + fp),
+        _percent(tp, tp + fn),
+        # 2 p r / (p + r) in counts.
+        hmean=_percent(2 * tp, 2 * tp + fp + fn) if tp + fp and tp + fn else None,
         true_positive=tp,
         false_positive=fp,
         true_negative=tn,
@@ -60,15 +62,24 @@ def quality(unsafe: Sequence[bool], flagged: Sequence[bool]) -> FilterQuality:
     )
 
 
-def auroc(unsafe: Sequence[bool], scores: Sequence[float]) -> float:
+def _percent(part: int, whole: int) -> float | None:
+    return 100 * part / whole if whole else None
+
+
+def shown(value: float | None, digits: int = 1) -> str:
+    """Returns a rate as text, "n/a" where it is not defined."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def auroc(unsafe: Sequence[bool], scores: Sequence[float]) -> float | None:
     """Computes the chance that an unsafe pair scores higher than a safe one, ties counting half.
 
-    NaN where one of the labels is missing.
+    None where one of the labels is missing.
     """
     unsafe = np.asarray(unsafe, bool)
     positive, negative = int(unsafe.sum()), int((~unsafe).sum())
     if not positive or not negative:
-        return float("nan")
+        return None
     ranks = rankdata(scores)[unsafe].sum()
     return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
 

@@ -76,6 +76,26 @@ def planned_arms(config: ConfigDict) -> list[PlannedArm]:
     return planned
 
 
+def references(config: ConfigDict) -> dict[str, list[str]]:
+    """Returns the arms that each arm is compared with: the base, federated learning alone under the
+    same algorithm, and the same arm under the first algorithm; by `PlannedArm.id`."""
+    planned = planned_arms(config)
+
+    def others(one: PlannedArm) -> list[str]:
+        return [
+            other.id
+            for other in planned
+            if other.id != one.id
+            and (
+                not other.arm.trains
+                or (other.algorithm == one.algorithm and other.arm.name == "fl")
+                or (other.algorithm == config.algorithms[0] and other.arm.name == one.arm.name)
+            )
+        ]
+
+    return {one.id: others(one) for one in planned if one.arm.trains}
+
+
 def total_rounds(config: ConfigDict) -> int:
     """Returns the rounds of all arms, algorithms and seeds."""
     trained = sum(planned.arm.trains for planned in planned_arms(config))

@@ -53,6 +53,7 @@ class Clients:
       quality, reliability, auroc: quality of the verdicts, as labels are known in simulation; None
         without a filter.
       threshold: P(unsafe) from which pairs were flagged.
+      at_bound: whether the filter's calibration ended at a bound, see `decision.Decision`.
       make_filter: `() -> filter`; None without a filter, or for a simulated one.
     """
 
@@ -64,6 +65,7 @@ class Clients:
     reliability: Reliability | None = None
     auroc: float | None = None
     threshold: float | None = None
+    at_bound: bool = False
     make_filter: Callable | None = None
 
     def judge(self) -> tuple[Callable, float]:
@@ -75,6 +77,7 @@ class Clients:
         return self.quality._asdict() | {
             "auroc": self.auroc,
             "threshold": self.threshold,
+            "calibration_at_bound": self.at_bound,
             "reliability": self.reliability._asdict(),
             "categories": self.categories,
         }

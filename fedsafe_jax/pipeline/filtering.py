@@ -17,7 +17,7 @@ from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.filters import cache, quality, store
 from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
-from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.decision import AT_BOUND, Decision
 from fedsafe_jax.filters.guard import GuardFilter
 from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
 from fedsafe_jax.filters.kinds import (
@@ -51,11 +51,13 @@ class Verdicts(NamedTuple):
       threshold: P(unsafe) from which a pair is flagged.
       make_filter: returns the filter, trained when it was not needed so far; None for a simulated
         one. Whoever calls it holds a guard's model, see `kinds.FilterOnCall`.
+      at_bound: see `decision.Decision`.
     """
 
     probability: np.ndarray
     threshold: float
     make_filter: Callable[[], Filter] | None
+    at_bound: bool = False
 
 
 def filter_clients(
@@ -93,9 +95,11 @@ def filter_clients(
     unsafe = [e.label == UNSAFE for e in everything]
     measured = quality.quality(unsafe, verdicts.probability >= verdicts.threshold)
     progress.note(
-        f"filter: recall {measured.recall:.1f}%, precision {measured.precision:.1f}%, "
-        f"threshold {verdicts.threshold:.2f}"
+        f"filter: recall {quality.shown(measured.recall)}%, precision "
+        f"{quality.shown(measured.precision)}%, threshold {verdicts.threshold:.2f}"
     )
+    if verdicts.at_bound:
+        progress.warn(f"seed {seed}: {AT_BOUND}")
     return dataclasses.replace(
         clients,
         filtered=filtered,
@@ -105,6 +109,7 @@ def filter_clients(
         reliability=quality.reliability(unsafe, verdicts.probability),
         auroc=quality.auroc(unsafe, verdicts.probability),
         threshold=verdicts.threshold,
+        at_bound=verdicts.at_bound,
         make_filter=verdicts.make_filter,
     )
 
@@ -235,7 +240,7 @@ def score_pairs(
     threshold = section.threshold or decision.threshold
     # What is flagged decides what is generated and trained, which must be the same everywhere.
     probability, threshold = multihost.broadcast((decision.probability(log_odds), threshold))
-    return Verdicts(probability, float(threshold), make_filter)
+    return Verdicts(probability, float(threshold), make_filter, decision.at_bound)
 
 
 def _fingerprint(config: ConfigDict, inputs: RunInputs, seed: int) -> str:

@@ -13,7 +13,13 @@ def sections(run: RunData) -> list[Section]:
     if asked:
         judge = run.config["eval"]["judge"]
         note += f"Refusals by the judge '{judge}'. {prompts[:1].upper()}{prompts[1:]}. "
-    note += f"Seeds: {list(run.config['seeds'])}."
+    seeds = list(run.config["seeds"])
+    note += f"Seeds: {seeds}. "
+    note += (
+        "An interval covers the prompts and the seeds."
+        if len(seeds) > 1
+        else "With one seed an interval covers the prompts, and nothing of the spread between runs."
+    )
     blocks = [Text(note), Table(*table_rows(run.results, run.sets))]
     if panels := _panels(run):
         blocks.append(figure(run.figures / "arms.png", lambda plt: _bars(plt, run, panels)))
@@ -27,7 +33,8 @@ def _panels(run: RunData) -> list[tuple]:
         (name, column)
         for name, one in run.sets.items()
         for column in one.columns
-        if column.unit == "%" and all(column.field in arm.get(name, {}) for arm in arms)
+        if column.unit == "%"
+        and all(arm.get(name, {}).get(column.field) is not None for arm in arms)
     ]
 
 

@@ -104,5 +104,5 @@ def _eval_results(summary: Mapping, sets: Mapping[str, EvalSet]) -> list[EvalRes
         )
         for name, one in sets.items()
         for column in one.columns
-        if column.field in summary.get(name, {})
+        if summary.get(name, {}).get(column.field) is not None
     ]

@@ -11,6 +11,7 @@ from fedsafe_jax.report import (
     cai,
     clients,
     curves,
+    differences,
     judges,
     safety_filter,
     settings,
@@ -23,7 +24,7 @@ from fedsafe_jax.runtime import run_files
 
 TITLE = "Federated fine-tuning, safety filter and Constitutional AI"
 # Each has `sections(run) -> [Section]`, empty where the run has nothing to show of it.
-PARTS = (arms, curves, clients, safety_filter, cai, judges, answers, timing, settings)
+PARTS = (arms, differences, curves, clients, safety_filter, cai, judges, answers, timing, settings)
 
 
 def write(

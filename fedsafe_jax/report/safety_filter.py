@@ -1,5 +1,7 @@
 """The report's section on the safety filter: confusion, reliability, categories."""
 
+from fedsafe_jax.filters.decision import AT_BOUND
+from fedsafe_jax.filters.quality import shown
 from fedsafe_jax.report.blocks import COLOURS, Section, Table, Text, figure
 from fedsafe_jax.report.run_data import RunData
 
@@ -15,7 +17,7 @@ def sections(run: RunData) -> list[Section]:
         return []
     quality = run.results["filter"]
     seeds = quality["per_seed"]
-    rates = ", ".join(f"{name} {quality[name]:.1f}" for name in RATES)
+    rates = ", ".join(f"{name} {shown(quality[name])}" for name in RATES)
     counts = ("true_positive", "false_negative", "false_positive", "true_negative")
     rows = [
         (f"run {i}", f"{q['threshold']:.2f}", *(q[name] for name in counts), _error(q))
@@ -24,12 +26,15 @@ def sections(run: RunData) -> list[Section]:
     header = ("", "threshold", "unsafe flagged", "unsafe kept", "safe flagged", "safe kept")
     diagonal = "On the diagonal, a predicted probability is the share of pairs that are unsafe."
     blocks = [
-        Text(f"{rates}, AUROC {quality['auroc']:.3f}", note=False),
+        Text(f"{rates}, AUROC {shown(quality['auroc'], 3)}", note=False),
         Table((*header, "calibration error"), rows),
         Text(diagonal),
         figure(run.figures / "reliability.png", lambda plt: _reliability(plt, seeds)),
         _categories(seeds),
     ]
+    bounded = [i for i, q in enumerate(seeds) if q.get("calibration_at_bound")]
+    if bounded:
+        blocks.insert(1, Text(f"Run {', '.join(map(str, bounded))}: {AT_BOUND}.", note=False))
     return [Section("Safety filter", blocks)]
 
 

@@ -8,8 +8,9 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.evals.task import EvalSet, Task, select
+from fedsafe_jax.evals.task import Column, EvalSet, Task, select
 from fedsafe_jax.evals.tasks import TASKS
+from fedsafe_jax.filters.quality import shown
 
 
 def table_rows(results: dict, sets: Mapping[str, EvalSet]) -> tuple[list[str], list[list[str]]]:
@@ -35,22 +36,65 @@ def table_rows(results: dict, sets: Mapping[str, EvalSet]) -> tuple[list[str], l
     return header, rows
 
 
+def difference_rows(
+    results: dict, sets: Mapping[str, EvalSet], full: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the paired differences between arms.
+
+    Args:
+      results: content of `results.json`.
+      sets: the evaluation sets by name.
+      full: whether all figures of a task are shown, with their p-values, or the first one alone.
+    """
+    by_key = {
+        (d["arm"], d["reference"], d["task"], d["field"]): d for d in results.get("differences", ())
+    }
+    shown_columns = [
+        (name, column)
+        for name, one in sets.items()
+        for column in (one.columns if full else one.columns[:1])
+        if any(key[2:] == (name, column.field) for key in by_key)
+    ]
+    rows = []
+    for arm, reference in dict.fromkeys(key[:2] for key in by_key):
+        keys = ((arm, reference, name, column.field) for name, column in shown_columns)
+        cells = [
+            _difference(column, by_key[key], full) if key in by_key else ""
+            for key, (_, column) in zip(keys, shown_columns, strict=True)
+        ]
+        rows.append([arm, reference, *cells])
+    return ["arm", "less that of", *(column.header for _, column in shown_columns)], rows
+
+
+def _difference(column: Column, gap: Mapping, full: bool) -> str:
+    p = f", p {gap['p']:.2g}" if full and gap["p"] is not None else ""
+    return column.difference(gap) + p
+
+
 def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
-    """Prints the table with 95% intervals and, where there is one, the filter's quality."""
-    header, rows = table_rows(results, sets)
-    table = Table(title="mean (95% interval)", title_justify="left")
+    """Prints the arms and their differences with 95% intervals, and the filter's quality if there
+    is one."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(_table("mean (95% interval)", *table_rows(results, sets)))
+    header, rows = difference_rows(results, sets)
+    if rows:
+        title = "difference on the same items (95% interval)"
+        console.print(_table(title, header, rows))
+    if "filter" in results:
+        f = results["filter"]
+        console.print(
+            f"filter: accuracy {shown(f['accuracy'])}, precision {shown(f['precision'])}, "
+            f"recall {shown(f['recall'])}, harmonic mean {shown(f['hmean'])}"
+        )
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 2)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    if "filter" in results:
-        f = results["filter"]
-        console.print(
-            f"filter: accuracy {f['accuracy']:.1f}, precision {f['precision']:.1f}, "
-            f"recall {f['recall']:.1f}, harmonic mean {f['hmean']:.1f}"
-        )
+    return table
 
 
 def print_workdir(workdir: str, tasks: Mapping[str, Task] = TASKS) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.refusals import start_refusal
-from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, judges, statistics
+from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, judges
 from fedsafe_jax.evals.task import HELDOUT, TaskError, select
 from fedsafe_jax.evals.tasks import mt_bench
 from fedsafe_jax.pipeline import evaluation
@@ -31,28 +31,6 @@ from fedsafe_jax.pipeline import evaluation
 def test_judges(answer, keyword, start):
     assert judges.keyword_refusal(answer) == keyword
     assert start_refusal(answer) == start
-
-
-def test_wilson_interval_of_known_cases():
-    # Brown, Cai and DasGupta (2001): x=0, n=10 gives [0, 0.2775]; x=5 gives [0.2366, 0.7634].
-    np.testing.assert_allclose(statistics.wilson(0, 10), (0, 0.2775), atol=1e-4)
-    np.testing.assert_allclose(statistics.wilson(5, 10), (0.2366, 0.7634), atol=1e-4)
-
-
-def test_bootstrap_is_the_normal_interval_for_many_items():
-    values = np.random.default_rng(0).normal(2.0, 1.0, (1, 4000))
-    low, high = statistics.bootstrap(values)
-    # Standard error 0.0158; 2,000 resamples place a percentile to about 5% of it.
-    np.testing.assert_allclose(
-        (low, high), values.mean() + np.array([-1.96, 1.96]) / 4000**0.5, atol=4e-3
-    )
-
-
-def test_seeds_that_differ_widen_the_interval():
-    same = np.tile(np.arange(200) % 2, (3, 1)).astype(float)
-    apart = np.stack([np.zeros(200), np.arange(200) % 2, np.ones(200)])
-    width = [np.subtract(*statistics.summarise(v)[1][::-1]) for v in (same, apart)]
-    assert width[1] > 2 * width[0]
 
 
 def test_summary_pools_seeds_and_names_categories():
@@ -113,8 +91,9 @@ def test_mt_bench_and_win_rate_through_an_endpoint(server):
     assert outcome["ratings"] == [7.5, None, 7.5]
     summary = mt_bench.summarise([outcome], options)
     assert summary["rating"] == 7.5 and summary["unparsed"] == 1 and summary["n"] == 2
-    with pytest.raises(judges.EndpointError, match="no reply"):
-        mt_bench.summarise([{"ratings": [None]}], options)
+    nothing = mt_bench.summarise([{"ratings": [None]}], options)
+    assert nothing == {"rating": None, "ci95": [None, None], "n": 0, "unparsed": 1}
+    assert mt_bench.MT_BENCH.columns[0].cell(nothing) == "n/a"
     path, authorization, body = seen[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "judge-model" and body["temperature"] == 0
@@ -132,6 +111,14 @@ def test_win_rate_joins_the_utility_summary(server, packaged):
     # The fake judge always prefers the second answer here, in both orders: ties.
     assert outcome["utility"]["wins"] == [0.5, 0.5, 0.5]
     assert evaluation.summarise(sets, [outcome], options)["utility"]["win_rate"] == 50
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [("[[10]]", 10.0), ("Rating: [[1]]", 1.0), ("[[11]]", None), ("[[0]]", None), ("[[-3]]", None)],
+)
+def test_ratings_outside_of_the_scale_are_unparsed(reply, rating):
+    assert mt_bench.parse_rating(reply) == rating
 
 
 def test_endpoint_errors_name_the_url():

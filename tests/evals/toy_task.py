@@ -15,7 +15,7 @@ def run(lm, prompts, options):
 
 def summarise(outcomes, options):
     del options
-    mean, interval = statistics.summarise([outcome["spoke"] for outcome in outcomes])
+    mean, interval = statistics.rate([outcome["spoke"] for outcome in outcomes])
     return {"spoken": mean, "ci95": interval}
 
 
@@ -29,4 +29,5 @@ TASKS["toy"] = Task(
     prompts=list,
     run=run,
     summarise=summarise,
+    values=lambda outcome, options: {"spoken": outcome["spoke"]},
 )

@@ -43,7 +43,8 @@ def test_thresholds_are_the_best_of_all():
 
     def at(t):
         q = quality.quality(unsafe, p >= t)
-        return q.hmean, q.precision / 100, q.recall / 100
+        # Nothing is flagged above the highest score: no threshold is to be chosen there.
+        return q.hmean or 0.0, (q.precision or 0.0) / 100, q.recall / 100
 
     every = [at(t) for t in np.linspace(0, 1, 2001)]
     chosen = decision.choose_threshold(p, unsafe)
@@ -51,3 +52,22 @@ def test_thresholds_are_the_best_of_all():
     chosen = decision.choose_threshold(p, unsafe, "recall", 0.8)
     assert at(chosen)[1] >= 0.8
     assert at(chosen)[2] == pytest.approx(max(r for _, q, r in every if q >= 0.8), abs=0.01)
+
+
+def test_scores_of_a_filter_that_learned_little_are_calibrated():
+    """All raw scores lie far below zero and close together; the labels still follow them."""
+    rng = np.random.default_rng(3)
+    z = rng.normal(size=20000)
+    unsafe = rng.random(20000) < expit(2 * z - 1)
+    raw = -7 + 1e-3 * z
+    scores = decision.fit(raw, unsafe)
+    assert not scores.at_bound
+    assert quality.reliability(unsafe, scores.probability(raw)).error < 0.015
+
+
+@pytest.mark.parametrize("raw", [np.full(200, -3.0), np.where(np.arange(200) % 2, -1.0, 1.0)])
+def test_scores_that_do_not_rise_with_the_labels_say_so(raw):
+    scores = decision.fit(raw, np.arange(200) % 2 == 1)
+    assert scores.at_bound and np.isfinite(scores).all()
+    probability = scores.probability(raw)
+    np.testing.assert_allclose(probability, 0.5, atol=0.01)

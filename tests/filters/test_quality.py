@@ -15,11 +15,25 @@ def test_quality_counts_and_rates():
     assert found.hmean == pytest.approx(200 / 3)
 
 
+@pytest.mark.parametrize(
+    ("unsafe", "flagged", "rates"),
+    [
+        ([], [], (None, None, None, None)),
+        ([0, 0], [0, 0], (100, None, None, None)),
+        ([0, 0], [1, 0], (50, 0, None, None)),
+        ([1, 0], [0, 0], (50, None, 0, None)),
+        ([1, 0], [0, 1], (0, 0, 0, 0)),
+    ],
+)
+def test_rates_that_are_not_defined_are_none(unsafe, flagged, rates):
+    assert quality.quality(unsafe, flagged)[:4] == rates
+
+
 def test_auroc_counts_pairs_in_order():
     unsafe, scores = np.array([1, 0, 1, 0, 0]), np.array([0.9, 0.1, 0.4, 0.4, 0.8])
     wins = [(a > b) + 0.5 * (a == b) for a in scores[unsafe == 1] for b in scores[unsafe == 0]]
     assert quality.auroc(unsafe, scores) == pytest.approx(np.mean(wins))
-    assert np.isnan(quality.auroc([1, 1], [0.1, 0.2]))
+    assert quality.auroc([1, 1], [0.1, 0.2]) is None
 
 
 def test_reliability_of_honest_and_of_boastful_probabilities():

@@ -56,19 +56,19 @@ def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> d
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
     """Returns the accuracy in percent, in all and by category."""
     del options
-    values = np.array([o["correct"] for o in outcomes], float)
+    correct = np.array([o["correct"] for o in outcomes], bool)
     categories = np.array(outcomes[0]["category"])
-    mean, interval = statistics.summarise(values)
+    mean, interval = statistics.rate(correct)
     by_category = {}
     for category in sorted(set(categories)):
-        part, part_interval = statistics.summarise(values[:, categories == category])
+        part, part_interval = statistics.rate(correct[:, categories == category])
         count = int((categories == category).sum())
         by_category[category] = {"accuracy": part, "ci95": part_interval, "n": count}
     return {
         "accuracy": mean,
         "ci95": interval,
-        "n": values.shape[1],
-        "per_seed": (100 * values.mean(1)).tolist(),
+        "n": correct.shape[1],
+        "per_seed": (100 * correct.mean(1)).tolist(),
         "by_category": by_category,
     }
 
@@ -83,5 +83,6 @@ HHH = Task(
     prompts=lambda choices: [choice.messages[-1][1] for choice in choices],
     run=run,
     summarise=summarise,
+    values=lambda outcome, options: {"accuracy": outcome["correct"]},
     generates=False,
 )

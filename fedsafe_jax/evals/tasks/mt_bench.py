@@ -4,6 +4,7 @@ chat model, and pairwise win rates.
 The grader is any callable from messages to text, such as `judges.ChatEndpoint`.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,9 +13,10 @@ import numpy as np
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals import statistics
-from fedsafe_jax.evals.judges import EndpointError
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
 from fedsafe_jax.inference.language_model import LanguageModel
+
+LOWEST, HIGHEST = 1.0, 10.0  # the scale of a rating
 
 GRADE = (
     "Please act as an impartial judge and rate the quality of the assistant's last answer. "
@@ -41,9 +43,10 @@ def load_questions(location: str, data_dir: str) -> list[list[str]]:
 
 
 def parse_rating(text: str) -> float | None:
-    """Returns the number in `[[...]]`, or None."""
+    """Returns the rating in `[[...]]`, or None where there is none from 1 to 10."""
     match = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-    return float(match.group(1)) if match else None
+    rating = float(match.group(1)) if match else math.nan
+    return rating if LOWEST <= rating <= HIGHEST else None
 
 
 def run(lm: LanguageModel, questions: Sequence[Sequence[str]], options: EvalOptions) -> dict:
@@ -76,21 +79,16 @@ def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
     """Returns the mean rating over the turns that were graded in every seed.
 
     Returns:
-      `{"rating", "ci95", "n", "unparsed"}`; `unparsed` counts replies without a rating.
-
-    Raises:
-      EndpointError: no reply holds a rating.
+      `{"rating", "ci95", "n", "unparsed"}`; `unparsed` counts replies without a rating. Rating and
+      interval are None where no reply holds one.
     """
     del options
     ratings = np.array([o["ratings"] for o in outcomes], float)  # None becomes NaN
-    graded = ratings[:, ~np.isnan(ratings).any(0)]
-    if not graded.size:
-        raise EndpointError("mt_bench: no reply of the judge holds a rating such as [[5]].")
-    mean, interval = statistics.summarise(graded, scale=1.0)
+    mean, interval = statistics.mean(ratings)
     return {
         "rating": mean,
         "ci95": interval,
-        "n": graded.shape[1],
+        "n": statistics.complete(ratings).shape[1],
         "unparsed": int(np.isnan(ratings).sum()),
     }
 
@@ -128,5 +126,6 @@ MT_BENCH = Task(
     prompts=lambda questions: [turn for turns in questions for turn in turns],
     run=run,
     summarise=summarise,
+    values=lambda outcome, options: {"rating": outcome["ratings"]},
     needs_endpoint=True,
 )

@@ -59,8 +59,7 @@ def summarise(field: str, outcomes: Sequence[dict], options: EvalOptions) -> dic
     """Returns the rate of refusals in percent, under the name `field`, and that of every judge."""
     by_judge = {}
     for name in outcomes[0]["refused"]:
-        values = np.array([o["refused"][name] for o in outcomes], float)
-        mean, interval = statistics.summarise(values)
+        mean, interval = statistics.rate([o["refused"][name] for o in outcomes])
         by_judge[name] = {field: mean, "ci95": interval}
     values = np.array([o["refused"][options.judge] for o in outcomes], float)
     return by_judge[options.judge] | {
@@ -69,6 +68,11 @@ def summarise(field: str, outcomes: Sequence[dict], options: EvalOptions) -> dic
         "per_seed": (100 * values.mean(1)).tolist(),
         "by_judge": by_judge,
     }
+
+
+def values(field: str, outcome: dict, options: EvalOptions) -> dict[str, list[bool]]:
+    """Returns whether each answer refuses by the headline judge, under the name `field`."""
+    return {field: outcome["refused"][options.judge]}
 
 
 ADVBENCH = Task(
@@ -81,6 +85,7 @@ ADVBENCH = Task(
     prompts=list,
     run=run,
     summarise=functools.partial(summarise, "safety"),
+    values=functools.partial(values, "safety"),
     beside="over_refusal",
 )
 
@@ -94,4 +99,5 @@ OVER_REFUSAL = Task(
     prompts=list,
     run=run,
     summarise=functools.partial(summarise, "rate"),
+    values=functools.partial(values, "rate"),
 )

@@ -50,20 +50,31 @@ def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) ->
 
 
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
-    """Returns the mean loss in nats a token, and the win rate in percent where there is one."""
+    """Returns the mean loss in nats a token, and the win rate in percent where there is one.
+
+    `undefined` counts losses that are no number: those of a model that diverged.
+    """
     del options
-    values = np.array([o["nll"] for o in outcomes])
-    mean, interval = statistics.summarise(values, scale=1.0)
+    values = np.array([o["nll"] for o in outcomes], float)
+    mean, interval = statistics.mean(values)
     summary = {
         "nll": mean,
         "ci95": interval,
-        "n": values.shape[1],
+        "n": statistics.complete(values).shape[1],
+        "undefined": int(np.isnan(values).sum()),
         "per_seed": values.mean(1).tolist(),
     }
     if "wins" in outcomes[0]:
-        rate, interval = statistics.summarise(np.array([o["wins"] for o in outcomes]))
+        rate, interval = statistics.rate([o["wins"] for o in outcomes])
         summary |= {"win_rate": rate, "win_rate_ci95": interval}
     return summary
+
+
+def values(outcome: dict, options: EvalOptions) -> dict[str, list[float]]:
+    """Returns the loss of each answer, and the score against the base's where there is one."""
+    del options
+    wins = {"win_rate": outcome["wins"]} if "wins" in outcome else {}
+    return {"nll": outcome["nll"]} | wins
 
 
 UTILITY = Task(
@@ -79,5 +90,6 @@ UTILITY = Task(
     prompts=lambda examples: [e.prompt for e in examples],
     run=run,
     summarise=summarise,
+    values=values,
     generates=False,
 )
