@@ -89,6 +89,8 @@ def test_the_task_is_in_the_results_under_a_name_for_each_source(workdir):
     for name in ("toy", "toy_2"):
         low, high = fl[name]["ci95"]
         assert 0 <= low <= fl[name]["spoken"] <= high <= 100
+    compared = {(d["arm"], d["reference"], d["task"], d["field"]) for d in results["differences"]}
+    assert ("fl", "base", "toy_2", "spoken") in compared
     assert results["sources"]["toy_2"].endswith("#heldout")
     assert results["versions"]["tasks"] == {"toy": 1, "toy_2": 1, "utility": 1}
     (row,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -99,7 +101,8 @@ def test_the_task_is_in_the_results_under_a_name_for_each_source(workdir):
 
 def test_the_task_is_in_the_report_the_figures_and_the_card(workdir):
     report = (workdir / "report.html").read_text()
-    assert report.count("said something % \u2191") == 2 and "toy prompts" in report
+    # Twice in the table of the arms, and twice in that of their differences.
+    assert report.count("said something % \u2191") == 4 and "toy prompts" in report
     assert (workdir / "figures/toy_by_round.png").is_file()
     card = (workdir / "export/adapter/README.md").read_text()
     assert card.count("| said something, % |") == 2

@@ -63,7 +63,7 @@ class Column(NamedTuple):
         return f"{summary[self.field]:.{self.digits}f} ({low}-{high})"
 
     def difference(self, gap: Mapping) -> str:
-        """Returns a difference from `comparison.differences` with its interval, such as "-2.3 (-5.4,
+        """Returns a difference of `comparison.differences` with its interval, such as "-2.3 (-5.4,
         +0.8)"."""
         if gap["difference"] is None:
             return UNDEFINED
