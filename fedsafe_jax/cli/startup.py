@@ -24,7 +24,7 @@ from fedsafe_jax.cli.command import COMMANDS, Command, UsageError, hint, load
 from fedsafe_jax.config import ConfigError, check_override
 from fedsafe_jax.runtime.libraries import quiet_libraries
 from fedsafe_jax.runtime.preemption import Preempted
-from fedsafe_jax.validation import input_errors, storage_errors
+from fedsafe_jax.validation import input_errors, one_line, storage_errors
 
 HELP = re.compile(r"--?(?:help|helpshort|helpfull|h)(?:=(?P<group>.*))?")
 
@@ -64,10 +64,10 @@ def start(name: str, arguments: Sequence[str]) -> None:
             start_logging()
             command.main(parse(name, command, arguments))
     except (UsageError, flags.Error, ConfigError, *input_errors()) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except storage_errors() as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

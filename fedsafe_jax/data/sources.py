@@ -136,9 +136,9 @@ def parse_source(source: str) -> tuple[str, str, str]:
     location, _, part = location.partition("#")
     if name not in READERS or not location:
         known = ", ".join(sorted(READERS))
-        raise SourceError(f"source '{source}': expected NAME:LOCATION with NAME one of {known}.")
+        raise SourceError(f"source {source!r}: expected NAME:LOCATION with NAME one of {known}.")
     if part and part not in PARTS:
-        raise SourceError(f"source '{source}': part '#{part}' is not one of {sorted(PARTS)}.")
+        raise SourceError(f"source {source!r}: part {'#' + part!r} is not one of {sorted(PARTS)}.")
     return name, location, part
 
 

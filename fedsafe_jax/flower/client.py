@@ -17,7 +17,7 @@ from fedsafe_jax.config import ConfigError
 from fedsafe_jax.flower import wire
 from fedsafe_jax.flower.site import Site, SiteSettings, settings_of
 from fedsafe_jax.runtime.libraries import prepare_libraries
-from fedsafe_jax.validation import input_errors
+from fedsafe_jax.validation import input_errors, one_line
 
 app = ClientApp()
 
@@ -37,8 +37,8 @@ def _answer(message: Message, context: Context, work: Callable) -> Message:
         site = _site(question["config"], settings_of(dict(context.node_config)))
         content = work(site, question)
     except (ConfigError, wire.WireError, *input_errors()) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        content = RecordDict({"refused": ConfigRecord({"reason": str(error)})})
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        content = RecordDict({"refused": ConfigRecord({"reason": one_line(error)})})
     return Message(content, reply_to=message)
 
 

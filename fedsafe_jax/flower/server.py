@@ -30,7 +30,7 @@ from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.runtime.progress import Progress
-from fedsafe_jax.validation import input_errors, validate
+from fedsafe_jax.validation import input_errors, one_line, validate
 
 app = ServerApp()
 
@@ -264,5 +264,5 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, dict(context.run_config))
     except (ConfigError, SitesError, *input_errors()) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -11,6 +11,7 @@ from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError, check_override, default_config
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.partition import PARTITIONS
 from fedsafe_jax.data.readers import EVALUATION_ONLY
 from fedsafe_jax.evals.judges import JUDGES
@@ -32,6 +33,7 @@ from fedsafe_jax.models.attention import BACKENDS
 from fedsafe_jax.models.quantize import KINDS as QUANTIZATIONS
 from fedsafe_jax.pipeline.arms import ARMS, any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
+from fedsafe_jax.validation.ranges import NUMBER_LISTS, RANGES, WHOLE_NUMBERS
 
 
 def choices() -> dict[str, Collection[str]]:
@@ -80,16 +82,45 @@ def _check_choices(c: ml_collections.ConfigDict, prefix: str = "") -> None:
 
 def _choice(field: str, values: Sequence, allowed: Collection[str]) -> None:
     for value in values:
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             names = ", ".join(name or "'' (none)" for name in allowed)
-            raise ConfigError(f"{field}: '{value}' is not one of {names}.{hint}")
+            raise ConfigError(f"{field}: {value!r} is not one of {names}.{hint}")
 
 
-def _at_least(field: str, value: float, low: float) -> None:
-    if value < low:
-        raise ConfigError(f"{field}={value}: expected at least {low}.")
+def _check_values(c: ml_collections.ConfigDict, prefix: str = "") -> None:
+    """Checks every number against its range, and what every list holds.
+
+    Args:
+      c: a config or a group of one.
+      prefix: the group that `c` is, such as "filter.".
+    """
+    for name, value in c.items():
+        field = prefix + name
+        if isinstance(value, ml_collections.ConfigDict):
+            _check_values(value, f"{field}.")
+        elif isinstance(value, tuple | list):
+            _check_list(field, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            # Fields that a filter's own config has beside those of a run's `filter`.
+            allowed = RANGES[field if field in RANGES else name]
+            if not allowed.holds(value):
+                raise ConfigError(f"{field}={value}: expected {allowed}.")
+
+
+def _check_list(field: str, values: Sequence) -> None:
+    """Checks what a list holds: text, unless `NUMBER_LISTS` names it."""
+    allowed = NUMBER_LISTS.get(field)
+    for value in values:
+        if allowed is None:
+            if not isinstance(value, str):
+                raise ConfigError(f"{field}: expected a list of text, found {value!r} in it.")
+            continue
+        kind = int if field in WHOLE_NUMBERS else int | float
+        if not isinstance(value, kind) or isinstance(value, bool) or not allowed.holds(value):
+            whole = "whole numbers" if kind is int else "numbers"
+            raise ConfigError(f"{field}: {value!r} in it; expected {whole}, each {allowed}.")
 
 
 def validate(c: ml_collections.ConfigDict) -> None:
@@ -103,6 +134,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         value = c[field]
         if not isinstance(value, tuple | list) or not value or len(set(value)) != len(value):
             raise ConfigError(f"{field}={value!r}: expected a tuple of distinct values, not empty.")
+    _check_values(c)
     _check_choices(c)
     _validate_cai(c.cai)
     validate_filter(c.filter)
@@ -114,32 +146,30 @@ def validate(c: ml_collections.ConfigDict) -> None:
                 "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
             )
     _validate_eval(c.eval)
-    for field in (
-        "rounds",
-        "num_clients",
-        "clients_per_round",
-        "local_steps",
-        "batch_size",
-        "lora_rank",
-        "model_parallel",
-        "accumulation",
-        "checkpoint_every",
-    ):
-        _at_least(field, c[field], 1)
-    _at_least("seq_len", c.seq_len, 16)
     _validate_federated(c)
     if c.clients_per_round > c.num_clients:
         raise ConfigError(
             f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
             "lower it."
         )
-    if not 0 <= c.harmful_share <= 1:
-        raise ConfigError(f"harmful_share={c.harmful_share}: expected a share between 0 and 1.")
-    training = [*c.safe_sources, *c.unsafe_sources, *c.filter.sources]
-    for source in [*training, *c.cai.red_team_sources, *c.cai.benign_sources]:
-        name, _, _ = sources.parse_source(source)
-        if name in EVALUATION_ONLY:
-            raise ConfigError(f"source '{source}': {name} is a benchmark and is never trained on.")
+    for field in ("safe_sources", "unsafe_sources"):
+        _check_sources(field, c[field])
+    _check_sources("heldout_sources", c.heldout_sources, trained=False)
+    for field in ("red_team_sources", "benign_sources"):
+        _check_sources(f"cai.{field}", c.cai[field])
+
+
+def _check_sources(field: str, names: Sequence[str], trained: bool = True) -> None:
+    """Checks how sources are written, and that none that is trained on is a benchmark."""
+    for source in names:
+        try:
+            name, _, _ = sources.parse_source(source)
+        except SourceError as error:
+            raise ConfigError(f"{field}: {error}") from None
+        if trained and name in EVALUATION_ONLY:
+            raise ConfigError(
+                f"{field}: source {source!r}: {name} is a benchmark and is never trained on."
+            )
 
 
 def _validate_eval(c: ml_collections.ConfigDict) -> None:
@@ -155,7 +185,7 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
     for name, one in chosen.items():
         if one.task.needs_endpoint and not c.judge_url:
             raise ConfigError(
-                f"eval.tasks: '{name}' is graded by a chat model; give eval.judge_url and "
+                f"eval.tasks: {name!r} is graded by a chat model; give eval.judge_url and "
                 "eval.judge_model."
             )
 
@@ -163,27 +193,6 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
 def _validate_federated(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of training, `federated` and `attack`."""
     f = c.federated
-    for field in ("clip_norm", "noise_multiplier", "prox_mu", "byzantine"):
-        _at_least(f"federated.{field}", f[field], 0)
-    for field in (
-        "gradient_clip",
-        "size_sigma",
-        "warmup_rounds",
-        "chunk_clients",
-        "checkpoint_keep",
-    ):
-        _at_least(field, c[field], 0)
-    for field, value, most in (
-        ("attack.clients", c.attack.clients, 1),
-        ("attack.harmful_share", c.attack.harmful_share, 1),
-        ("federated.dropout", f.dropout, 0.99),
-        ("federated.stragglers", f.stragglers, 1),
-        ("federated.trim_share", f.trim_share, 0.49),
-    ):
-        if not 0 <= value <= most:
-            raise ConfigError(f"{field}={value}: expected a share between 0 and {most}.")
-    if not 0 < f.topk_share <= 1:
-        raise ConfigError(f"federated.topk_share={f.topk_share}: expected more than 0, at most 1.")
     if c.warmup_rounds >= c.rounds:
         raise ConfigError(
             f"warmup_rounds={c.warmup_rounds}: expected fewer than rounds={c.rounds}."
@@ -210,8 +219,6 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 "federated.noise_multiplier: epsilon needs dp-accounting; pip install -e .[dp]"
             )
-        if not 0 < f.delta < 1:
-            raise ConfigError(f"federated.delta={f.delta}: expected between 0 and 1.")
         if not f.clip_norm:
             raise ConfigError(
                 f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "
@@ -253,20 +260,11 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
         raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'rules'.")
     if not c.losses or len(set(c.losses)) != len(c.losses):
         raise ConfigError(f"cai.losses={tuple(c.losses)}: expected distinct losses, at least one.")
-    if len(c.weights) != len(c.losses) or min(c.weights) <= 0:
+    if len(c.weights) != len(c.losses) or not c.weights:
         raise ConfigError(
             f"cai.weights={tuple(c.weights)}: expected a positive weight for each of "
             f"cai.losses={tuple(c.losses)}."
         )
-    positive = ("steps", "batch_size", "pairs_per_step", "red_team_prompts", "revision_rounds")
-    for field in (*positive, "probe_prompts", "max_new_tokens"):
-        _at_least(f"cai.{field}", c[field], 1)
-    for field in ("benign_prompts", "replay_examples", "few_shots"):
-        _at_least(f"cai.{field}", c[field], 0)
-    if not 0 < c.target <= 100:
-        raise ConfigError(f"cai.target={c.target}: expected a rate in percent, more than 0.")
-    if not c.beta > 0:
-        raise ConfigError(f"cai.beta={c.beta}: expected more than 0.")
 
 
 def validate_filter(f: ml_collections.ConfigDict) -> None:
@@ -275,50 +273,14 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: naming the field, what was found and what is expected.
     """
+    _check_values(f, "filter.")
     _check_choices(f, "filter.")
     for field in set(f) & {"dtype", "quantization"}:
         _choice(field, (f[field],), choices()[field])
-    if "model_parallel" in f:
-        _at_least("model_parallel", f.model_parallel, 1)
+    _check_sources("filter.sources", f.sources)
     if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(
             f"filter.model: filter.kind='{f.kind}' needs the guard's folder or Hub id."
         )
     if f.unsafe_labels and not f.encoder:
         raise ConfigError("filter.unsafe_labels: they are labels of filter.encoder; give it.")
-    shares = ("threshold", "validation_share", "precision_floor", "unsafe_share")
-    for field in (*shares, "simulated_recall", "hard_negatives"):
-        whole = field in ("simulated_recall", "hard_negatives") and f[field] == 1
-        if not 0 <= f[field] < 1 and not whole:
-            raise ConfigError(f"filter.{field}={f[field]}: expected a share between 0 and 1.")
-    if not 0 < f.simulated_precision <= 1:
-        raise ConfigError(
-            f"filter.simulated_precision={f.simulated_precision}: expected more than 0, at most 1."
-        )
-    _at_least("filter.epochs", f.epochs, 0)
-    for field in ("batch_size", "patience", "lora_rank"):
-        _at_least(f"filter.{field}", f[field], 1)
-    _at_least("filter.max_length", f.max_length, 16)
-
-
-def storage_errors() -> tuple[type[Exception], ...]:
-    """Returns the exception types of storage that may answer later: one line, not wrong input."""
-    from fedsafe_jax.runtime.checkpoint import CheckpointError
-
-    return (CheckpointError,)
-
-
-def input_errors() -> tuple[type[Exception], ...]:
-    """Returns the exception types of wrong input: reported as one line, without a traceback."""
-    from fedsafe_jax.aot.targets import TargetError
-    from fedsafe_jax.cai.constitution import ConstitutionError
-    from fedsafe_jax.data.examples import SourceError
-    from fedsafe_jax.data.partition import PartitionError
-    from fedsafe_jax.evals.judges import EndpointError
-    from fedsafe_jax.filters.protocol import FilterError
-    from fedsafe_jax.models.hub import ModelError
-    from fedsafe_jax.runtime.cluster import ClusterError
-    from fedsafe_jax.runtime.run_files import WorkdirError
-
-    data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
-    return *data, ClusterError, EndpointError, FilterError, ModelError, TargetError

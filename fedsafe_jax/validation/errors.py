@@ -1,0 +1,34 @@
+"""The exceptions that end a command as one line without a traceback, and that line."""
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's message as one line of printable text.
+
+    Messages quote file names and data, which may hold line breaks or a terminal's control codes.
+    """
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Returns the exception types of storage that may answer later: one line, not wrong input."""
+    from fedsafe_jax.runtime.checkpoint import CheckpointError
+
+    return (CheckpointError,)
+
+
+def input_errors() -> tuple[type[Exception], ...]:
+    """Returns the exception types of wrong input: reported as one line, without a traceback."""
+    from fedsafe_jax.aot.targets import TargetError
+    from fedsafe_jax.cai.constitution import ConstitutionError
+    from fedsafe_jax.data.examples import SourceError
+    from fedsafe_jax.data.partition import PartitionError
+    from fedsafe_jax.evals.judges import EndpointError
+    from fedsafe_jax.evals.task import TaskError
+    from fedsafe_jax.filters.protocol import FilterError
+    from fedsafe_jax.models.hub import ModelError
+    from fedsafe_jax.runtime.cluster import ClusterError
+    from fedsafe_jax.runtime.run_files import WorkdirError
+
+    data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
+    return *data, ClusterError, EndpointError, FilterError, ModelError, TargetError
