@@ -3,8 +3,8 @@
     fedsafe run --config=configs/openfedllm.py:scaffold --workdir=DIR
 
 20 clients, 2 a round, 200 rounds of 10 steps, batch 16, rank 32 on q and v, Llama-2-7B in int8. The
-argument names the algorithm. What stays different: no dropout in the adapter; a client's rows keep
-the order they were drawn in; a chat template instead of Alpaca's.
+argument names the algorithm; prompts are in Alpaca's form, as there. What stays different: no
+dropout in the adapter; a client's rows keep the order they were drawn in.
 """
 
 from fedsafe_jax.config import default_config
@@ -27,7 +27,8 @@ def get_config(algorithm="fedavg"):
     c.algorithms = (algorithm,)
     c.arms = ("base", "fl")
     c.export_arm = "fl"
-    c.model = "meta-llama/Llama-2-7b-chat-hf"
+    c.model = "meta-llama/Llama-2-7b-hf"
+    c.chat_template = "alpaca"
     c.dtype = "bfloat16"
     c.quantization = "int8"
     c.num_clients = 20

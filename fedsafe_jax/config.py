@@ -17,6 +17,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.arms = ("base", "fl", "fl+filter", "fl+cai", "fl+filter+cai")
     c.algorithms = ("fedavg",)  # federated algorithms to compare
     c.model = "package:model"  # base model: local folder or Hub id
+    # chat template in place of the model's: alpaca, chatml or vicuna, a file, or Jinja text
+    c.chat_template = ""
+    c.date = ""  # day that chat templates write, such as "2026-11-26"; "" for the first start's
     c.dtype = "float32"  # type of the frozen base; adapters are always float32
     c.quantization = ""  # format of the frozen base's projections; "" for none
     c.model_parallel = 1  # devices that share one copy of the base model
@@ -39,6 +42,10 @@ def default_config() -> ml_collections.ConfigDict:
     # spread of client sizes, log-normal around examples_per_client; 0 for equal sizes
     c.size_sigma = 0.0
     c.harmful_share = 0.3  # share of each client's pairs that is harmful
+
+    c.chat_template_kwargs = ml_collections.ConfigDict()
+    # thinking in front of answers, for templates that know it; a config file may add arguments
+    c.chat_template_kwargs.enable_thinking = False
 
     c.attack = ml_collections.ConfigDict()
     c.attack.clients = 0.0  # share of the clients that are malicious

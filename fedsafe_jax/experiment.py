@@ -32,7 +32,7 @@ from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
-from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_files
+from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_date, run_files
 from fedsafe_jax.runtime.client_updates import ClientUpdates
 from fedsafe_jax.runtime.libraries import versions
 from fedsafe_jax.runtime.progress import PhaseTimer, Progress
@@ -102,9 +102,10 @@ def run(
       What `results.json` holds; {} in all processes but the first.
     """
     validate(config)
-    started = time.monotonic()
+    started, workdir = time.monotonic(), epath.Path(workdir)
+    config = config.copy_and_resolve_references()
+    config.date = run_date.date_of(workdir, config.date)
     inputs = inputs or load_inputs(config)
-    workdir = epath.Path(workdir)
     progress = Progress(total_rounds(config))
     if run_files.claim_workdir(workdir, config.to_dict()):
         progress.note(f"continuing the run in {workdir}")

@@ -60,18 +60,11 @@ def prefixed(
     """
     question = (("user", triple.prompt),)
     prefix, safe = " ".join(triple.harmful.split()[:words]), triple.safe.strip()
-    if not prefix:
-        return chat.encode(tokenizer, question, safe, max_length)
-    answer = f"{prefix} {safe}"
-    text = tokenizer.apply_chat_template(
-        chat.to_dicts([*question, ("assistant", answer)]), tokenize=False
+    answer = f"{prefix} {safe}" if prefix else safe
+    # The first token of the safe answer may begin at the blank before it.
+    return chat.encode_behind(
+        tokenizer, question, answer, max_length=max_length, unlearned=len(prefix)
     )
-    boundary = text.rindex(answer) + len(prefix)
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    # The first token of the safe answer may begin at the blank before it, which is the boundary.
-    learned = np.array([start >= boundary for start, _ in tokens["offset_mapping"]], bool)
-    ids, learned = np.asarray(tokens["input_ids"][:max_length], np.int32), learned[:max_length]
-    return Encoded(ids, learned) if learned.any() else None
 
 
 def transition(

@@ -8,6 +8,8 @@ a chat of user and assistant; a base model as one text in the form of Bai et al.
 import re
 from collections.abc import Sequence
 
+from fedsafe_jax.data.refusals import spoken
+
 LABELS = {
     "user": "Human",
     "assistant": "Assistant",
@@ -52,14 +54,15 @@ def as_chat(thread: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def clean(text: str) -> tuple[str, bool]:
     """Removes from a model's text whatever is not the answer itself.
 
-    That is a label or a sentence that announces the text ("Here is the revised response:"), quotes
-    around it, and everything from where the model goes on as another speaker.
+    That is a thought in front, a label or a sentence that announces the text ("Here is the
+    revised response:"), quotes around it, and everything from where the model goes on as another
+    speaker.
 
     Returns:
       `(text, ended)`: ended when the model went on as another speaker, so that the
       text is complete.
     """
-    text = text.strip()
+    text = spoken(text).strip()
     text = _LEAD.sub("", text, count=1)
     parts = _NEXT_TURN.split("\n" + text, maxsplit=1)
     text, ended = parts[0].strip(), len(parts) > 1

@@ -198,7 +198,14 @@ def main(values: flags.FlagValues) -> None:
     adapter = lora.Adapter(factors, saved.lora, config.model)
     with export.local_folder(epath.Path(values.output)) as folder:
         if values.merge:
-            lm = load_pretrained(config.model, config.dtype, config.quantization)
+            lm = load_pretrained(
+                config.model,
+                config.dtype,
+                config.quantization,
+                chat_template=config.chat_template,
+                chat_template_kwargs=config.chat_template_kwargs.to_dict(),
+                date=config.date,
+            )
             export.write_merged(lm.with_adapter(adapter), folder, card)
         else:
             export.write_adapter(adapter, folder, card)

@@ -60,7 +60,7 @@ def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int,
     for r, members in enumerate(rows):
         start = 0
         for segment, index in enumerate(members, 1):
-            ids, loss_mask = examples[index]
+            ids, loss_mask = examples[index][:2]
             end = start + len(ids)
             batch.tokens[r, start:end] = ids
             batch.targets[r, start : end - 1] = ids[1:]

@@ -1,10 +1,11 @@
 """Language models as users hold them: configuration, parameters and tokenizer together."""
 
+import collections
 import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat_template as chat_templates
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
+from fedsafe_jax.inference.tokenizer import load_tokenizer
 from fedsafe_jax.models import base_model, hub, hub_files, lora
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.sharding import MODEL, writes
@@ -74,11 +77,10 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: from the generation config and from the tokenizer."""
-        stops = self.generation_config.get("eos_token_id") or []
-        stops = [stops] if isinstance(stops, int) else list(stops)
-        own = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys([*stops, *([] if own is None else [own])]))
+        """Tokens that end an answer: of the configs, the tokenizer and the chat template."""
+        named = self.generation_config.get("eos_token_id") or []
+        named = [named] if isinstance(named, int) else named
+        return tuple(dict.fromkeys([*named, *chat_templates.of(self.tokenizer).stop_ids]))
 
     def with_adapter(self, adapter: lora.Adapter) -> "LanguageModel":
         """Returns this model under another adapter.
@@ -174,8 +176,8 @@ class LanguageModel:
           temperature, top_k, top_p, min_p: see `sampling.Sampling`; greedy by default.
           seed: seed of the samples.
           batch_size: rows decoded at once.
-          truncate: keep the end of a dialogue that is too long for the context, and log a warning
-            with the number of such dialogues, instead of raising.
+          truncate: cut dialogues that are too long for the context, oldest turns first, instead of
+            raising; a warning counts them.
 
         Returns:
           `(texts, finished bool [dialogues])`; an answer that is not finished was cut at
@@ -183,6 +185,7 @@ class LanguageModel:
 
         Raises:
           ModelError: a dialogue is too long for the context.
+          ChatTemplateError: the chat template refuses a dialogue's roles or their order.
         """
         (answers,) = self._answer(dialogues, max_new_tokens, **options)
         return answers
@@ -220,15 +223,11 @@ class LanguageModel:
         self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool
     ) -> list[list[int]]:
         """Renders dialogues as the token ids of prompts; arguments as in `answer_dialogues`."""
-        prompts = [
-            chat.render(self.tokenizer, turns, add_generation_prompt=True) for turns in dialogues
-        ]
-        if not truncate:
-            return prompts
-        room = self.config.max_length - max_new_tokens
-        if long := sum(len(p) > room for p in prompts):
-            logging.warning("%d of %d dialogues cut to %d tokens", long, len(prompts), room)
-        return [p[-room:] for p in prompts]
+        room = self.config.max_length - max_new_tokens if truncate else None
+        prompts = [chat.prompt(self.tokenizer, turns, room) for turns in dialogues]
+        for note, count in collections.Counter(n for p in prompts for n in p.notes).items():
+            logging.warning("%d of %d dialogues: %s", count, len(prompts), note)
+        return [p.ids for p in prompts]
 
     def text(self, ids: Sequence[int]) -> str:
         """Decodes an answer's token ids."""
@@ -248,6 +247,8 @@ def load_pretrained(
     quantization: str = "",
     mesh: Mesh | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face model folder, or a Hub model, as a `LanguageModel`.
 
@@ -256,8 +257,11 @@ def load_pretrained(
       dtype: type of parameters and computation, such as "bfloat16".
       quantization: "int8" or "nf4" for the projections' kernels, "" for none.
       mesh: devices to lay the parameters on, see `federated.mesh.make_mesh`.
-      chat_template: Jinja template that replaces the tokenizer's; needed for a base model, which
-        has none, such as `cai.forms.DIALOGUE`.
+      chat_template: replaces the tokenizer's, and is needed for a base model, which has none: a
+        name of `data.named_templates.NAMED`, such as "alpaca", a file, or Jinja text.
+      chat_template_kwargs: arguments of the chat template, such as `{"enable_thinking": True}`;
+        thinking is off by default.
+      date: day that the chat template writes, such as "2026-11-26"; today by default.
 
     Raises:
       ModelError: the folder is missing, damaged, or holds an unsupported model.
@@ -267,22 +271,9 @@ def load_pretrained(
       >>> lm.config.num_layers, lm.config.dtype
       (4, 'bfloat16')
     """
-    from transformers import AutoTokenizer
-
     folder = model_folder(path_or_hub_id)
     config = dataclasses.replace(hub.read_config(folder, dtype), mesh=mesh)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise hub.ModelError(
-            f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
-        ) from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if tokenizer.chat_template is None:
-        raise hub.ModelError(
-            f"{folder}: the tokenizer has no chat template; use an instruct model."
-        )
+    tokenizer = load_tokenizer(folder, chat_template, chat_template_kwargs, date)
     generation_file = folder / "generation_config.json"
     return LanguageModel(
         config,
@@ -334,5 +325,8 @@ def save_pretrained(
     hub.write_json(folder / "config.json", hub_files.config_for_all(lm.hf_config, dtype))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(lm.tokenizer, name) for name in ids}
-    hub.write_json(folder / "generation_config.json", lm.generation_config or own)
+    generation_config = lm.generation_config or own
+    if len(lm.stop_ids) > 1:  # what ends an answer here ends it in other programs too
+        generation_config = generation_config | {"eos_token_id": list(lm.stop_ids)}
+    hub.write_json(folder / "generation_config.json", generation_config)
     hub_files.save_tokenizer(lm.tokenizer, folder)

@@ -1,6 +1,7 @@
 """The clients of one seed: their roles, and the pairs they train on, encoded."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,12 +10,13 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.federated import participation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.protocol import answer_risk
 from fedsafe_jax.filters.quality import FilterQuality, Reliability
-from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.pipeline.inputs import RunInputs, refused
 from fedsafe_jax.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -91,7 +93,13 @@ def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) 
         progress.note(f"seed {seed}: clients hold {held} of {asked} pairs asked for: no more data")
     encoded = [encode(inputs.lm.tokenizer, examples, config.seq_len) for examples in pairs]
     if lost := sum(count for _, count in encoded):
-        progress.note(f"seed {seed}: {lost} pairs lost, their prompts alone fill seq_len")
+        progress.note(
+            f"seed {seed}: {lost} pairs lost: their template alone fills seq_len, or their "
+            "thought never ends"
+        )
+    done = Counter(said for one, _ in encoded for e in one for said in e.notes)
+    for said, count in done.items():
+        progress.note(f"seed {seed}: {count} of {held} pairs: {said}")
     return Clients([examples for examples, _ in encoded])
 
 
@@ -110,13 +118,19 @@ def encode(
       weights: factor on the loss of each dialogue; None for 1.
 
     Returns:
-      `(encoded, lost)`: a dialogue whose prompt alone fills `seq_len` has no target, and is lost.
+      `(encoded, lost)`: a dialogue whose template alone fills `seq_len` has no target, and is lost.
+
+    Raises:
+      SourceError: the chat template refuses the roles of a dialogue, or their order.
     """
     if weights is None:
         weights = [1.0] * len(examples)
     encoded = []
     for example, weight in zip(examples, weights, strict=True):
-        one = chat.encode(tokenizer, example.messages, example.response, seq_len)
+        try:
+            one = chat.encode(tokenizer, example.messages, example.response, seq_len)
+        except ChatTemplateError as error:
+            raise refused(example, error, "client") from error
         if one is not None and weight != 1:
             one = one._replace(loss_mask=one.loss_mask * np.float32(weight))
         encoded.append(one)

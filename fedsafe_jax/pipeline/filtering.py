@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai.constitution import Constitution
 from fedsafe_jax.cai.revise import Rules, Threads, revise
+from fedsafe_jax.data import chat_template
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.filters import cache, quality, store
@@ -132,13 +133,15 @@ def guard_loader(config: ConfigDict, mesh: Mesh | None) -> LoadModel:
     """Returns the function that loads a guard's language model, laid out as the base of a run.
 
     Args:
-      config: its `dtype`, `quantization` and `remat` are those of the guard.
+      config: its `dtype`, `quantization`, `remat` and `date` are those of the guard.
       mesh: devices; the guard is split over those that hold one copy of the base.
     """
     devices = one_copy(mesh)
 
     def load_model(name: str) -> LanguageModel:
-        lm = load_pretrained(name, config.dtype, config.quantization, devices)
+        lm = load_pretrained(
+            name, config.dtype, config.quantization, mesh=devices, date=config.get("date")
+        )
         return dataclasses.replace(lm, config=dataclasses.replace(lm.config, remat=config.remat))
 
     return load_model
@@ -312,7 +315,7 @@ def guardian_replies(
         guardian.params,
         guardian.factors,
         prompts=[[*row, *lead] for row in rows],
-        stop_ids=(tokenizer.eos_token_id,),
+        stop_ids=chat_template.of(tokenizer).stop_ids,
         max_new_tokens=max_new_tokens,
         mesh=guardian.model.config.mesh,
     )

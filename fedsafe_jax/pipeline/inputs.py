@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
-from fedsafe_jax.data import overlap, partition, sources
+from fedsafe_jax.data import chat, chat_template, overlap, partition, sources
+from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 from fedsafe_jax.evals.task import HELDOUT, EvalSet
 from fedsafe_jax.federated import mesh, participation
@@ -18,6 +19,7 @@ from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.pairs import drop_mislabelled
 from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
+from fedsafe_jax.inference.tokenizer import PROBE, load_tokenizer
 from fedsafe_jax.models import attention, hub, lora
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import load_sets
@@ -126,6 +128,7 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     hub.read_config(model_folder(config.model), config.dtype)
+    check_turns(config, pools)
     announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)
     return RunInputs(
@@ -167,6 +170,35 @@ def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: i
     )
 
 
+def check_turns(config: ConfigDict, pools: dict[str, list[Example]]) -> None:
+    """Checks that the model's chat template takes the pools' dialogues, before any compute.
+
+    Roles and their order are what templates refuse, so one dialogue of each order is encoded.
+
+    Raises:
+      ModelError: the model has no tokenizer, or no chat template that teaches where to stop.
+      SourceError: the template refuses a dialogue, also with its turns merged.
+    """
+    tokenizer = load_tokenizer(
+        model_folder(config.model),
+        config.chat_template,
+        config.chat_template_kwargs.to_dict(),
+        date=config.date,
+    )
+    if chat_template.of(tokenizer).end_token is None:
+        chat.encode(tokenizer, PROBE, "Hello.", config.seq_len)  # raises, and says why
+    orders = {}
+    for role, pool in pools.items():
+        for example in pool:
+            order = tuple(speaker for speaker, _ in example.messages)
+            orders.setdefault(order, (POOLS[role].title, example))
+    for title, example in orders.values():
+        try:
+            chat.encode(tokenizer, example.messages, example.response, config.seq_len)
+        except ChatTemplateError as error:
+            raise refused(example, error, title) from error
+
+
 def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
     """Loads the base model: `(lm on this process's devices, parameters on those of all)`.
 
@@ -177,7 +209,15 @@ def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
     shape = dataclasses.replace(shape, attention=config.attention, mesh=devices)
     # Before the weights are read, and not while the first round is traced.
     attention.choose_backend(shape, config.seq_len, config.seq_len)
-    lm = load_pretrained(config.model, config.dtype, config.quantization, devices)
+    lm = load_pretrained(
+        config.model,
+        config.dtype,
+        config.quantization,
+        mesh=devices,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs.to_dict(),
+        date=config.date,
+    )
     own = dataclasses.replace(
         lm.config,
         remat=config.remat,
@@ -186,6 +226,11 @@ def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:
     )
     local = dataclasses.replace(lm, config=own, params=multihost.local(lm.params, devices))
     return local, lm.params
+
+
+def refused(example: Example, error: ChatTemplateError, title: str) -> SourceError:
+    """Returns the error of an example whose turns a chat template does not take."""
+    return SourceError(f"{title} data, source {example.source}, '{example.prompt[:60]}': {error}")
 
 
 def _load_all(names: Sequence[str], data_dir: str) -> list[Example]:

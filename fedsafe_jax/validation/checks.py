@@ -1,7 +1,9 @@
 """Checks of a config before any compute; every message names the field."""
 
+import datetime
 import difflib
 import importlib.util
+import json
 from collections.abc import Collection, Sequence
 
 import ml_collections
@@ -10,7 +12,8 @@ from fedsafe_jax.cai.losses import LOSSES
 from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError, check_override, default_config
-from fedsafe_jax.data import sources
+from fedsafe_jax.data import named_templates, sources
+from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.partition import PARTITIONS
 from fedsafe_jax.data.readers import EVALUATION_ONLY
@@ -98,6 +101,8 @@ def _check_values(c: ml_collections.ConfigDict, prefix: str = "") -> None:
     """
     for name, value in c.items():
         field = prefix + name
+        if field == "chat_template_kwargs":
+            continue  # the template's own: whatever JSON holds
         if isinstance(value, ml_collections.ConfigDict):
             _check_values(value, f"{field}.")
         elif isinstance(value, tuple | list):
@@ -146,6 +151,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
                 "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
             )
     _validate_eval(c.eval)
+    _validate_chat(c)
     _validate_federated(c)
     if c.clients_per_round > c.num_clients:
         raise ConfigError(
@@ -188,6 +194,23 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
                 f"eval.tasks: {name!r} is graded by a chat model; give eval.judge_url and "
                 "eval.judge_model."
             )
+
+
+def _validate_chat(c: ml_collections.ConfigDict) -> None:
+    """Checks the fields of the chat template."""
+    if c.date:
+        try:
+            datetime.date.fromisoformat(c.date)
+        except ValueError:
+            raise ConfigError(f"date='{c.date}': expected a day such as '2026-11-26'.") from None
+    try:
+        if c.chat_template:
+            named_templates.resolve(c.chat_template)
+        json.dumps(c.chat_template_kwargs.to_dict())
+    except ChatTemplateError as error:
+        raise ConfigError(str(error)) from None
+    except TypeError as error:
+        raise ConfigError(f"chat_template_kwargs: {error}; use text, numbers or bool.") from None
 
 
 def _validate_federated(c: ml_collections.ConfigDict) -> None:

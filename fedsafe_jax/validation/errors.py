@@ -21,6 +21,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     """Returns the exception types of wrong input: reported as one line, without a traceback."""
     from fedsafe_jax.aot.targets import TargetError
     from fedsafe_jax.cai.constitution import ConstitutionError
+    from fedsafe_jax.data.chat_template import ChatTemplateError
     from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.evals.judges import EndpointError
@@ -31,4 +32,12 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.runtime.run_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
-    return *data, ClusterError, EndpointError, FilterError, ModelError, TargetError
+    return (
+        *data,
+        ChatTemplateError,
+        ClusterError,
+        EndpointError,
+        FilterError,
+        ModelError,
+        TargetError,
+    )

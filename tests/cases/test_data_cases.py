@@ -1,15 +1,16 @@
 """Data files as users have them: read in full, or refused in one line that names the place."""
 
 import csv
+import pathlib
 import re
 
 import pytest
-from jinja2.exceptions import TemplateError, UndefinedError
-from small_run import BORDER, NOT_RAISED, fails_today, small_config
+from small_run import NOT_RAISED, fails_today, small_config
 from tiny_llama import with_template
 
-from fedsafe_jax.data import sources
-from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data import chat, sources
+from fedsafe_jax.data.examples import Example, SourceError
+from fedsafe_jax.inference.tokenizer import load_tokenizer
 from fedsafe_jax.pipeline.clients import encode
 from fedsafe_jax.pipeline.inputs import load_inputs
 
@@ -102,24 +103,27 @@ def test_files_of_spreadsheets_are_refused_with_file_and_place(source, place):
         read("03-bom-and-encodings", source)
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("chat:system.jsonl", "System role not supported"),
-        ("hh_rlhf:hh.jsonl", "Conversation roles must alternate"),
-    ],
-)
-@fails_today("the template's own exception, after the model has loaded", TemplateError)
-def test_turns_that_the_template_refuses(tmp_path, source, said):
-    """Merged, or refused with the line of the source and the words of the template."""
+@pytest.mark.parametrize("source", ["chat:system.jsonl", "hh_rlhf:hh.jsonl"])
+def test_turns_that_the_template_refuses_are_merged(tmp_path, source):
+    """A system turn becomes the beginning of the request, two requests in a row become one."""
     model = with_template(tmp_path / "model", STRICT_TEMPLATE)
-    try:
-        _, counts, lost = read("04-roles-the-template-refuses", source, model=model)
-    except BORDER as error:
-        file = source.partition(":")[2]
-        assert re.search(rf"{re.escape(file)} line \d+", str(error)) and said in str(error)
-    else:
-        assert counts["kept"] and not lost
+    inputs, counts, lost = read("04-roles-the-template-refuses", source, model=model)
+    assert counts["kept"] and not lost
+    example = inputs.safe[0]
+    one = chat.encode(inputs.lm.tokenizer, example.messages, example.response, 128)
+    text = inputs.lm.tokenizer.decode(one.ids)
+    request = "\n\n".join(words.strip() for _, words in example.messages)
+    assert request in text and text.count("<|user|>") == 1 and one.notes == (chat.MERGED,)
+
+
+@pytest.mark.parametrize("first", ["assistant", "tool"])
+def test_turns_that_cannot_be_merged_are_one_line_with_their_source(tmp_path, first):
+    model = with_template(tmp_path / "model", STRICT_TEMPLATE)
+    tokenizer = load_tokenizer(pathlib.Path(model))
+    turns = ((first, "Before."), ("user", "Do you hear me?"))
+    with pytest.raises(SourceError, match="source logs, 'Do you.*roles must alternate") as error:
+        encode(tokenizer, [Example(turns, "Yes.", source="logs")], 128)
+    assert "\n" not in str(error.value)
 
 
 @fails_today("the list is taken for the text: AttributeError", AttributeError)
@@ -133,9 +137,7 @@ def test_text_parts_are_joined():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        pytest.param(
-            "null.jsonl", 21, marks=fails_today("an error in the template", UndefinedError)
-        ),
+        pytest.param("null.jsonl", 21, marks=fails_today("an error in the template", TypeError)),
         pytest.param(
             "number.jsonl",
             1,

@@ -81,7 +81,6 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("answer", ["Sorry, I cannot help with that request.", "No."])
 @pytest.mark.parametrize("name", TEMPLATES)
-@fails_today("the answer's first tokens, or an end token, are not learned", AssertionError)
 def test_the_answer_and_an_end_token_are_learned(name, answer):
     """Else an error names the template."""
     try:
@@ -106,7 +105,6 @@ THINKING = (
 ).replace("THOUGHT", NO_THOUGHT)
 
 
-@fails_today("thinking is on: nothing is passed to the template", AssertionError)
 def test_evaluation_asks_with_thinking_off(tmp_path):
     lm = loaded_by_a_run(with_template(tmp_path / "model", THINKING))
     assert asked(lm).endswith(NO_THOUGHT)
@@ -115,20 +113,13 @@ def test_evaluation_asks_with_thinking_off(tmp_path):
 @pytest.mark.parametrize(
     ("judge", "thought", "answer", "refused"),
     [
-        pytest.param(
+        (
             "start",
             "This is harmful, so I should decline.",
             "I'm sorry, but I can't help with that.",
             True,
-            marks=fails_today("the thought is taken for the answer", AssertionError),
         ),
-        pytest.param(
-            "keyword",
-            "Is this illegal? It is not.",
-            "Here is how to bake bread.",
-            False,
-            marks=fails_today("the thought is taken for the answer", AssertionError),
-        ),
+        ("keyword", "Is this illegal? It is not.", "Here is how to bake bread.", False),
     ],
 )
 def test_judges_look_behind_the_thought(judge, thought, answer, refused):
@@ -213,7 +204,6 @@ def write_adapter(lm, folder):
     lora.save_adapter(lora.Adapter(factors, config, lm.name), folder)
 
 
-@fails_today("the template writes the date of today", AssertionError)
 def test_the_date_of_a_template_stays_as_it_was(tmp_path, monkeypatch):
     class Tomorrow(datetime.datetime):
         @classmethod

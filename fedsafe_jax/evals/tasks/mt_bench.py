@@ -12,6 +12,7 @@ import numpy as np
 
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.refusals import spoken
 from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
 from fedsafe_jax.inference.language_model import LanguageModel
@@ -68,7 +69,7 @@ def run(lm: LanguageModel, questions: Sequence[Sequence[str]], options: EvalOpti
             [threads[i] for i in active], options.max_new_tokens, truncate=True
         )
         for i, answer in zip(active, answers, strict=True):
-            threads[i].append(("assistant", answer))
+            threads[i].append(("assistant", spoken(answer)))
             dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in threads[i])
             prompt = GRADE.format(dialogue=dialogue)
             ratings.append(parse_rating(options.endpoint([{"role": "user", "content": prompt}])))
@@ -103,7 +104,7 @@ def win_rate(
     """
 
     def verdict(question, a, b):
-        prompt = COMPARE.format(question=question, a=a, b=b)
+        prompt = COMPARE.format(question=question, a=spoken(a), b=spoken(b))
         reply = judge([{"role": "user", "content": prompt}])
         match = re.search(r"\[\[([ABC])\]\]", reply)
         return {"A": 1.0, "B": 0.0}.get(match.group(1) if match else "C", 0.5)
