@@ -55,10 +55,13 @@ def shorten(
     if len(left) == lead:  # a system prompt alone
         return None
     longest = max(range(lead, len(left)), key=lambda i: len(left[i][1]))
-    # Where not even an empty request fits, the system prompt is too long.
+    # Where not even a few words of the request fit, the system prompt is too long.
+    few = without_middle(left[longest][1], LEAST)
     for i in range(lead - 1, -1, -1):
-        if not fits(_with(left, longest, "")):
+        if not fits(_with(left, longest, few)):
             left = _with(left, i, _beginning(left, i, longest, fits))
+    if fits(left):
+        return left, places
     text = left[longest][1]
     length = _most(len(text), lambda n: fits(_with(left, longest, without_middle(text, n))))
     if length < 0:
