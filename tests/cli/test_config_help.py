@@ -58,8 +58,8 @@ def test_every_field_is_listed_with_its_default(fields, defaults):
 
 def test_the_documentations_page_has_a_table_a_group():
     page = config_help.markdown()
-    assert page.startswith("# Configuration\n") and page.count("| field | default | |") == 6
-    for group in ("attack", "federated", "filter", "cai", "eval"):
+    assert page.startswith("# Configuration\n") and page.count("| field | default | |") == 7
+    for group in ("chat_template_kwargs", "attack", "federated", "filter", "cai", "eval"):
         assert f"\n## `{group}`\n" in page
     assert "| `cai.batch_size` | `8` |" in page
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fedsafe_jax.data import chat
 from fedsafe_jax.inference import generation
 from fedsafe_jax.models import hub
 
@@ -27,12 +28,13 @@ def test_long_prompts_are_refused_unless_they_may_be_truncated(packaged, caplog)
         packaged.generate(prompts, max_new_tokens=8)
     answers = packaged.generate(prompts, max_new_tokens=8, truncate=True)
     (warning,) = caplog.records
-    assert warning.getMessage() == "1 of 2 dialogues cut to 1016 tokens"
+    assert warning.getMessage() == f"1 of 2 dialogues: {chat.CUT}"
 
-    # The model read the whole short prompt, and the end of the long one with the last words.
+    # The model read the whole short prompt; the long one with its header, beginning and end.
     short, long = packaged.render([[("user", text)] for text in prompts], 8, truncate=False)
-    kept = long[-1016:]
-    assert "last" in packaged.text(kept) and "first" not in packaged.text(kept)
+    (kept,) = packaged.render([[("user", prompts[1])]], 8, truncate=True)
+    assert 1000 < len(kept) <= 1016 and kept[:4] == long[:4] and kept[-8:] == long[-8:]
+    assert "first word" in packaged.text(kept) and "word last" in packaged.text(kept)
     (expected,) = generation.generate_ids(
         packaged.model,
         packaged.params,
@@ -42,4 +44,3 @@ def test_long_prompts_are_refused_unless_they_may_be_truncated(packaged, caplog)
         max_new_tokens=8,
     )
     assert answers == [packaged.text(ids) for ids in expected.ids]
-    assert packaged.render([[("user", prompts[1])]], 8, truncate=True) == [kept]
