@@ -6,7 +6,6 @@ Constitutional AI on the aggregated model, evaluation.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.evals import comparison
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -30,11 +30,20 @@ from fedsafe_jax.pipeline import clients, constitutional, evaluation, export, fi
 from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, references, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.pipeline.read_files import files_of
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
-from fedsafe_jax.runtime import checkpoint, multihost, preemption, run_date, run_files
+from fedsafe_jax.runtime import (
+    checkpoint,
+    fingerprints,
+    multihost,
+    preemption,
+    run_date,
+    run_files,
+)
 from fedsafe_jax.runtime.client_updates import ClientUpdates
 from fedsafe_jax.runtime.libraries import versions
+from fedsafe_jax.runtime.owner import Owner, owned
 from fedsafe_jax.runtime.progress import PhaseTimer, Progress
 from fedsafe_jax.validation import validate
 
@@ -100,15 +109,42 @@ def run(
 
     Returns:
       What `results.json` holds; {} in all processes but the first.
+
+    Raises:
+      WorkdirError: the workdir holds another run, is in use, or began with other files.
+      StorageError: the storage does not take or give a file; the same command continues later.
+      ConfigError, and what `load_inputs` raises: naming what is wrong.
     """
     validate(config)
-    started, workdir = time.monotonic(), epath.Path(workdir)
+    folder = epath.Path(workdir)
     config = config.copy_and_resolve_references()
-    config.date = run_date.date_of(workdir, config.date)
-    inputs = inputs or load_inputs(config)
+    config.date = run_date.date_of(folder, config.date)
+    # Before the model loads: whether the folder can be written to, and no other run does.
+    multihost.first(lambda: run_files.check_config(folder, config.to_dict()))
+    with owned(folder) as owner:
+        return _run(config, folder, inputs, federation, owner)
+
+
+def _run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    inputs: RunInputs | None,
+    federation: Federation,
+    owner: Owner | None,
+) -> dict:
+    """Does what `run` says in a workdir that is this run's, `owner` being None in other hosts."""
+    started = time.monotonic()
     progress = Progress(total_rounds(config))
-    if run_files.claim_workdir(workdir, config.to_dict()):
+    begun = multihost.first(lambda: run_files.check_config(workdir, config.to_dict()))
+    if begun:
+        multihost.first(lambda: _check_files(config, workdir, progress))
+    inputs = inputs or load_inputs(config)
+    if begun:
         progress.note(f"continuing the run in {workdir}")
+    else:
+        # Where reading fails, nothing is claimed: the config may be put right in the same workdir.
+        multihost.first(lambda: fingerprints.check(workdir, files_of(config)))
+        multihost.first(lambda: run_files.claim_workdir(workdir, config.to_dict()))
     outcomes: dict[str, list[dict]] = {}
     final_factors: dict[str, Any] = {}
     filter_quality: list[dict] = []
@@ -121,6 +157,7 @@ def run(
                 clients=members,
                 federation=federation,
                 workdir=workdir,
+                owner=owner,
                 progress=progress,
                 seed=seed,
                 planned=planned,
@@ -130,24 +167,45 @@ def run(
             final_factors.setdefault(planned.id, factors)
         if members.quality is not None:
             filter_quality.append(members.filter_record())
-    results = {}
-    if multihost.is_primary():
+
+    def report() -> dict:
         results = summarise(config, inputs, outcomes, filter_quality)
         results["seconds"] = {"this_process": time.monotonic() - started}
         run_files.write_json(workdir / "results.json", results)
-    multihost.barrier("export")
-    if not multihost.is_primary():
-        if spans_hosts(inputs.mesh):  # no process has the whole base
-            export.export_arm(config, inputs, workdir, factors=final_factors, results={})
-        multihost.barrier("reported")
-        return {}
-    if not export.export_arm(config, inputs, workdir, factors=final_factors, results=results):
+        page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
+        progress.end()
+        print_table(results, inputs.evals)
+        return results
+
+    results = multihost.first(report) or {}
+    # Last, as the largest files: where the disk is full, table and report are there.
+    exported = _exported(config, inputs, workdir, factors=final_factors, results=results)
+    if multihost.is_primary() and not exported:
         progress.note(f"nothing is exported: export_arm='{config.export_arm}' was not trained")
-    page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
-    progress.end()
-    print_table(results, inputs.evals)
-    multihost.barrier("reported")
     return results
+
+
+def _check_files(config: ConfigDict, workdir: epath.Path, progress: Progress) -> None:
+    """Checks that what was read at the first start is still the same."""
+    if fingerprints.check(workdir, files_of(config)) == "written":
+        progress.note(f"{workdir / fingerprints.NAME} was not there: the files read are as of now")
+
+
+def _exported(
+    config: ConfigDict, inputs: RunInputs, workdir: epath.Path, factors: dict, results: dict
+) -> bool | None:
+    """Exports the arm that the config names, see `export.export_arm`; all processes call this."""
+
+    def export_arm() -> bool:
+        with export.failures(workdir / "export"):
+            return export.export_arm(config, inputs, workdir, factors=factors, results=results)
+
+    multihost.barrier("export")
+    if spans_hosts(inputs.mesh):  # no process has the whole base: all fetch it together
+        exported = export_arm()
+        multihost.barrier("reported")
+        return exported
+    return multihost.first(export_arm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +213,7 @@ class ArmRun:
     """One arm of one seed, from its first round (or its newest checkpoint) to its evaluation.
 
     Attributes:
-      config, inputs, federation, workdir, progress: those of the run.
+      config, inputs, federation, workdir, owner, progress: those of the run.
       clients: clients of the seed.
       seed: seed of this arm.
       planned: the arm and its algorithm.
@@ -166,6 +224,7 @@ class ArmRun:
     clients: Clients
     federation: Federation
     workdir: epath.Path
+    owner: Owner | None
     progress: Progress
     seed: int
     planned: PlannedArm
@@ -183,15 +242,24 @@ class ArmRun:
           `(outcomes by task, final LoRA factors)`; the factors are None without training.
         """
         path = self.workdir / "arms" / f"{self.planned.folder}_seed{self.seed}.json"
-        # The file is the first process's; the others need not see it.
-        if multihost.broadcast_bool(path.is_file()):
+        # The file is the first process's; the others need not see it. Without a whole one the arm
+        # is evaluated again, from its newest checkpoint.
+        outcome = multihost.first(lambda: self._outcome(path))
+        if multihost.broadcast_bool(outcome is not None):
             self.progress.resumed(self.config.rounds if self.planned.arm.trains else 0)
-            outcome = json.loads(path.read_text()) if multihost.is_primary() else {}
-            return outcome, self._final_factors()
+            return outcome or {}, self._final_factors()
         factors = self.train()
         outcome = self.evaluate(factors)
         run_files.write_json(path, outcome)
         return outcome, factors
+
+    def _outcome(self, path: epath.Path) -> dict | None:
+        """Returns the outcomes of an arm that is done, or None."""
+        outcome = whole_files.read_json(path)
+        if outcome is not None and not isinstance(outcome, dict):
+            whole_files.set_aside(path, "it holds no outcomes")
+            return None
+        return outcome
 
     def train(self) -> Any:
         """Runs all rounds; returns the final LoRA factors, None without training.
@@ -209,6 +277,8 @@ class ArmRun:
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, stage, t)
+                if self.owner is not None:
+                    self.owner.check()
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fedsafe_jax.cai.forms import LABELS
 
+PACKAGED = "package:constitution"
 Turns = tuple[tuple[str, str], ...]  # (role, text), roles as in `forms.LABELS`
 
 
@@ -98,7 +99,7 @@ def _from_chat(chat) -> Turns:
 
 
 def _read(path: str, field: str):
-    if path == "package:constitution":
+    if path == PACKAGED:
         file = importlib.resources.files("fedsafe_jax") / "assets" / "constitution.json"
     else:
         file = pathlib.Path(path)

@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.cli.command import Command, UsageError, check_folder
 from fedsafe_jax.config import default_config
 
@@ -37,12 +38,14 @@ def run_config(workdir: epath.Path) -> ConfigDict:
 
     Raises:
       UsageError: the workdir holds no run, or a damaged `config.json`.
+      StorageError: the file cannot be read.
     """
     path = workdir / "config.json"
-    if not path.is_file():
+    raw = whole_files.read(path)
+    if raw is None:
         raise UsageError(f"--workdir={workdir}: no config.json; give the folder of a run.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(raw.decode("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no object")
     except ValueError as error:

@@ -11,6 +11,7 @@ import pathlib
 
 from absl import flags
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.cli.command import Command, check_file
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.filters.actions import ACTIONS
@@ -98,8 +99,8 @@ def main(values: flags.FlagValues) -> None:
     check_file("output", values.output)
     rows = read_pairs(pathlib.Path(values.input))
     out = score(values.filter, rows, values.action, values.threshold)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in out)
-    pathlib.Path(values.output).write_text(lines, encoding="utf-8")
+    with whole_files.storage(values.output):
+        pathlib.Path(values.output).write_bytes(whole_files.to_json_lines(out))
     flagged = [row for row in out if row["action"] != "keep"]
     kept = [row for row in out if row["action"] == "keep"]
     empty = sum(not row["response"].strip() for row in out)

@@ -15,6 +15,7 @@ import time
 
 from absl import flags
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.data.examples import SourceError
@@ -110,7 +111,6 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
     from fedsafe_jax.runtime import devices
-    from fedsafe_jax.runtime.run_files import replace_lines
 
     prompts = read_prompts(values.prompts, values.column)
     constitution = constitution_lib.load(values.constitution, values.few_shot_file)
@@ -146,9 +146,8 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
         **make_checks(len(prompts), values.check, values.filter),
         only_wrong=values.only_wrong,
     )
-    replace_lines(
-        pathlib.Path(values.output), lambda old: True, [record._asdict() for record in records]
-    )
+    lines = whole_files.to_json_lines(record._asdict() for record in records)
+    whole_files.write(values.output, lines)
     return records
 
 

@@ -63,12 +63,12 @@ def start(name: str, arguments: Sequence[str]) -> None:
         else:
             start_logging()
             command.main(parse(name, command, arguments))
-    except (UsageError, flags.Error, ConfigError, *input_errors()) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
     except storage_errors() as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (UsageError, flags.Error, ConfigError, *input_errors()) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

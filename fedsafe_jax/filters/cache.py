@@ -1,14 +1,17 @@
 """Scores of pairs kept under the workdir, by the content of filter and pair."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters.protocol import SafetyFilter
 
@@ -16,7 +19,7 @@ from fedsafe_jax.filters.protocol import SafetyFilter
 def content_hash(*parts: object) -> str:
     """Hashes JSON-like content, to 32 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
 
 def pair_hash(pair: Example) -> str:
@@ -46,6 +49,9 @@ class ScoreCache:
       folder: folder of all caches; holds one file per filter.
       fingerprint: hash of the filter's settings, seed and training pairs.
       writes: False where another process of the run writes the file.
+
+    Raises:
+      StorageError: the file cannot be read; `log_odds` raises it where it cannot be written.
     """
 
     def __init__(self, folder: epath.PathLike, fingerprint: str, writes: bool = True):
@@ -53,8 +59,7 @@ class ScoreCache:
         self._path = epath.Path(folder) / f"{fingerprint}.json"
         self._known: dict[str, float] = {}
         self.decision: list[float] | None = None
-        if self._path.is_file():
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
+        if stored := self._stored():
             self._known, self.decision = stored["log_odds"], stored["decision"]
 
     def log_odds(
@@ -76,12 +81,34 @@ class ScoreCache:
             self._write()
         return np.array([self._known[k] for k in keys], np.float32)
 
+    def _stored(self) -> dict | None:
+        """Returns the scores that are kept; damaged ones are set aside, and computed anew."""
+        if not self._writes:  # not to rename what the process that writes is reading
+            with contextlib.suppress(ValueError):
+                return _checked(json.loads(whole_files.read(self._path) or b"null"))
+            return None
+        stored = whole_files.read_json(self._path)
+        try:
+            return _checked(stored)
+        except ValueError as error:
+            whole_files.set_aside(self._path, str(error))
+            return None
+
     def _write(self) -> None:
-        if not self._writes:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: a process that is killed leaves no half file behind.
-        temporary = self._path.with_suffix(".tmp")
-        content = {"decision": self.decision, "log_odds": self._known}
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(self._path)
+        if self._writes:
+            content = {"decision": self.decision, "log_odds": self._known}
+            whole_files.write(self._path, whole_files.to_json(content))
+
+
+def _checked(stored: Any) -> dict | None:
+    """Returns what a file of scores holds; raises `ValueError` where it holds something else."""
+    if stored is None:
+        return None
+    try:
+        scores, decision = stored["log_odds"], stored["decision"]
+        ok = all(isinstance(x, float | int) for x in [*scores.values(), *(decision or ())])
+    except (TypeError, KeyError, AttributeError):
+        ok = False
+    if not ok:
+        raise ValueError("expected log_odds and decision")
+    return stored

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter, LoadModel
 from fedsafe_jax.filters.protocol import FilterError
-from fedsafe_jax.models.hub import read_json, write_json
+from fedsafe_jax.models.hub import ModelError, read_json, write_json
 
 NAME = "filter.json"
 
@@ -60,6 +60,14 @@ def check_folders(filter_folder: str, encoder: str) -> None:
         check_encoder(encoder)
 
 
+def base_of(folder: str | os.PathLike) -> str:
+    """Returns the base model that a guard's folder names, "" for other filters and without one."""
+    try:
+        return read_json(pathlib.Path(folder) / NAME).get("base_model", "")
+    except (AttributeError, ValueError, OSError, ModelError):  # `load` says what is wrong
+        return ""
+
+
 def load(folder: str | os.PathLike, load_model: LoadModel | None = None) -> Filter:
     """Reads a filter that `save` wrote.
 
@@ -76,5 +84,9 @@ def load(folder: str | os.PathLike, load_model: LoadModel | None = None) -> Filt
         content = read_json(folder / NAME)
         kind, decision = FILTER_KINDS[content["kind"]], Decision(**content["decision"])
         return kind.load(folder, content, decision, load_model)
-    except (KeyError, TypeError, json.JSONDecodeError, OSError, SafetensorError) as error:
+    except OSError as error:
+        # Its files may be as they were: nothing asks for another training.
+        reason = error.strerror or error
+        raise FilterError(f"{folder}: the filter cannot be read ({reason}).") from None
+    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise FilterError(f"{folder}: the filter is damaged ({error!r}); train it again.") from None

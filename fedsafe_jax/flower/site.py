@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedsafe_jax.config import ConfigError
@@ -31,6 +32,7 @@ from fedsafe_jax.pipeline.clients import encode
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.validation import validate
+from fedsafe_jax.whole_files import WorkdirError, make_folder, storage
 
 # Two base models are the same when these files are.
 BASE_FILES = ("*.safetensors", "config.json", "tokenizer.json")
@@ -221,16 +223,25 @@ class Site:
         before = [path for done, path in self._states().items() if done < t]
         if not before:
             return jax.tree.map(np.asarray, start)
-        return traverse_util.unflatten_dict(load_file(before[-1]), sep=".")
+        with storage(before[-1], "cannot be read"):
+            try:
+                return traverse_util.unflatten_dict(load_file(before[-1]), sep=".")
+            except SafetensorError as error:
+                # Another state would be another algorithm: a person decides.
+                raise WorkdirError(
+                    f"{before[-1]}: the state of this client is damaged ({error}); put the file "
+                    "back, or begin the federation anew."
+                ) from None
 
     def _keep_state(self, t: int, state) -> None:
         if not jax.tree.leaves(state):
             return
         folder = self.folder / "state"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         flat = traverse_util.flatten_dict(state, sep=".")
         tensors = {name: np.ascontiguousarray(x[0]) for name, x in flat.items()}
-        save_file(tensors, folder / f"round_{t:04d}.safetensors")
+        with storage(folder):
+            save_file(tensors, folder / f"round_{t:04d}.safetensors")
         # Kept are the states that a resumed server may go back to, and the one before these.
         for done, path in list(self._states().items())[: -self.config.checkpoint_every - 1]:
             if done < t - self.config.checkpoint_every:

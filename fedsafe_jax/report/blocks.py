@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from fedsafe_jax import whole_files
+
 COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
 
 
@@ -89,5 +91,5 @@ def figure(path: epath.Path, draw: Callable) -> Figure:
     buffer = io.BytesIO()
     drawn.savefig(buffer, dpi=120, format="png")
     plt.close(drawn)
-    path.write_bytes(buffer.getvalue())
+    whole_files.write(path, buffer.getvalue())
     return Figure(path.stem.replace("_", " "), base64.b64encode(buffer.getvalue()).decode())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.report import (
     answers,
@@ -42,8 +43,11 @@ def write(
       results: content of `results.json`.
       outcomes: outcomes of every item by arm and seed; some answers are shown.
       sets: the evaluation sets by name.
+
+    Raises:
+      StorageError: a file cannot be written.
     """
-    (workdir / "figures").mkdir(parents=True, exist_ok=True)
+    whole_files.make_folder(workdir / "figures")
     run = RunData(
         workdir=workdir,
         config=config,
@@ -54,5 +58,6 @@ def write(
     )
     shown = [section for part in PARTS for section in part.sections(run)]
     text = render("page.html", title=TITLE, sections=shown)
-    (workdir / "report.html").write_text(text, encoding="utf-8")
-    tensorboard.write(workdir, run.rows)
+    whole_files.write(workdir / "report.html", text.encode("utf-8", errors="replace"))
+    with whole_files.storage(workdir / "tensorboard"):
+        tensorboard.write(workdir, run.rows)

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a federated run, written while the next round computes."""
 
-import itertools
-import logging
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from etils import epath
 
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.runtime import multihost
+from fedsafe_jax.whole_files import StorageError, set_aside, storage
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(StorageError):
     """A checkpoint was not written, or cannot be reached."""
 
 
@@ -24,6 +25,9 @@ class RoundCheckpoints:
     Args:
       folder: destination, created if missing.
       keep: number of newest checkpoints to keep; 0 for all.
+
+    Raises:
+      StorageError: the folder cannot be created.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
@@ -31,7 +35,8 @@ class RoundCheckpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        with storage(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._newest = self._manager.latest_step() or 0
 
     def restore(self, like: FederatedState) -> tuple[FederatedState, int]:
@@ -82,16 +87,10 @@ class RoundCheckpoints:
                         f"checkpoint {path} cannot be reached, nothing is changed: {reason}. Start "
                         "the same command again when the file system answers."
                     ) from error
-            aside = path.with_name(f"{path.name}.damaged")
-            for number in itertools.count(2):
-                if not aside.exists():
-                    break
-                aside = path.with_name(f"{path.name}.damaged{number}")
             try:
-                path.rename(aside)
-            except OSError as error:
-                raise CheckpointError(f"damaged {path} cannot be renamed: {error}.") from error
-            logging.warning("checkpoint %s cannot be read, and is now %s: %s", path, aside, reason)
+                set_aside(path, f"the checkpoint cannot be read: {reason}")
+            except StorageError as error:
+                raise CheckpointError(str(error)) from error
         return 0, None
 
     def _read(self, step: int, like: FederatedState) -> dict:
@@ -118,11 +117,14 @@ class RoundCheckpoints:
           state: server and client state.
 
         Raises:
-          CheckpointError: Orbax declined, which it does silently when the step is not new.
+          CheckpointError: the storage does not take it, or not the one before, which was written
+            meanwhile; or Orbax declined, which it does silently when the step is not new.
         """
         if rounds_done == self._newest:
             return
-        if not self._manager.save(rounds_done, args=ocp.args.StandardSave(_stored(state))):
+        with _writing(self._folder):
+            saved = self._manager.save(rounds_done, args=ocp.args.StandardSave(_stored(state)))
+        if not saved:
             raise CheckpointError(f"round {rounds_done} was not saved: a later checkpoint exists.")
         self._newest = rounds_done
 
@@ -131,9 +133,14 @@ class RoundCheckpoints:
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written.
+
+        Raises:
+          CheckpointError: the storage does not take it.
+        """
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def rounds_of(folder: epath.PathLike) -> list[int]:
@@ -194,6 +201,21 @@ def _is_passing(error: Exception) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)  # a part of the checkpoint is gone
     return bool(_PASSING.search(str(error)))
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    """Makes what Orbax and tensorstore raise of a full or unreachable storage one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not _is_passing(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: a checkpoint was not written ({reason}). Start the same command again when "
+            "there is room."
+        ) from error
 
 
 def _on_host(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.runtime import multihost
 
 START = "start"
@@ -75,14 +76,18 @@ class ClientUpdates:
         return _numbers(self._round(rounds_done), r"client_(\d+)\.safetensors")
 
     def keep(self, kept: Collection[int]) -> None:
-        """Deletes the rounds that have no checkpoint.
+        """Deletes the rounds before the oldest one that is kept.
+
+        Those of a checkpoint that is damaged are not touched, and nothing is without any that is
+        whole: a repeated round writes the same files again.
 
         Args:
-          kept: numbers of the rounds to keep.
+          kept: numbers of the rounds that have a checkpoint.
         """
-        if multihost.is_primary():
-            for rounds_done in set(self.rounds()) - set(kept):
-                self._round(rounds_done).rmtree(missing_ok=True)
+        if multihost.is_primary() and kept:
+            for rounds_done in self.rounds():
+                if rounds_done < min(kept):
+                    self._round(rounds_done).rmtree(missing_ok=True)
 
     def _round(self, rounds_done: int) -> epath.Path:
         return self._folder / f"round_{rounds_done}"
@@ -91,13 +96,8 @@ class ClientUpdates:
         if not multihost.is_primary():
             return
         flat = traverse_util.flatten_dict(tree, sep="/")
-        folder = self._round(rounds_done)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.tmp"
-        temporary.write_bytes(
-            safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in flat.items()})
-        )
-        temporary.replace(folder / f"{name}.safetensors")
+        content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in flat.items()})
+        whole_files.write(self._round(rounds_done) / f"{name}.safetensors", content)
 
 
 def _numbers(folder: epath.Path, pattern: str) -> list[int]:

@@ -10,7 +10,7 @@ hosts, and it alone writes records and reports.
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.runtime import cluster
 from fedsafe_jax.runtime.cluster import ClusterError
+from fedsafe_jax.whole_files import WorkdirError
+
+Result = TypeVar("Result")
 
 BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
 BROADCAST_BYTES = 256 << 20  # sent at once
@@ -96,6 +99,29 @@ def on_first(work: Callable[[], None], name: str) -> None:
     if is_primary():
         work()
     barrier(name)
+
+
+def first(work: Callable[[], Result]) -> Result | None:
+    """Runs work in the primary process; where it fails, no process goes on, and none waits.
+
+    Args:
+      work: what may raise an exception, such as a `WorkdirError`.
+
+    Returns:
+      What `work` returned; None in other processes than the first.
+
+    Raises:
+      WorkdirError: in the others, where `work` failed.
+    """
+    result, failure = None, None
+    if is_primary():
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if broadcast_bool(failure is not None):
+        raise failure or WorkdirError("the first process has stopped; it says why.")
+    return result
 
 
 def broadcast_bool(value: bool) -> bool:

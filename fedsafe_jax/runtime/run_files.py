@@ -4,16 +4,26 @@ Only the primary process writes; in any other process a write does nothing.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.runtime import multihost
+from fedsafe_jax.whole_files import StorageError, WorkdirError
 
-
-class WorkdirError(RuntimeError):
-    """The workdir holds another run."""
+__all__ = [
+    "StorageError",
+    "WorkdirError",
+    "arm_folder",
+    "check_config",
+    "claim_workdir",
+    "read_lines",
+    "replace_lines",
+    "write_json",
+]
 
 
 def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Path:
@@ -29,46 +39,51 @@ def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Pat
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Writes JSON through a temporary file, so that a killed run leaves the old or the new file."""
-    if not multihost.is_primary():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes JSON such that a kill leaves the old or the new file.
+
+    Raises:
+      StorageError: the storage does not take it.
+    """
+    if multihost.is_primary():
+        whole_files.write(path, whole_files.to_json(content, indent=1) + b"\n")
 
 
 def read_lines(path: epath.Path) -> list[dict]:
     """Reads the rows of a JSONL file; without the file there are none.
 
-    A last line that a kill cut off is skipped.
+    A last line that was cut off is skipped, with a warning.
+
+    Raises:
+      WorkdirError: another line is damaged.
+      StorageError: the storage does not give the file.
     """
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    rows, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path)
+    if wrong:
+        logging.warning("%s: %s, and is left out", path, wrong)
     return rows
 
 
 def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
     """Drops stale rows of a JSONL file and appends new ones, atomically.
 
+    A file whose last line was cut off stays beside the new one, as `NAME.damaged`.
+
     Args:
       path: the file, created if missing.
       stale: whether a row is to be dropped.
       rows: new rows.
+
+    Raises:
+      WorkdirError: another line is damaged; nothing is changed.
+      StorageError: the storage does not take the file.
     """
     if not multihost.is_primary():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in read_lines(path) if not stale(row)] + rows
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    old, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path)
+    if wrong:
+        whole_files.set_aside(path, wrong, keep=True)
+    kept = [row for row in old if not stale(row)]
+    whole_files.write(path, whole_files.to_json_lines([*kept, *rows]))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -82,8 +97,8 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def claim_workdir(workdir: epath.Path, config: dict) -> bool:
-    """Writes `config.json`, or checks that an existing one holds the same config.
+def check_config(workdir: epath.Path, config: dict) -> bool:
+    """Checks that `config.json`, where there is one, holds the same config.
 
     Args:
       workdir: folder of the run.
@@ -93,20 +108,42 @@ def claim_workdir(workdir: epath.Path, config: dict) -> bool:
       Whether a run with this config was begun here before.
 
     Raises:
-      WorkdirError: the workdir holds a run of another config.
+      WorkdirError: the workdir holds a run of another config, or a damaged `config.json`.
+      StorageError: the storage does not give it.
     """
     path = workdir / "config.json"
+    content = whole_files.read(path)
+    if content is None:
+        return False
+    try:
+        stored = json.loads(content.decode("utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"expected an object, found {stored!r:.40}")
+    except ValueError as error:
+        raise WorkdirError(
+            f"{path} is damaged ({error}), so nothing says which config the run here has. Choose "
+            "another --workdir; or, if it is sure that this command began the run, delete that "
+            "file."
+        ) from None
     config = json.loads(json.dumps(config))  # tuples become lists, as in the file
-    if path.is_file():
-        old, new = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(config)
-        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        if changed:
-            field = changed[0]
-            raise WorkdirError(
-                f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this "
-                f"command has {new.get(field)!r} ({len(changed)} field(s) differ). "
-                "Choose another --workdir."
-            )
-        return True
-    write_json(path, config)
-    return False
+    old, new = _flat(stored), _flat(config)
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if changed:
+        field = changed[0]
+        raise WorkdirError(
+            f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this "
+            f"command has {new.get(field)!r} ({len(changed)} field(s) differ). "
+            "Choose another --workdir."
+        )
+    return True
+
+
+def claim_workdir(workdir: epath.Path, config: dict) -> bool:
+    """Writes `config.json`, or checks that an existing one holds the same config.
+
+    Args, Returns, Raises: see `check_config`.
+    """
+    begun = check_config(workdir, config)
+    if not begun:
+        write_json(workdir / "config.json", config)
+    return begun

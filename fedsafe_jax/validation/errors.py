@@ -12,13 +12,16 @@ def one_line(error: BaseException) -> str:
 
 def storage_errors() -> tuple[type[Exception], ...]:
     """Returns the exception types of storage that may answer later: one line, not wrong input."""
-    from fedsafe_jax.runtime.checkpoint import CheckpointError
+    from fedsafe_jax.whole_files import StorageError
 
-    return (CheckpointError,)
+    return (StorageError,)
 
 
 def input_errors() -> tuple[type[Exception], ...]:
-    """Returns the exception types of wrong input: reported as one line, without a traceback."""
+    """Returns the exception types of wrong input: reported as one line, without a traceback.
+
+    Those of `storage_errors` are among them, since the line is the same; their exit code is not.
+    """
     from fedsafe_jax.aot.targets import TargetError
     from fedsafe_jax.cai.constitution import ConstitutionError
     from fedsafe_jax.data.chat_template import ChatTemplateError
@@ -29,7 +32,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.runtime.cluster import ClusterError
-    from fedsafe_jax.runtime.run_files import WorkdirError
+    from fedsafe_jax.whole_files import WorkdirError
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
     return (

@@ -1,0 +1,189 @@
+"""Files that are written whole and kept when damaged: JSON, JSON lines, on disks and buckets.
+
+Every error of the storage is a `StorageError`, one line that names the file.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from etils import epath
+
+
+class WorkdirError(RuntimeError):
+    """A folder cannot be written to as it is: it holds something else, or something damaged."""
+
+
+class StorageError(WorkdirError):
+    """The storage did not give or take a file; the same command may go on later."""
+
+
+@contextlib.contextmanager
+def storage(path: epath.PathLike, what: str = "cannot be written") -> Iterator[None]:
+    """Makes an `OSError` of the block a `StorageError`.
+
+    Args:
+      path: the file or folder that the block touches, named in the message.
+      what: what failed.
+
+    Raises:
+      StorageError: the disk is full or read-only, a folder is a file, a server does not answer.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"{os.fspath(path)}: {what} ({reason}).") from error
+
+
+def make_folder(folder: epath.PathLike) -> epath.Path:
+    """Returns a folder, created with those above it if missing.
+
+    Raises:
+      WorkdirError: it is a file, or lies below one.
+      StorageError: it cannot be created.
+    """
+    folder = epath.Path(folder)
+    with storage(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise WorkdirError(
+                f"{os.fspath(folder)}: is a file, or lies below one; name a folder."
+            ) from None
+    return folder
+
+
+def write(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file such that a kill or a loss of power leaves the old file or the new one.
+
+    Args:
+      path: the file; its folder is created if missing.
+      content: the whole content.
+
+    Raises:
+      StorageError: the storage does not take it; the old file is still there.
+    """
+    path = epath.Path(path)
+    make_folder(path.parent)
+    with storage(path):
+        if "://" in os.fspath(path):  # an object appears whole, or not at all
+            path.write_bytes(content)
+            return
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Else the rename may reach the disk before the content does.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def read(path: epath.PathLike) -> bytes | None:
+    """Returns the content of a file, None where there is none.
+
+    Raises:
+      StorageError: the storage does not give it.
+    """
+    path = epath.Path(path)
+    with storage(path, "cannot be read"):
+        return path.read_bytes() if path.is_file() else None
+
+
+def set_aside(path: epath.PathLike, reason: str, keep: bool = False) -> epath.Path:
+    """Renames what is damaged, with a warning; nothing is deleted because it could not be read.
+
+    Args:
+      path: a file or folder.
+      reason: what is wrong with it.
+      keep: copies the file instead, where its readable part stays in use.
+
+    Returns:
+      The new name, `NAME.damaged`, or with a number behind it where that one is taken.
+
+    Raises:
+      StorageError: it cannot be renamed.
+    """
+    path = epath.Path(path)
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{number if number > 1 else ''}")
+        if not aside.exists():
+            break
+    with storage(path, "is damaged and cannot be renamed"):
+        path.copy(aside) if keep else path.rename(aside)
+    logging.warning("%s is damaged, and kept as %s: %s", path, aside.name, reason)
+    return aside
+
+
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """Encodes JSON in UTF-8, whatever its texts hold.
+
+    Half a surrogate pair, which UTF-8 cannot say, becomes JSON's escape of it: a model's tokens may
+    end in the middle of a character.
+
+    Args:
+      content: what `json` can encode.
+      indent: spaces of a level; None for one line.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", errors="backslashreplace")  # "\ud800", which is JSON's form too
+
+
+def to_json_lines(rows: Iterable[dict]) -> bytes:
+    """Encodes rows as JSON lines, see `to_json`."""
+    return b"".join(to_json(row) + b"\n" for row in rows)
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file; a damaged one is set aside.
+
+    Returns:
+      The content; None where there is no file, or only a damaged one.
+
+    Raises:
+      StorageError: the storage does not give it.
+    """
+    content = read(path)
+    if content is None:
+        return None
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8 alike
+        set_aside(path, str(error))
+        return None
+
+
+def parse_lines(content: bytes, path: epath.PathLike) -> tuple[list[dict], str]:
+    r"""Parses JSON lines, split at "\n" alone: other separators of lines are text of a string.
+
+    Args:
+      content: content of the file.
+      path: name of the file, for messages.
+
+    Returns:
+      `(rows, what is wrong with the last line)`; "" for nothing. A last line that was cut off,
+      with no end of its own, is no row.
+
+    Raises:
+      WorkdirError: another line is damaged.
+    """
+    lines = [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, found {row!r:.40}")
+        except ValueError as error:
+            if number == lines[-1][0] and not content.endswith(b"\n"):
+                return rows, f"line {number} is cut off ({error})"
+            raise WorkdirError(
+                f"{os.fspath(path)} line {number} is damaged ({error}): put the line right, or "
+                "move the file away if what it holds is not needed."
+            ) from None
+        rows.append(row)
+    return rows, ""
