@@ -40,8 +40,7 @@ def check(workdir: epath.Path, files: Mapping[str, os.PathLike | str]) -> str:
       StorageError: a file cannot be read, or `inputs.json` not written.
     """
     path = workdir / NAME
-    before = whole_files.read_json(path)
-    before = before if isinstance(before, dict) else {}
+    before = _stored(path)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         known = [before.get(name, {}) for name in files]
         now = dict(zip(files, pool.map(_entry, files.values(), known), strict=True))
@@ -50,6 +49,18 @@ def check(workdir: epath.Path, files: Mapping[str, os.PathLike | str]) -> str:
     if before != now:
         run_files.write_json(path, now)
     return "same" if before else "written"
+
+
+def _stored(path: epath.Path) -> dict:
+    """Returns what the file holds, {} where there is none; a damaged one is set aside."""
+    stored = whole_files.read_json(path)
+    if stored is None:
+        return {}
+    entries = stored.values() if isinstance(stored, dict) else [None]
+    if not all(isinstance(e, dict) and {"sha256", "path"} <= e.keys() for e in entries):
+        whole_files.set_aside(path, "it holds no hashes of files")
+        return {}
+    return stored
 
 
 def _compare(workdir: epath.Path, before: dict, now: dict) -> None:

@@ -1,7 +1,11 @@
 """Files of a run: cut, full disks, text that looks like markup."""
 
 import errno
+import hashlib
+import json
 import os
+import shutil
+import signal
 
 import orbax.checkpoint as ocp
 import pytest
@@ -10,8 +14,10 @@ from safetensors import SafetensorError
 from small_run import BORDER, small_config
 
 from fedsafe_jax import experiment
-from fedsafe_jax.models import hub
-from fedsafe_jax.runtime import run_files
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.models import base_model, hub
+from fedsafe_jax.runtime import preemption, run_files
+from fedsafe_jax.runtime.owner import owned
 from fedsafe_jax.runtime.run_files import WorkdirError
 
 FULL = os.strerror(errno.ENOSPC)
@@ -84,6 +90,81 @@ def test_a_workdir_on_a_read_only_disk(tmp_path, monkeypatch):
     with pytest.raises(BORDER) as error:
         experiment.run(small_config(), workdir)
     assert workdir in str(error.value) and READ_ONLY in str(error.value)
+
+
+def test_a_workdir_that_another_run_writes_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "load_inputs", lambda config: pytest.fail("it loads a model"))
+    with owned(epath.Path(tmp_path)):
+        with pytest.raises(BORDER) as error:
+            experiment.run(small_config(), str(tmp_path))
+        assert f"{tmp_path} is in use by process {os.getpid()}" in str(error.value)
+        assert os.listdir(tmp_path) == ["owner.json"]
+
+
+def test_a_run_that_ends_otherwise_gives_its_workdir_back(tmp_path, monkeypatch):
+    for end in (preemption.Preempted(signal.SIGTERM), KeyboardInterrupt(), SourceError("wrong")):
+
+        def load(config, end=end):
+            raise end
+
+        monkeypatch.setattr(experiment, "load_inputs", load)
+        with pytest.raises(type(end)):
+            experiment.run(small_config(), str(tmp_path))
+        # Nothing is claimed: the config may be put right in the same workdir.
+        assert not os.listdir(tmp_path)
+
+
+def test_files_that_change_between_two_starts(tmp_path, monkeypatch, capsys):
+    data, model, workdir = (tmp_path / name for name in ("data", "model", "run"))
+    data.mkdir()
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    rows = [json.dumps(row | {"label": "safe"}).replace("?", f"Ask {i} apples") for i in range(40)]
+    (data / "safe.jsonl").write_text("\n".join(rows))
+    shutil.copytree(base_model.PACKAGED_FOLDER, model)
+    config = small_config(
+        arms=("base",),
+        model=str(model),
+        data_dir=str(data),
+        safe_sources=("chat:safe.jsonl",),
+        eval__tasks=("utility",),
+    )
+    first = experiment.run(config, str(workdir))
+    assert {"data/safe.jsonl", "data/package/clients_unsafe.jsonl", "model/config.json"} < set(
+        json.loads((workdir / "inputs.json").read_text())
+    )
+    assert experiment.run(config, str(workdir))["arms"] == first["arms"]
+    monkeypatch.setattr(experiment, "load_inputs", lambda config: pytest.fail("it loads a model"))
+    for path in (data / "safe.jsonl", model / "tokenizer.json"):
+        old = path.read_bytes()
+        path.write_bytes(old + b"\n")
+        with pytest.raises(BORDER) as error:
+            experiment.run(config, str(workdir))
+        for content in (old, old + b"\n"):
+            assert hashlib.sha256(content).hexdigest()[:12] in str(error.value)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(old)
+    monkeypatch.undo()
+    (workdir / "inputs.json").unlink()  # as an older version leaves it
+    capsys.readouterr()
+    experiment.run(config, str(workdir))
+    assert "inputs.json was not there" in capsys.readouterr().err
+    assert (workdir / "inputs.json").is_file()
+
+
+def test_damaged_outcomes_of_an_arm_are_made_again(tmp_path, caplog):
+    config = small_config()
+    first = experiment.run(config, str(tmp_path))
+    path = tmp_path / "arms" / "fl_seed0.json"
+    whole = json.loads(path.read_text())
+    for content in ("", "[1]"):
+        path.write_text(content)
+        again = experiment.run(config, str(tmp_path))
+        assert again["arms"] == first["arms"]
+        assert json.loads(path.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
+    assert [p.name for p in sorted((tmp_path / "arms").glob("*.damaged*"))] == [
+        "fl_seed0.json.damaged",
+        "fl_seed0.json.damaged2",
+    ]
 
 
 def test_markup_in_the_data_is_text_in_the_report(tmp_path):

@@ -1,6 +1,7 @@
 """Scores that are kept, by the content of filter and pair."""
 
 import numpy as np
+import pytest
 from filter_examples import pair
 
 from fedsafe_jax.filters import cache, decision
@@ -39,3 +40,25 @@ def test_a_filter_that_was_trained_again_is_another(tmp_path):
     assert cache.folder_hash(tmp_path) == before
     (tmp_path / "classifier.safetensors").write_bytes(b"two")
     assert cache.folder_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize("content", ["", '{"decision": [2.0', "[]", '{"log_odds": {"a": "b"}}'])
+def test_damaged_scores_are_kept_aside_and_computed_again(tmp_path, content):
+    class Fake:
+        decision = decision.Decision(2.0, 0.4)
+
+        def log_odds(self, some):
+            return np.arange(len(some), dtype=np.float32)
+
+    path = tmp_path / "f.json"
+    path.write_text(content)
+    # Another process of the run may be reading the same file: it is renamed by the first alone.
+    np.testing.assert_array_equal(
+        cache.ScoreCache(tmp_path, "f", writes=False).log_odds(EXAMPLES, Fake), [0, 1, 2]
+    )
+    assert path.read_text() == content
+    np.testing.assert_array_equal(
+        cache.ScoreCache(tmp_path, "f").log_odds(EXAMPLES, Fake), [0, 1, 2]
+    )
+    assert (tmp_path / "f.json.damaged").read_text() == content
+    assert cache.ScoreCache(tmp_path, "f").decision == [2.0, 0.4, 0.0]

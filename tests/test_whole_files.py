@@ -1,0 +1,128 @@
+"""Files that are written whole and kept when damaged, whatever text they hold."""
+
+import errno
+import json
+import os
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from etils import epath
+
+from fedsafe_jax import whole_files
+from fedsafe_jax.runtime import run_files
+from fedsafe_jax.whole_files import StorageError, WorkdirError
+
+# Any code point, half surrogates, NUL and separators of lines among them. A high half directly
+# before a low one is the character that the two stand for: JSON cannot tell them apart.
+CHARACTERS = st.characters(codec=None, exclude_categories=())
+TEXT = st.text(CHARACTERS).map(lambda text: text.encode("utf-16", "surrogatepass")).map(
+    lambda code: code.decode("utf-16", "surrogatepass")
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+ROWS = st.lists(st.dictionaries(TEXT, VALUES, max_size=4), max_size=6)
+
+
+@hypothesis.given(first=ROWS, second=ROWS)
+@hypothesis.example(
+    first=[{"text": "a\u2028b\u2029\x85\x0b\x0c\x1c\r\n\0\udfff\ud800 c"}], second=[]
+)
+@hypothesis.settings(deadline=None)
+def test_any_rows_come_back(tmp_path_factory, first, second):
+    path = epath.Path(tmp_path_factory.mktemp("rows")) / "rows.jsonl"
+    run_files.replace_lines(path, lambda row: False, first)
+    assert run_files.read_lines(path) == first
+    run_files.replace_lines(path, lambda row: False, second)
+    assert run_files.read_lines(path) == first + second
+    assert path.read_bytes().count(b"\n") == len(first + second)
+    path.read_text(encoding="utf-8")  # any program may read it
+    assert not list(path.parent.glob("*.damaged*"))
+
+
+@hypothesis.given(content=VALUES)
+@hypothesis.settings(deadline=None)
+def test_any_content_is_json(tmp_path_factory, content):
+    path = epath.Path(tmp_path_factory.mktemp("content")) / "a" / "content.json"
+    run_files.write_json(path, content)
+    assert json.loads(path.read_text(encoding="utf-8")) == content == whole_files.read_json(path)
+
+
+def test_a_cut_last_line_is_left_out_and_kept(tmp_path, caplog):
+    path = epath.Path(tmp_path) / "rows.jsonl"
+    old = b'{"a": 1}\n{"a": 2}\n{"a": "cut \xe2\x80'
+    path.write_bytes(old)
+    assert run_files.read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert "line 3 is cut off" in caplog.text and path.read_bytes() == old
+    run_files.replace_lines(path, lambda row: row["a"] == 1, [{"a": 3}])
+    assert run_files.read_lines(path) == [{"a": 2}, {"a": 3}]
+    assert (tmp_path / "rows.jsonl.damaged").read_bytes() == old  # nothing vanishes
+
+
+@pytest.mark.parametrize(
+    "old", [b'{"a": 1}\n{"a"\n{"a": 2}\n', b'{"a": 1}\n{"a": \n', b"[1]\n", b'\xff\xfe\n{"a": 1}\n']
+)
+def test_another_damaged_line_is_an_error_that_names_it(tmp_path, old):
+    path = epath.Path(tmp_path) / "rows.jsonl"
+    path.write_bytes(old)
+    number = next(i for i, line in enumerate(old.split(b"\n"), 1) if line != b'{"a": 1}')
+    for work in (
+        lambda: run_files.read_lines(path),
+        lambda: run_files.replace_lines(path, lambda row: True, [{"a": 3}]),
+    ):
+        with pytest.raises(WorkdirError, match=f"line {number} is damaged") as error:
+            work()
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_damaged_files_are_numbered(tmp_path, caplog):
+    path = tmp_path / "a.json"
+    for content in ("{", "", "\0\0\0"):
+        path.write_text(content)
+        assert whole_files.read_json(path) is None
+    names = ["a.json.damaged", "a.json.damaged2", "a.json.damaged3"]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert [(tmp_path / name).read_text() for name in names] == ["{", "", "\0\0\0"]
+    assert caplog.text.count("is damaged, and kept as") == 3
+    assert whole_files.read_json(path) is None  # no file, nothing to say
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "a.json"
+    run_files.write_json(path, {"old": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError) as error:
+        run_files.write_json(path, {"new": 1})
+    assert str(error.value) == f"{path}: cannot be written (No space left on device)."
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_storage_that_does_not_answer_renames_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+
+    def silent(*args):
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(type(epath.Path(path)), "read_bytes", silent)
+    with pytest.raises(StorageError, match="cannot be read"):
+        whole_files.read_json(path)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_files_get_the_mode_that_the_umask_asks_for(tmp_path):
+    old = os.umask(0o022)
+    try:
+        whole_files.write(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
