@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.runtime import cluster
 from fedsafe_jax.runtime.cluster import ClusterError
-from fedsafe_jax.whole_files import WorkdirError
+from fedsafe_jax.whole_files import StorageError, WorkdirError
 
 Result = TypeVar("Result")
 
@@ -111,7 +111,8 @@ def first(work: Callable[[], Result]) -> Result | None:
       What `work` returned; None in other processes than the first.
 
     Raises:
-      WorkdirError: in the others, where `work` failed.
+      StorageError, WorkdirError: in the others, where `work` failed; the first one if the same
+        command may go on later, as launch scripts must learn on every host.
     """
     result, failure = None, None
     if is_primary():
@@ -119,8 +120,11 @@ def first(work: Callable[[], Result]) -> Result | None:
             result = work()
         except Exception as error:
             failure = error
-    if broadcast_bool(failure is not None):
-        raise failure or WorkdirError("the first process has stopped; it says why.")
+    kind = 0 if failure is None else 1 if isinstance(failure, StorageError) else 2
+    kind = int(broadcast(np.int64(kind)))
+    if kind:
+        other = StorageError if kind == 1 else WorkdirError
+        raise failure or other("the first process has stopped; it says why.")
     return result
 
 

@@ -139,8 +139,10 @@ def owned(workdir: epath.Path) -> Iterator[Owner | None]:
     Raises:
       InUseError, StorageError: see `Owner`; every process raises.
     """
-    owner = multihost.first(lambda: Owner(workdir))
+    owner = None
     try:
+        with preemption.hold():  # a signal may come when the file is there, and nobody has it yet
+            owner = multihost.first(lambda: Owner(workdir))
         yield owner
     finally:
         if owner is not None:

@@ -5,9 +5,13 @@ import socket
 import subprocess
 import sys
 
+from etils import epath
 
-def on_two_hosts(*arguments):
-    """What each of two processes returns, prints, and says on stderr."""
+from fedsafe_jax.runtime.owner import owned
+
+
+def on_two_hosts(*arguments, ends=(0, 0)):
+    """What each of two processes prints, says on stderr, and returns, which is `ends`."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -24,7 +28,7 @@ def on_two_hosts(*arguments):
             )
         )  # fmt: skip
     outcomes = [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    assert all(code == 0 for _, _, code in outcomes), outcomes
+    assert tuple(code for _, _, code in outcomes) == ends, outcomes
     return outcomes
 
 
@@ -36,3 +40,20 @@ def test_the_first_of_two_hosts_evaluates(tmp_path):
     )  # fmt: skip
     assert "Who are you?" in first[0] and (tmp_path / "out.json").is_file()
     assert second[0] == "" and "devices:" not in second[1]
+
+
+def test_two_hosts_have_a_workdir_together_and_are_refused_together(tmp_path):
+    command = (
+        "run", "--config=configs/demo.py", f"--workdir={tmp_path}", "--config.arms=('base',)",
+        "--config.eval.tasks=('utility',)", "--config.eval.max_heldout=4",
+        "--config.seeds=(0,)",
+    )  # fmt: skip
+    (first, _, _), (second, _, _) = on_two_hosts(*command)
+    assert "report: " in first and "report: " not in second
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "inputs.json").is_file()
+    assert not (tmp_path / "owner.json").exists()
+    with owned(epath.Path(tmp_path)):
+        (_, first, _), (_, second, _) = on_two_hosts(*command, ends=(1, 1))
+    assert f"error: --workdir={tmp_path} is in use by process {os.getpid()} on" in first
+    assert "error: the first process has stopped; it says why." in second
+    assert "Traceback" not in first + second
