@@ -37,3 +37,17 @@ def test_filters_come_back_from_disk(tmp_path, packaged, pairs):
     (tmp_path / "c" / "filter.json").write_text(json.dumps({"kind": about["kind"]}))
     with pytest.raises(protocol.FilterError, match="damaged"):
         store.load(tmp_path / "c")
+
+
+def test_storage_that_does_not_answer_asks_for_no_training(tmp_path, monkeypatch):
+    (tmp_path / "filter.json").write_text("{}")
+
+    def silent(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store, "read_json", silent)
+    with pytest.raises(
+        protocol.FilterError, match=r"cannot be read \(Permission denied\)"
+    ) as error:
+        store.load(tmp_path)
+    assert "train it again" not in str(error.value)

@@ -1,8 +1,11 @@
 """A site: the settings of its operator, its description, the state it keeps."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 pytest.importorskip("flwr")
 
@@ -11,6 +14,7 @@ from test_flower import node_config, run_config  # noqa: E402
 from fedsafe_jax.config import ConfigError  # noqa: E402
 from fedsafe_jax.flower import server, site  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
+from fedsafe_jax.whole_files import WorkdirError  # noqa: E402
 
 
 def test_settings_are_read_and_checked(folder):
@@ -70,3 +74,16 @@ def test_a_repeated_round_starts_from_the_state_before_it(site_and_lines):
     for path in states:
         path.unlink()
     assert not np.array_equal(update(1), second)
+
+
+def test_a_damaged_state_of_a_client_is_one_line_and_stays(tmp_path):
+    damaged = object.__new__(site.Site)
+    damaged.folder = epath.Path(tmp_path)
+    algorithm = SimpleNamespace(init_client=lambda factors: {"a": np.zeros(2)})
+    damaged.programs = SimpleNamespace(spec=SimpleNamespace(algorithm=algorithm))
+    path = tmp_path / "state" / "round_0000.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"cut")
+    with pytest.raises(WorkdirError, match="the state of this client is damaged") as error:
+        damaged._state_before(1, None)
+    assert str(path) in str(error.value) and path.read_bytes() == b"cut"
