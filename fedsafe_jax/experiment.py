@@ -90,6 +90,7 @@ def train_simulated(
     )
 
 
+NOT_EXPORTED = "nothing whole was exported, and the same command does it again"
 SIMULATED = Federation(simulated_clients, train_simulated)
 
 
@@ -197,7 +198,7 @@ def _exported(
     """Exports the arm that the config names, see `export.export_arm`; all processes call this."""
 
     def export_arm() -> bool:
-        with export.failures(workdir / "export"):
+        with whole_files.storage(workdir / "export", NOT_EXPORTED):
             return export.export_arm(config, inputs, workdir, factors=factors, results=results)
 
     multihost.barrier("export")

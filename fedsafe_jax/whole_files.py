@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
+from safetensors import SafetensorError
 
 
 class WorkdirError(RuntimeError):
@@ -24,7 +25,10 @@ class StorageError(WorkdirError):
 
 @contextlib.contextmanager
 def storage(path: epath.PathLike, what: str = "cannot be written") -> Iterator[None]:
-    """Makes an `OSError` of the block a `StorageError`.
+    """Makes an error of the storage in the block a `StorageError`.
+
+    Safetensors raises its own error of a full disk, and the same one of a damaged file: a block
+    that reads tells that apart by itself.
 
     Args:
       path: the file or folder that the block touches, named in the message.
@@ -35,8 +39,9 @@ def storage(path: epath.PathLike, what: str = "cannot be written") -> Iterator[N
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = said or type(error).__name__
         raise StorageError(f"{os.fspath(path)}: {what} ({reason}).") from error
 
 
@@ -138,8 +143,12 @@ def to_json_lines(rows: Iterable[dict]) -> bytes:
     return b"".join(to_json(row) + b"\n" for row in rows)
 
 
-def read_json(path: epath.PathLike) -> Any:
+def read_json(path: epath.PathLike, rename: bool = True) -> Any:
     """Reads a JSON file; a damaged one is set aside.
+
+    Args:
+      path: the file.
+      rename: False to leave a damaged one as it is, where a command only reads.
 
     Returns:
       The content; None where there is no file, or only a damaged one.
@@ -153,7 +162,8 @@ def read_json(path: epath.PathLike) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except ValueError as error:  # of JSON and of UTF-8 alike
-        set_aside(path, str(error))
+        if rename:
+            set_aside(path, str(error))
         return None
 
 

@@ -199,16 +199,19 @@ def main(values: flags.FlagValues) -> None:
     check_output(values.output)
     card = export.card_of_seed(config, saved.workdir, saved.planned, seed=saved.seed, note=note)
     adapter = lora.Adapter(factors, saved.lora, config.model)
-    with export.local_folder(epath.Path(values.output)) as folder:
-        if values.merge:
-            lm = load_pretrained(
-                config.model,
-                config.dtype,
-                config.quantization,
-                chat_template=config.chat_template,
-                chat_template_kwargs=config.chat_template_kwargs.to_dict(),
-                date=config.date,
-            )
+    lm = None
+    if values.merge:
+        lm = load_pretrained(
+            config.model,
+            config.dtype,
+            config.quantization,
+            chat_template=config.chat_template,
+            chat_template_kwargs=config.chat_template_kwargs.to_dict(),
+            date=config.date,
+        )
+    output = epath.Path(values.output)
+    with whole_files.storage(output), export.local_folder(output) as folder:
+        if lm is not None:
             export.write_merged(lm.with_adapter(adapter), folder, card)
         else:
             export.write_adapter(adapter, folder, card)

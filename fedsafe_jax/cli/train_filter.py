@@ -20,6 +20,7 @@ from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
 from fedsafe_jax.filters.quality import shown
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate_filter
+from fedsafe_jax.whole_files import storage
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -132,7 +133,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         load_model=filtering.guard_loader(config, mesh),
         targets=targets,
     )
-    store.save(safety_filter, workdir)
+    with storage(workdir):
+        store.save(safety_filter, workdir)
     results = {"counts": counts, "decision": safety_filter.decision._asdict()}
     if trained is not None:
         results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}

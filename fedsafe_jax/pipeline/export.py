@@ -8,7 +8,6 @@ from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
-from safetensors import SafetensorError
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
@@ -18,7 +17,6 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.report import model_card
 from fedsafe_jax.runtime import multihost
-from fedsafe_jax.whole_files import StorageError
 
 
 @contextlib.contextmanager
@@ -37,26 +35,6 @@ def local_folder(folder: epath.Path) -> Iterator[epath.Path]:
                 target = folder / path.relative_to(name).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 epath.Path(path).copy(target, overwrite=True)
-
-
-@contextlib.contextmanager
-def failures(folder: epath.PathLike) -> Iterator[None]:
-    """Makes an export that the storage does not take one line.
-
-    Args:
-      folder: where it was to be written, named in the message.
-
-    Raises:
-      StorageError: the disk is full, read-only or not reached.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise StorageError(
-            f"{folder}: nothing whole was exported ({reason}); all else is done, and the same "
-            "command exports again."
-        ) from error
 
 
 def write_adapter(adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
@@ -165,7 +143,7 @@ def card_of_seed(
         figures then, as only final models are evaluated.
     """
     path = workdir / "arms" / f"{planned.folder}_seed{seed}.json"
-    outcome = {} if note else whole_files.read_json(path) or {}
+    outcome = {} if note else whole_files.read_json(path, rename=False) or {}
     sets = {k: one for k, one in evaluation.chosen_sets(config).items() if k in outcome}
     return model_card.text(
         planned.id,
