@@ -76,12 +76,21 @@ def resolve(template: str) -> str:
     """
     if template in NAMED:
         return NAMED[template]
-    if "{{" in template or "{%" in template:
+    file = file_of(template)
+    if file is None:
         return template
     try:
-        return pathlib.Path(os.path.expanduser(template)).read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ChatTemplateError(
-            f"chat_template='{template}': no Jinja text, no file that can be read, and not one of "
+            f"chat_template={template!r}: no Jinja text, no file that can be read, and not one of "
             f"the names {', '.join(NAMED)}."
         ) from error
+
+
+def file_of(template: str) -> pathlib.Path | None:
+    """Returns the file that a template names, which may be missing; None for a name, Jinja text, or
+    "" for none."""
+    if not template or template in NAMED or "{{" in template or "{%" in template:
+        return None
+    return pathlib.Path(os.path.expanduser(template))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import constitution
-from fedsafe_jax.data import sources
+from fedsafe_jax.data import named_templates, sources
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.filters import store
@@ -53,6 +53,8 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
         path = ASSETS / "constitution.json" if given == constitution.PACKAGED else given
         if path and pathlib.Path(path).is_file():
             files[f"cai.{field}"] = pathlib.Path(path)
+    if (file := named_templates.file_of(config.chat_template)) and file.is_file():
+        files["chat_template"] = file
     return files
 
 
