@@ -10,9 +10,10 @@ class SourceError(ValueError):
 
 
 class Example(NamedTuple):
-    """One dialogue that ends in a user turn, and its answer."""
+    """One dialogue that ends in a user turn (or a tool's), and its answer."""
 
-    messages: tuple[tuple[str, str], ...]  # (role, text); the last role is "user"
+    # (role, text); roles are system, user, assistant and tool; the last is "user" or "tool".
+    messages: tuple[tuple[str, str], ...]
     response: str  # the answer; "" where the source has none
     label: str = UNKNOWN  # safety of the response in its dialogue: safe, unsafe or unknown
     source: str = ""  # name of the reader
@@ -23,7 +24,19 @@ class Example(NamedTuple):
     @property
     def prompt(self) -> str:
         """The text of the last user turn."""
-        return self.messages[-1][1]
+        asked = (text for role, text in reversed(self.messages) if role == "user")
+        return next(asked, self.messages[-1][1])
+
+    @property
+    def dialogue(self) -> str:
+        """The whole request as one text: what overlap, hashes of parts and cache keys look at.
+
+        A single turn is its own text, so that what has one prompt alone is as it was; more turns
+        are `role: text`, joined by blank lines.
+        """
+        if len(self.messages) == 1:
+            return self.messages[0][1]
+        return "\n\n".join(f"{role}: {text}" for role, text in self.messages)
 
 
 class Choice(NamedTuple):
