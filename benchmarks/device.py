@@ -373,13 +373,13 @@ def measure_cai(results):
     generate = make_generate_fn(48, (0,), session, 0.0)
     started = time.perf_counter()
     records = revise(
-        [e.prompt for e in red_team], constitution.load("package:constitution"), generate,
+        [e.messages for e in red_team], constitution.load("package:constitution"), generate,
         reviser=generate, seed=(0,),
     )  # fmt: skip
     results["revise: first seconds"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     revise(
-        [e.prompt for e in red_team], constitution.load("package:constitution"), generate,
+        [e.messages for e in red_team], constitution.load("package:constitution"), generate,
         reviser=generate, seed=(0,),
     )  # fmt: skip
     results["revise: seconds"] = round(time.perf_counter() - started, 2)
@@ -389,11 +389,11 @@ def measure_cai(results):
     )
     init, step = cai_train.make_step(lm.model, recipe)
 
-    def encode(prompt, response):
-        return chat.encode(lm.tokenizer, (("user", prompt),), response, 128)
+    def encode(turns, response):
+        return chat.encode(lm.tokenizer, turns, response, 128)
 
     triples = [cai_train.Triple(r.prompt, r.initial, r.revision or "No.") for r in records]
-    imitation = [e for e in (encode(r.prompt, r.revision or "No.") for r in records) if e]
+    imitation = [e for e in (encode(r.turns, r.revision or "No.") for r in records) if e]
     data = cai_train.steps(recipe, steps, imitation, triples=triples, encode=encode, seed=(0,))
     factors = lm.factors
     state, taken = init(factors), []

@@ -68,7 +68,7 @@ def torch_speaker(folder):
 def main(argv):
     del argv
     examples = sources.load(_PROMPTS.value, _DATA_DIR.value)
-    prompts = [e.prompt for e in examples[: _COUNT.value]]
+    prompts = [e.messages for e in examples[: _COUNT.value]]
     use_cores(os.cpu_count())
     lm = load_pretrained(_MODEL.value, mesh=make_mesh())
 

@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
+from fedsafe_jax.cai.revise import to_row
 from fedsafe_jax.evals import comparison
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -421,7 +422,7 @@ class ArmRun:
             run_files.replace_lines(
                 self.workdir / "cai" / f"round_{t:03d}.jsonl",
                 self._is_mine,
-                [key | r._asdict() for r in cai_records],
+                [key | to_row(r) for r in cai_records],
             )
         run_files.replace_lines(
             self.workdir / "metrics.jsonl",

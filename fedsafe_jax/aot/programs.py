@@ -227,7 +227,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         1,
         run.lengths.encoded(c.cai.batch_size, c.seq_len),
         triples=triples,
-        encode=lambda p, r: chat.encode(tokenizer, (("user", p),), r, c.seq_len),
+        encode=lambda turns, r: chat.encode(tokenizer, turns, r, c.seq_len),
         seed=(0,),
         tokenizer=tokenizer,
     )[0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.fitting import Messages
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 
 if TYPE_CHECKING:
@@ -23,11 +24,23 @@ ROWS_PER_BARE_ROW = 3  # 1 in 3 safe answers has no harmful prefix
 
 
 class Triple(NamedTuple):
-    """A request with a harmful and a safe answer, as text."""
+    """A request with a harmful and a safe answer, as text.
+
+    Attributes:
+      prompt: the request, which is the last turn of the user.
+      harmful, safe: the answers.
+      messages: all (role, text) turns before the answers; () where the prompt is all.
+    """
 
     prompt: str
     harmful: str
     safe: str
+    messages: Messages = ()
+
+    @property
+    def turns(self) -> Messages:
+        """The dialogue that both answer."""
+        return self.messages or (("user", self.prompt),)
 
 
 def refusal_token(tokenizer: "PreTrainedTokenizerBase", word: str = " Sorry") -> int:
@@ -58,7 +71,7 @@ def prefixed(
     Returns:
       None when no learned token is left within `max_length`.
     """
-    question = (("user", triple.prompt),)
+    question = triple.turns
     prefix, safe = " ".join(triple.harmful.split()[:words]), triple.safe.strip()
     answer = f"{prefix} {safe}" if prefix else safe
     # The first token of the safe answer may begin at the blank before it.
@@ -74,8 +87,7 @@ def transition(
 
     The target at these positions is the refusal token, which `batch` puts there.
     """
-    question = (("user", triple.prompt),)
-    whole = chat.encode(tokenizer, question, triple.harmful, max_length)
+    whole = chat.encode(tokenizer, triple.turns, triple.harmful, max_length)
     if whole is None:
         return None
     places = np.flatnonzero(whole.loss_mask)

@@ -20,6 +20,7 @@ LABELS = {
 }
 ANSWERED_BY = {
     "user": "assistant",
+    "tool": "assistant",
     "critique_request": "critique",
     "revision_request": "revision",
 }
@@ -28,7 +29,9 @@ DIALOGUE = (
     "{%- set labels = " + repr(LABELS) + " -%}"
     "{%- set answers = " + repr(ANSWERED_BY) + " -%}"
     "{%- for m in messages -%}"
-    "{{ '\n\n' + labels[m['role']] + ': ' + m['content'] }}"
+    # The form has no word for a system prompt, which stands bare at the top, or for a tool.
+    "{{ '\n\n' + ('' if m['role'] == 'system' else "
+    "labels.get(m['role'], m['role'] | capitalize) + ': ') + m['content'] }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}"
     "{{ '\n\n' + labels[answers[messages[-1]['role']]] + ':' }}"
@@ -36,10 +39,17 @@ DIALOGUE = (
 )
 
 _NEXT_TURN = re.compile(r"\n\s*(?:Human|Assistant|(?:Critique|Revision)(?:Request)?):")
+_LABEL = (
+    r"(?:Critique|Revision|(?:[Tt]he )?[Rr]evised (?:[Rr]esponse|[Aa]nswer|[Vv]ersion)[^\n:]{0,40})"
+)
+_SENTENCE = r"(?:Here (?:is|are)|Here's)\b[^\n:]{0,80}"
 _LEAD = re.compile(
-    r"^(?:(?:Sure|Certainly|Of course|Okay)[,.!]?\s+)?"
-    r"(?:(?:Critique|Revision|(?:Here (?:is|are)|Here's)\b[^\n:]{0,80}|"
-    r"(?:The )?[Rr]evised (?:response|answer|version)[^\n:]{0,40}):)\s*"
+    r"^(?:(?:Sure|Certainly|Of course|Okay)[,.!]?\s+)?(?:"
+    rf"(?:{_LABEL}|{_SENTENCE}):"
+    # In Markdown: bold, the colon inside or outside, or a heading, where it may be left out.
+    rf"|([*_]{{1,3}})(?:(?:{_LABEL}|{_SENTENCE})(?::\1|\1 *:)|{_LABEL}\1 *\n)"
+    rf"|#{{1,6}} +[*_]{{0,3}}(?:{_LABEL}:?|{_SENTENCE}:)[*_]{{0,3}} *\n"
+    r")\s*"
 )
 _QUOTES = {'"': '"', "“": "”"}
 

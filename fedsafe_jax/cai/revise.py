@@ -3,25 +3,29 @@
 The loop is that of Bai et al. (2022, arXiv 2212.08073, section 3).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fedsafe_jax.cai.constitution import Constitution, Principle
 from fedsafe_jax.cai.forms import clean
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.fitting import Messages, system_turns
 
 
 class Record(NamedTuple):
     """Record of one prompt's way through the loop.
 
     Attributes:
-      prompt, initial: the request and the first answer.
+      prompt, initial: the request, which is the last turn of the user, and the first answer.
       principle, critique, revision: index of the principle and the texts of the last round of
         revision.
       earlier: `(principle, critique, revision)` of each round before the last.
       dropped: why the revision is not trained on; "" where it is.
       preferred: whether the revision mends the initial answer, which makes a preference pair.
+      messages: all (role, text) turns before the answer; () where the prompt is all.
     """
 
     prompt: str
@@ -32,6 +36,30 @@ class Record(NamedTuple):
     earlier: tuple[tuple[int, str, str], ...]
     dropped: str
     preferred: bool
+    messages: Messages = ()
+
+    @property
+    def turns(self) -> Messages:
+        """The dialogue that was answered: system prompt, earlier turns and request."""
+        return self.messages or (("user", self.prompt),)
+
+
+def to_row(record: Record) -> dict:
+    """Returns a record as JSON holds it, without `messages` where the prompt is all."""
+    row = record._asdict()
+    del row["messages"]
+    return row | ({"messages": chat.to_dicts(record.messages)} if record.messages else {})
+
+
+def from_row(row: Mapping) -> Record:
+    """Returns the record that `to_row` wrote.
+
+    Raises:
+      KeyError: a field of the record is missing.
+    """
+    fields = {name: row[name] for name in Record._fields if name != "messages"}
+    turns = tuple((turn["role"], turn["content"]) for turn in row.get("messages", ()))
+    return Record(**fields, messages=turns)
 
 
 Threads = Sequence[Sequence[tuple[str, str]]]  # (role, text) turns by prompt
@@ -56,12 +84,12 @@ class Judge(NamedTuple):
 
     Attributes:
       wanted: as in `Rules`.
-      unsafe: `(prompts, answers) -> P(unsafe)`, float `[prompts]`.
+      unsafe: `(dialogues, answers) -> P(unsafe)`, float `[prompts]`.
       threshold: P(unsafe) from which an answer is unsafe.
     """
 
     wanted: Sequence[bool]
-    unsafe: Callable[[Sequence[str], Sequence[str]], np.ndarray]
+    unsafe: Callable[[Sequence[Messages], Sequence[str]], np.ndarray]
     threshold: float
 
 
@@ -105,7 +133,7 @@ DATA = {
 
 
 def revise(
-    prompts: Sequence[str],
+    dialogues: Sequence[Messages],
     constitution: Constitution,
     answer: Generate,
     reviser: Generate,
@@ -118,22 +146,24 @@ def revise(
 ) -> list[Record]:
     """Generates answers, criticises and revises them, and checks the revisions.
 
-    Runs `1 + 2 * rounds` generations, each for all prompts at once.
+    Runs `1 + 2 * rounds` generations, each for all dialogues at once. Critique and revision go on
+    in the dialogue that was answered.
 
     Args:
-      prompts: user requests.
+      dialogues: (role, text) turns up to a request, such as `(("user", "How ...?"),)`.
       constitution: for each prompt and round one principle is drawn, which asks for both critique
         and revision.
       answer: gives the initial answers; the roles of a thread are those of `forms.LABELS`.
       reviser: gives critiques and revisions.
       seed: seed of the principles drawn, such as (seed, round).
       rounds: number of rounds of critique and revision.
-      num_few_shots: number of the constitution's examples that stand before each prompt.
+      num_few_shots: number of the constitution's examples that stand before each dialogue, behind
+        its system prompt.
       rules, judge: checks; both may be given.
       only_wrong: whether answers that are right by every check given are left as they are.
 
     Returns:
-      One record per prompt. Dropped are revisions that are "empty", "cut", "unchanged" from the
+      One record per dialogue. Dropped are revisions that are "empty", "cut", "unchanged" from the
       initial answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge;
       with `only_wrong` also prompts whose answers "were right", which have no revision. Preference
       pairs are kept revisions whose initial answer was wrong by every check given.
@@ -145,16 +175,19 @@ def revise(
     if only_wrong and not checks:
         raise ValueError("only_wrong: no check says what is wrong; give rules or judge.")
     drawn = np.random.default_rng(seed).integers(
-        len(constitution.principles), size=(rounds, len(prompts))
+        len(constitution.principles), size=(rounds, len(dialogues))
     )
     before = [turn for shot in constitution.few_shots[:num_few_shots] for turn in shot]
-    threads = [[*before, ("user", prompt)] for prompt in prompts]
+    threads = []
+    for turns in dialogues:
+        count = system_turns(turns)
+        threads.append([*turns[:count], *before, *turns[count:]])
     initial, _ = _say(answer, threads, "assistant", 0)
-    wrong, risk = _wrong(prompts, initial, rules, judge)
-    chosen = np.flatnonzero(wrong.any(0)) if only_wrong else np.arange(len(prompts))
+    wrong, risk = _wrong(dialogues, initial, rules, judge)
+    chosen = np.flatnonzero(wrong.any(0)) if only_wrong else np.arange(len(dialogues))
     records = [
         Record(
-            prompt,
+            Example(tuple(turns), "").prompt,
             said,
             int(drawn[-1, i]),
             critique="",
@@ -162,8 +195,9 @@ def revise(
             earlier=(),
             dropped="were right",
             preferred=False,
+            messages=tuple(turns) if len(turns) > 1 else (),
         )
-        for i, (prompt, said) in enumerate(zip(prompts, initial, strict=True))
+        for i, (turns, said) in enumerate(zip(dialogues, initial, strict=True))
     ]
     if not chosen.size:
         return records
@@ -173,7 +207,7 @@ def revise(
     revisions = history[-1][2]
     after = None
     if judge is not None:
-        after = judge.unsafe([prompts[i] for i in chosen], revisions)
+        after = judge.unsafe([dialogues[i] for i in chosen], revisions)
     for place, i in enumerate(chosen):
         *earlier, last = ((int(j[place]), c[place], r[place]) for j, c, r in history)
         reason, mends = _unusable(initial[i], revisions[place], finished[place]), wrong[:, i].all()
@@ -184,10 +218,8 @@ def revise(
             if judge.wanted[i] and after[place] >= risk[i]:
                 reason = reason or "not safer"
         principle, critique, revision = last
-        records[i] = Record(
-            prompts[i],
-            initial[i],
-            principle,
+        records[i] = records[i]._replace(
+            principle=principle,
             critique=critique,
             revision=revision,
             earlier=tuple(earlier),
@@ -229,7 +261,10 @@ def _mend(
 
 
 def _wrong(
-    prompts: Sequence[str], answers: Sequence[str], rules: Rules | None, judge: Judge | None
+    dialogues: Sequence[Messages],
+    answers: Sequence[str],
+    rules: Rules | None,
+    judge: Judge | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`(wrong, bool [checks, prompts], the judge's risk, float [prompts], or None)`."""
     wrong, risk = [], None
@@ -237,9 +272,9 @@ def _wrong(
         refused = np.array([rules.refuses(a) for a in answers], bool)
         wrong.append(refused != np.asarray(rules.wanted, bool))
     if judge is not None:
-        risk = judge.unsafe(prompts, answers)
+        risk = judge.unsafe(dialogues, answers)
         wrong.append(np.asarray(judge.wanted, bool) & (risk >= judge.threshold))
-    return np.array(wrong, bool).reshape(-1, len(prompts)), risk
+    return np.array(wrong, bool).reshape(-1, len(dialogues)), risk
 
 
 def _unusable(initial: str, revision: str, finished: bool) -> str:

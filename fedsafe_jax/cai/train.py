@@ -12,6 +12,7 @@ import optax
 from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.cai.losses import LOSSES, SFT, Ratios
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.fitting import Messages
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
@@ -21,7 +22,7 @@ from fedsafe_jax.models.sharding import beside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Encode = Callable[[str, str], Encoded | None]  # (prompt, response)
+Encode = Callable[[Messages, str], Encoded | None]  # (dialogue, response)
 
 
 class Pairs(NamedTuple):
@@ -249,7 +250,7 @@ def steps(
       count: number of steps.
       imitation: encoded dialogues to imitate, at least one.
       triples: answers that were mended: (prompt, worse, better); may be empty.
-      encode: encodes a prompt and a response; None where nothing of it is left to learn.
+      encode: encodes a dialogue and a response; None where nothing of it is left to learn.
       seed: seed of the order.
       tokenizer, refusal: tokenizer and refusal token, for losses that make rows of their own.
     """
@@ -315,10 +316,10 @@ def _encoded_pairs(
     pairs, mismatched = [], []
     for i, triple in enumerate(triples):
         following = triples[(i + 1) % len(triples)]
-        answers = [encode(triple.prompt, triple.safe), encode(triple.prompt, triple.harmful)]
+        answers = [encode(triple.turns, triple.safe), encode(triple.turns, triple.harmful)]
         if mismatch:
-            answers += [encode(triple.prompt, following.safe)]
-            answers += [encode(triple.prompt, following.harmful)]
+            answers += [encode(triple.turns, following.safe)]
+            answers += [encode(triple.turns, following.harmful)]
         if all(e is not None for e in answers):
             pairs.append(tuple(answers[:2]))
             mismatched.append(tuple(answers[2:]))

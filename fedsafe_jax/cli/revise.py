@@ -6,7 +6,9 @@
 An instruct model is asked in its chat template, `--form=dialogue` asks a base model in the form of
 Bai et al. (arXiv 2212.08073), for which `--few_shots` should be more than 0. Each line of the
 output has the prompt, the initial answer, the last round's principle, critique and revision, and
-why the revision is of no use ("" where it is of use). The counts and a few pairs are printed.
+why the revision is of no use ("" where it is of use). A prompt may be a whole dialogue, a list of
+{role, content}: critique and revision go on in it, and the line keeps it as `messages`. The counts
+and a few pairs are printed.
 """
 
 import json
@@ -18,7 +20,6 @@ from absl import flags
 from fedsafe_jax import whole_files
 from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.cli.command import Command, UsageError, check_file
-from fedsafe_jax.data.examples import SourceError
 
 SHOWN = 5  # pairs printed
 
@@ -30,7 +31,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("model", "package:model", "Model folder or Hub id.", **here)
     text("adapter", None, "PEFT adapter folder.", **here)
     text("prompts", None, "Prompt file (txt, JSONL or CSV).", **here)
-    text("column", "prompt", "Column or field that holds the text.", **here)
+    text("column", "prompt", "Column or field that holds the text or the messages.", **here)
     text("constitution", "package:constitution", "JSON file.", **here)
     text("few_shot_file", "", "Examples in Anthropic's form.", **here)
     whole("few_shots", 0, "Examples before each prompt.", lower_bound=0, **here)
@@ -55,25 +56,6 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     whole("batch_size", 32, "Rows generated at once.", lower_bound=1, **here)
     whole("seed", 0, "Seed of principles and samples.", **here)
-
-
-def read_prompts(path: str, column: str) -> list[str]:
-    """Reads the texts of a prompt file.
-
-    Raises:
-      SourceError: the file cannot be read, or a row lacks the column.
-    """
-    from fedsafe_jax.data import sources
-
-    file = pathlib.Path(path)
-    prompts = []
-    for place, row in sources.read_rows(file.name, str(file.parent)):
-        if not str(row.get(column) or "").strip():
-            raise SourceError(
-                f"{place}: no text in column '{column}'; found {sorted(row)}. Set --column."
-            )
-        prompts.append(str(row[column]))
-    return prompts
 
 
 def make_checks(count: int, check: str, filter_folder: str | None) -> dict:
@@ -107,12 +89,15 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
+    from fedsafe_jax.cli.prompts import read_prompts, repeats
     from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
     from fedsafe_jax.runtime import devices
 
     prompts = read_prompts(values.prompts, values.column)
+    if note := repeats(prompts):
+        print(note)
     constitution = constitution_lib.load(values.constitution, values.few_shot_file)
     if values.few_shots > len(constitution.few_shots):
         raise UsageError(
@@ -136,7 +121,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
         )
 
     records = revise.revise(
-        prompts,
+        [request.messages for request in prompts],
         constitution,
         speak(values.temperature),
         reviser=speak(0.0),
@@ -146,7 +131,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
         **make_checks(len(prompts), values.check, values.filter),
         only_wrong=values.only_wrong,
     )
-    lines = whole_files.to_json_lines(record._asdict() for record in records)
+    lines = whole_files.to_json_lines(revise.to_row(record) for record in records)
     whole_files.write(values.output, lines)
     return records
 
@@ -154,6 +139,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
 def main(values: flags.FlagValues) -> None:
     """Revises and prints the counts and the first pairs."""
     from fedsafe_jax.cai.revise import tally
+    from fedsafe_jax.data.examples import Example
     from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import multihost
 
@@ -168,7 +154,8 @@ def main(values: flags.FlagValues) -> None:
         seconds = time.monotonic() - started
         print(f"{len(records)} prompts in {seconds:.0f} s: {json.dumps(tally(records))}")
         for record in [r for r in records if not r.dropped][:SHOWN]:
-            print(f"\n{record.prompt}\n  before: {record.initial}\n  after:  {record.revision}")
+            print(f"\n{Example(record.turns, '').dialogue}")
+            print(f"  before: {record.initial}\n  after:  {record.revision}")
         print(f"\nrecords: {values.output}")
 
     multihost.on_first(work, "revised")

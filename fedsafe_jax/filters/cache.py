@@ -23,8 +23,9 @@ def content_hash(*parts: object) -> str:
 
 
 def pair_hash(pair: Example) -> str:
-    """Hashes the fields of a pair that a filter reads (prompt and response)."""
-    return content_hash(pair.prompt, pair.response)
+    """Hashes what a filter reads of a pair: all turns of the dialogue, and the response."""
+    request = pair.messages[0][1] if len(pair.messages) == 1 else pair.messages
+    return content_hash(request, pair.response)
 
 
 def folder_hash(folder: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> str:

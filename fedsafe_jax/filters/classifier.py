@@ -1,4 +1,4 @@
-"""Encoder classifier as the clients' safety filter: it reads a (request, response) pair.
+"""Encoder classifier as the clients' safety filter: it reads a (dialogue, response) pair.
 
 The server trains it once, on pairs of its own, and ships it; no client data leaves a client.
 """
@@ -17,9 +17,10 @@ import optax
 from safetensors.numpy import load_file
 
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.fitting import shares, system_turns
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
-from fedsafe_jax.filters.protocol import FilterError, labelled
+from fedsafe_jax.filters.protocol import FilterError, labelled, warn_of_cuts
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
@@ -109,7 +110,9 @@ def encode_pairs(
 ) -> list[Encoded]:
     """Tokenises pairs: the end of the request, then the beginning of the response.
 
-    Request and response each get half of the room, and whatever the other leaves free.
+    Request and response each get half of the room, and whatever the other leaves free. A dialogue
+    of several turns is read whole, each turn behind its role; where it is too long, the oldest
+    turns go first, and its system prompt keeps half of the request's room.
 
     Args:
       tokenizer: Hugging Face tokenizer.
@@ -128,15 +131,33 @@ def encode_pairs(
     def tokens(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    requests = tokens([e.prompt[-limit:] for e in pairs])
+    systems, turns = zip(*(_request(e) for e in pairs), strict=True) if pairs else ((), ())
+    systems = tokens([text[:limit] for text in systems])
+    requests = tokens([text[-limit:] for text in turns])
     responses = tokens([e.response[:limit] for e in pairs])
-    rows = []
-    for request, response in zip(requests, responses, strict=True):
-        request = request[-max(room // 2, room - len(response)) :]
+    rows, cut = [], 0
+    for system, turn, response in zip(systems, requests, responses, strict=True):
+        whole = len(system) + len(turn) + len(response)
+        front, rest = shares(len(system), len(turn), room=max(room // 2, room - len(response)))
+        request = [*system[:front], *turn[len(turn) - rest :]]
         response = response[: room - len(request)]
+        cut += len(request) + len(response) < whole
         start = len(before) + len(request) + len(between)
         rows.append(Encoded([*before, *request, *between, *response, *behind], start))
+    warn_of_cuts(cut, len(pairs), max_length)
     return rows
+
+
+def _request(pair: Example) -> tuple[str, str]:
+    """The text of the system prompt, "" where there is none, and that of the other turns."""
+    count = system_turns(pair.messages)
+    if len(pair.messages) == 1:
+        return "", pair.messages[0][1]
+    front, rest = (
+        "\n\n".join(f"{role}: {text}" for role, text in turns)
+        for turns in (pair.messages[:count], pair.messages[count:])
+    )
+    return front + "\n\n" * bool(front), rest
 
 
 def _batch(rows: Sequence[Encoded], width: int, count: int) -> PairBatch:

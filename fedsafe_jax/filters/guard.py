@@ -264,8 +264,8 @@ def safe_replies(examples: Sequence[Example], refusal: str) -> list[str]:
     A safe pair's own answer; for an unsafe pair another pair's safe answer to the same request, or
     the refusal.
     """
-    safe = {e.prompt: e.response for e in examples if e.label != UNSAFE and e.response}
-    return [safe.get(e.prompt, refusal) for e in examples]
+    safe = {e.messages: e.response for e in examples if e.label != UNSAFE and e.response}
+    return [safe.get(e.messages, refusal) for e in examples]
 
 
 def save(guard: GuardFilter, folder: pathlib.Path) -> dict:

@@ -1,13 +1,17 @@
-"""Prompts of a guard: a pair in the template that asks for the verdict, as token ids."""
+"""Prompts of a guard: a pair in the template that asks for the verdict, as token ids.
+
+A guard reads the whole dialogue. Its template is never cut: the oldest turns are.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.fitting import Messages, beginning_of, end_of, fit
 from fedsafe_jax.filters import policy
 from fedsafe_jax.filters.classifier import CHARACTERS_PER_TOKEN
-from fedsafe_jax.filters.protocol import FilterError
+from fedsafe_jax.filters.protocol import FilterError, warn_of_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +41,26 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
     """
     if policy.MARKER in (tokenizer.chat_template or ""):
         return "own"
-    bare = tokenizer(policy.task("", ""), add_special_tokens=False)["input_ids"]
+    bare = tokenizer(policy.task((("user", ""),), ""), add_special_tokens=False)["input_ids"]
     return "policy" if 2 * len(bare) <= max_length else "short"
+
+
+def alternating(messages: Messages) -> Messages:
+    """Rewrites a dialogue as turns of user and assistant by turns, the user's first and last.
+
+    Llama Guard's template knows these two alone, and reads from the number of turns whose words it
+    is to judge: with one more turn it would judge the request. What the system or a tool says is
+    read as the user's.
+    """
+    turns: list[tuple[str, str]] = []
+    for role, text in messages:
+        role = "assistant" if role == "assistant" else "user"
+        if turns and turns[-1][0] == role:
+            turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
+        else:
+            turns += [("user", "")] * (role == "assistant" and not turns)
+            turns.append((role, text))
+    return tuple(turns)
 
 
 def render_pairs(
@@ -48,8 +70,9 @@ def render_pairs(
 
     Args:
       tokenizer: Hugging Face tokenizer of the guard.
-      pairs: pairs to render; request and response are each cut to half of the room that the
-        template leaves.
+      pairs: pairs to render; the response, and a request that stands alone, are each cut to half
+        of the room that the template leaves. Of a longer dialogue the oldest turns are left out
+        first, and its system prompt last; see `data.fitting.fit`.
       max_length: most tokens of a row.
       template: `own`, `policy` or `short`, see `template_of`.
 
@@ -59,26 +82,38 @@ def render_pairs(
     # Llama Guard 3's first token is a blank line.
     lead = tokenizer("\n\n", add_special_tokens=False)["input_ids"] if template == "own" else []
 
-    def wrap(request, response):
-        turns = [("user", request), ("assistant", response)]
+    def wrap(messages, response):
+        turns = [*alternating(messages), ("assistant", response)]
         if template != "own":
-            turns = [("user", policy.task(request, response, template == "short"))]
+            turns = [("user", policy.task(messages, response, template == "short"))]
         return [*chat.render(tokenizer, turns, add_generation_prompt=True), *lead]
 
     # Cut texts may re-tokenise to a few tokens more than they were cut to.
-    half = (max_length - len(wrap("", ""))) // 2 - 4
+    half = (max_length - len(wrap((("user", ""),), ""))) // 2 - 4
     if half < SHORTEST:
         raise FilterError(
             f"filter.max_length={max_length}: the guard's template leaves no room for the pair; "
             f"use at least {max_length + 2 * (SHORTEST - half)}."
         )
 
-    def cut(text, keep):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text if len(ids) <= half else tokenizer.decode(ids[keep])
-
-    limit, rows = CHARACTERS_PER_TOKEN * max_length, []
+    limit, rows, cut = CHARACTERS_PER_TOKEN * max_length, [], 0
     for pair in pairs:
-        request = cut(pair.prompt[-limit:], slice(-half, None))
-        rows.append(wrap(request, cut(pair.response[:limit], slice(half)))[-max_length:])
+        response = beginning_of(tokenizer, pair.response[:limit], half)
+        # Few tokens are longer than the limit: tokenising what cannot stay would be wasted time.
+        messages = tuple(
+            (role, text[:limit] if role == "system" else text[-limit:])
+            for role, text in pair.messages
+        )
+        if len(messages) == 1:
+            ((role, text),) = messages
+            messages = ((role, end_of(tokenizer, text, half)),)
+        messages = fit(
+            tokenizer,
+            messages,
+            lambda turns, said=response: len(wrap(turns, said)),
+            room=max_length,
+        )
+        cut += messages != tuple(pair.messages) or response != pair.response
+        rows.append(wrap(messages, response))
+    warn_of_cuts(cut, len(pairs), max_length)
     return rows

@@ -1,11 +1,13 @@
-"""Interface of every filter: an object that scores (prompt, response) pairs."""
+"""Interface of every filter: an object that scores (dialogue, response) pairs."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
+from fedsafe_jax.data.fitting import Messages
 from fedsafe_jax.filters.decision import Decision
 
 
@@ -14,7 +16,7 @@ class FilterError(ValueError):
 
 
 class SafetyFilter(Protocol):
-    """A filter on pairs; it judges the answer, not the question.
+    """A filter on pairs; it judges the answer, not the question, in its whole dialogue.
 
     Attributes:
       decision: calibration and threshold.
@@ -47,21 +49,21 @@ def labelled(pairs: Sequence[Example]) -> tuple[list[Example], np.ndarray]:
 
 
 def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int], list[int]]:
-    """Splits by prompt, so that none is on both sides.
+    """Splits by the whole dialogue before the answer, so that none is on both sides.
 
     Args:
       pairs: pairs to split.
-      seed: seed of the order in which prompts are held out.
-      share: share of the prompts that is held out.
+      seed: seed of the order in which dialogues are held out.
+      share: share of the dialogues that is held out.
 
     Returns:
       Indices of the pairs for training, and of those for validation.
     """
-    prompts = sorted({e.prompt for e in pairs})
+    prompts = sorted({e.dialogue for e in pairs})
     rng = np.random.default_rng([seed, 12])
     order = rng.permutation(len(prompts))
     held = {prompts[i] for i in order[: round(share * len(prompts))]}
-    sides = [e.prompt in held for e in pairs]
+    sides = [e.dialogue in held for e in pairs]
     return (
         [i for i, side in enumerate(sides) if not side],
         [i for i, side in enumerate(sides) if side],
@@ -70,11 +72,23 @@ def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int],
 
 def answer_risk(
     safety_filter: SafetyFilter,
-) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """Returns the function `(prompts, answers) -> P(unsafe)` that `cai.revise.Judge` takes."""
+) -> Callable[[Sequence[Messages], Sequence[str]], np.ndarray]:
+    """Returns the function `(dialogues, answers) -> P(unsafe)` that `cai.revise.Judge` takes."""
 
-    def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        pairs = zip(prompts, answers, strict=True)
-        return safety_filter.score([Example((("user", p),), a) for p, a in pairs])
+    def unsafe(dialogues: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
+        pairs = zip(dialogues, answers, strict=True)
+        return safety_filter.score([Example(tuple(turns), answer) for turns, answer in pairs])
 
     return unsafe
+
+
+def warn_of_cuts(cut: int, count: int, max_length: int) -> None:
+    """Logs in one line how many of `count` pairs were cut; nothing where none was."""
+    if cut:
+        logging.warning(
+            "%d of %d pairs are longer than filter.max_length=%d tokens: of these the filter reads "
+            "the answer's beginning, the end of the dialogue and the system prompt",
+            cut,
+            count,
+            max_length,
+        )

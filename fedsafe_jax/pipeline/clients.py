@@ -71,7 +71,7 @@ class Clients:
     make_filter: Callable | None = None
 
     def judge(self) -> tuple[Callable, float]:
-        """Returns `(prompts, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
+        """Returns `(dialogues, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
         return answer_risk(self.make_filter()), self.threshold
 
     def filter_record(self) -> dict:

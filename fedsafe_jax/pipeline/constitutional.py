@@ -10,12 +10,23 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import derta, forms
-from fedsafe_jax.cai.revise import CHECKS, DATA, Generate, Judge, Record, Rules, revise, tally
+from fedsafe_jax.cai.revise import (
+    CHECKS,
+    DATA,
+    Generate,
+    Judge,
+    Record,
+    Rules,
+    from_row,
+    revise,
+    tally,
+)
 from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
 from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.fitting import Messages
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -67,9 +78,9 @@ class ConstitutionalStage:
         if self.schedule.steps_after_probe:
             # The estimate must not be of prompts that were trained on.
             probes = subset(inputs.red_team, config.cai.probe_prompts)
-            self.probe_prompts = [e.prompt for e in probes]
-            probed = set(self.probe_prompts)
-            self.red_team = [e for e in inputs.red_team if e.prompt not in probed]
+            self.probe_prompts = [e.messages for e in probes]
+            probed = {e.dialogue for e in probes}
+            self.red_team = [e for e in inputs.red_team if e.dialogue not in probed]
 
     def run(
         self, current: LanguageModel, base: LanguageModel, t: int, clock: PhaseTimer
@@ -137,8 +148,7 @@ class ConstitutionalStage:
             for path in sorted(self.folder.glob("round_*.jsonl")):
                 for row in filter(self.mine, run_files.read_lines(path)):
                     if row["round"] < t:  # later ones are of rounds that are repeated now
-                        record = Record(**{f: row[f] for f in Record._fields})
-                        self._past.append((row["round"], record))
+                        self._past.append((row["round"], from_row(row)))
         return [record for _, record in self._past]
 
     def _replay_count(self, amount: Amount, kept: int) -> int:
@@ -162,8 +172,8 @@ class ConstitutionalStage:
             num_red = min(math.ceil(c.red_team_prompts * amount.prompts), num_red)
         # Benign prompts keep their proportion to the red-team prompts, whose pool may be too small.
         num_benign = math.ceil(c.benign_prompts * (num_red / c.red_team_prompts))
-        harmful = [e.prompt for e in _sample(self.red_team, num_red, rng)]
-        benign = [e.prompt for e in _sample(self.inputs.replay, num_benign, rng)]
+        harmful = [e.messages for e in _sample(self.red_team, num_red, rng)]
+        benign = [e.messages for e in _sample(self.inputs.replay, num_benign, rng)]
         wanted = [True] * len(harmful) + [False] * len(benign)
         checks = {}
         if CHECKS[c.check].rules:
@@ -194,23 +204,21 @@ class ConstitutionalStage:
         """
         if not spans_hosts(self.inputs.mesh):
             return unsafe
-        return lambda prompts, answers: multihost.broadcast(unsafe(prompts, answers))
+        return lambda dialogues, answers: multihost.broadcast(unsafe(dialogues, answers))
 
     def _count_tokens(self, texts: Sequence[str]) -> int:
         if not texts:
             return 0
         return sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
-    def _encode(self, prompt: str, response: str) -> Encoded | None:
-        return chat.encode(self.tokenizer, (("user", prompt),), response, self.config.seq_len)
+    def _encode(self, messages: Messages, response: str) -> Encoded | None:
+        return chat.encode(self.tokenizer, messages, response, self.config.seq_len)
 
     def _imitation(self, kept: Sequence[Record], replay: Sequence[Example]) -> list[Encoded]:
         """Dialogues to imitate: the replay, and revisions where the losses ask for them."""
-        encoded = [
-            chat.encode(self.tokenizer, e.messages, e.response, self.config.seq_len) for e in replay
-        ]
+        encoded = [self._encode(e.messages, e.response) for e in replay]
         if self.recipe.imitates_revisions:
-            encoded += [self._encode(r.prompt, r.revision) for r in kept]
+            encoded += [self._encode(r.turns, r.revision) for r in kept]
         return [e for e in encoded if e is not None]
 
     def _data(
@@ -321,7 +329,11 @@ def _sample(pool: Sequence[Example], count: int, rng: np.random.Generator) -> li
 
 
 def _triples(kept: Sequence[Record]) -> list[derta.Triple]:
-    return [derta.Triple(r.prompt, r.initial, r.revision) for r in kept if r.preferred]
+    return [
+        derta.Triple(r.prompt, r.initial, r.revision, messages=r.messages)
+        for r in kept
+        if r.preferred
+    ]
 
 
 def _generated(records: Sequence[Record]) -> list[str]:

@@ -353,7 +353,7 @@ def revise_answers(
         return session.answer_dialogues(dialogues, max_new_tokens, truncate=True)
 
     records = revise(
-        [p.prompt for p in pairs],
+        [p.messages for p in pairs],
         constitution,
         given_answers,
         reviser=reviser,

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.statistics import wilson
-from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.runtime.progress import PhaseTimer
 
 PROBED = 64  # prompts asked at once; no more where these show that training is needed
@@ -18,7 +18,7 @@ class Probe:
     """Probe of the refusal rate on the server's own prompts.
 
     Args:
-      prompts: prompts that are not trained on.
+      prompts: dialogues, each up to a request, that are not trained on.
       decide: `(refused, upper bound of its 95% interval) -> steps to train`, both in percent.
       count_tokens: counts the tokens of texts.
       clock: told which phase has ended.
@@ -30,7 +30,7 @@ class Probe:
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Dialogue],
         decide: Callable[[float, float], int],
         count_tokens: Callable[[Sequence[str]], int],
         clock: PhaseTimer,
@@ -54,8 +54,8 @@ class Probe:
             self.clock.mark("cai_train")
         num_steps, refused = 0, []
         for start in range(0, len(self.prompts), PROBED):
-            answers = current.generate(
-                self.prompts[start : start + PROBED], max_new_tokens=PROBE_TOKENS, truncate=True
+            answers, _ = current.answer_dialogues(
+                self.prompts[start : start + PROBED], PROBE_TOKENS, truncate=True
             )
             self.tokens += self.count_tokens(answers)
             refused += [start_refusal(a) for a in answers]

@@ -14,6 +14,11 @@ from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.validation import validate
 
 
+def asked(prompts):
+    """Dialogues of one turn each."""
+    return [(("user", prompt),) for prompt in prompts]
+
+
 def speaker(initial, revisions, finished=None, seen=None):
     """An `answer` and a `reviser` that say what is given, the revisions round by round."""
     finished = np.ones(len(initial), bool) if finished is None else np.array(finished)
@@ -39,7 +44,9 @@ def test_records_say_why_a_revision_is_dropped():
     rules = revise.Rules([True, True, True, True, True, False, True], start_refusal)
     seen = []
     answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1], seen)
-    found = revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules)
+    found = revise.revise(
+        asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules
+    )
     reasons = [r.dropped for r in found]
     assert reasons == ["", "unchanged", "empty", "cut", "still harmful", "over-refusal", ""]
     assert [r.preferred for r in found] == [True] + [False] * 6
@@ -54,7 +61,7 @@ def test_revisions_go_on_from_revisions_behind_few_shots():
     seen = []
     answer, reviser = speaker(["Sure"], [["Better"], ["Best\n\nHuman: next"]], [False], seen)
     (record,) = revise.revise(
-        ["q"], PRINCIPLES, answer, reviser=reviser, seed=(0,), rounds=2, num_few_shots=1
+        asked(["q"]), PRINCIPLES, answer, reviser=reviser, seed=(0,), rounds=2, num_few_shots=1
     )
     assert record.revision == "Best" and record.dropped == ""  # what follows shows that it ended
     assert record.earlier == ((0, "critique", "Better"),) and record.preferred
@@ -74,7 +81,9 @@ def test_a_judge_keeps_only_what_is_safer():
         return np.array([risk.get(a, 0.2) for a in answers])
 
     judge = revise.Judge([True, True, True, False], unsafe, 0.5)
-    found = revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), judge=judge)
+    found = revise.revise(
+        asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), judge=judge
+    )
     assert [r.dropped for r in found] == ["", "not safer", "", ""]
     assert [r.preferred for r in found] == [True, False, False, False]  # "Fine" was not unsafe
 
@@ -87,7 +96,7 @@ def test_right_answers_are_left_alone():
     _, reviser = speaker([0, 0], [["I'm sorry, no", "A cake"]], seen=seen)
     rules = revise.Rules([True, True, False, False], start_refusal)
     found = revise.revise(
-        prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules, only_wrong=True
+        asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules, only_wrong=True
     )
     assert [[t[0][1] for t in threads] for threads in seen] == [["harmful", "over-refused"]] * 2
     assert [r.initial for r in found] == initial
@@ -96,15 +105,52 @@ def test_right_answers_are_left_alone():
     assert [r.preferred for r in found] == [True, False, False, True]
     safe = revise.Judge([True] * 4, lambda p, a: np.full(len(a), 0.1), 0.5)
     found = revise.revise(
-        prompts, PRINCIPLES, answer, reviser=None, seed=(0,), judge=safe, only_wrong=True
+        asked(prompts), PRINCIPLES, answer, reviser=None, seed=(0,), judge=safe, only_wrong=True
     )
     assert [r.dropped for r in found] == ["were right"] * 4  # nobody was asked to revise
     with pytest.raises(ValueError, match="no check"):
-        revise.revise(prompts, PRINCIPLES, answer, reviser=reviser, seed=(0,), only_wrong=True)
+        revise.revise(
+            asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), only_wrong=True
+        )
     config = default_config()
     config.cai.revise, config.cai.check = "wrong", "none"
     with pytest.raises(ConfigError, match="cai.check='none' finds nothing wrong"):
         validate(config)
+
+
+SYSTEM = ("system", "You write in one sentence.")
+EARLIER = (("user", "I sail a small boat."), ("assistant", "A fine thing to do."))
+LAST = ("user", "Which knot is best?")
+
+
+def test_the_whole_dialogue_is_answered_criticised_and_kept():
+    dialogues = [(SYSTEM, *EARLIER, LAST), (LAST,)]
+    seen, judged = [], []
+    answer, reviser = speaker(["Any knot.", "Any knot."], [["A bowline.", "A reef knot."]])
+
+    def listening(speak):
+        return lambda threads, call: (
+            seen.append([tuple(t) for t in threads]) or speak(threads, call)
+        )
+
+    def unsafe(some, answers):
+        judged.append((list(some), answers))
+        return np.full(len(answers), 0.9 if "Any knot." in answers else 0.1)
+
+    records = revise.revise(
+        dialogues, PRINCIPLES, listening(answer), reviser=listening(reviser), seed=(0,),
+        num_few_shots=1, judge=revise.Judge([True, True], unsafe, 0.5),
+    )  # fmt: skip
+    shot = PRINCIPLES.few_shots[0]
+    for threads in seen:  # what the system says stays at the top, before the examples
+        assert threads[0][: len(shot) + 4] == (SYSTEM, *shot, *EARLIER, LAST)
+        assert threads[1][: len(shot) + 1] == (*shot, LAST)
+    assert [some for some, _ in judged] == [dialogues, dialogues]
+    assert [r.turns for r in records] == dialogues and [r.prompt for r in records] == [LAST[1]] * 2
+    rows = [json.loads(json.dumps(revise.to_row(r))) for r in records]
+    assert rows[0]["messages"][0] == {"role": "system", "content": SYSTEM[1]}
+    assert "messages" not in rows[1] and set(rows[1]) == set(revise.Record._fields) - {"messages"}
+    assert [revise.from_row(row).turns for row in rows] == dialogues
 
 
 def test_revise_stands_alone(tmp_path):
@@ -132,4 +178,4 @@ def test_revise_stands_alone(tmp_path):
         "error: --few_shots=2: there are 0; give --few_shot_file."
     ]
     done = run(f"--prompts={tmp_path}/prompts.txt", "--column=text")
-    assert "no text in column 'text'" in done.stderr and "Traceback" not in done.stderr
+    assert "no column 'text'; found ['prompt']" in done.stderr and "Traceback" not in done.stderr

@@ -20,7 +20,7 @@ def recipe(*names, weights=None):
 
 
 def encoder(tokenizer):
-    return lambda prompt, response: chat.encode(tokenizer, (("user", prompt),), response, 64)
+    return lambda turns, response: chat.encode(tokenizer, turns, response, 64)
 
 
 @pytest.mark.parametrize("names", [("sft",), ("sft", "dpo"), ("ipo",), ("kto",), ("derta",)])
@@ -31,7 +31,7 @@ def test_every_loss_learns_what_it_is_told(packaged, names):
     adapter = lora.init(jax.random.key(0), packaged.config, shape)
     encode = encoder(packaged.tokenizer)
     triples = [t._replace(harmful="Sure, step one, step two.") for t in TRIPLES]
-    imitation = [encode(t.prompt, t.safe) for t in triples]
+    imitation = [encode(t.turns, t.safe) for t in triples]
     refusal = derta.refusal_token(packaged.tokenizer)
     data = train.steps(
         recipe(*names),
@@ -57,7 +57,7 @@ def test_every_loss_learns_what_it_is_told(packaged, names):
 def test_steps_have_one_shape_and_cover_every_pair(packaged):
     encode = encoder(packaged.tokenizer)
     triples = [t._replace(harmful="Sure " * (5 * i + 1)) for i, t in enumerate(TRIPLES)]
-    imitation = [encode(t.prompt, t.safe) for t in triples]
+    imitation = [encode(t.turns, t.safe) for t in triples]
     data = train.steps(
         recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
     )
@@ -70,6 +70,29 @@ def test_steps_have_one_shape_and_cover_every_pair(packaged):
     assert all(s.pairs.on.sum() == 2 for s in data)
     empty = train.steps(recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,))
     assert all(s.pairs is None for s in empty)
+
+
+def test_pairs_of_answers_keep_the_dialogue_before_them(packaged):
+    words = packaged.tokenizer
+    before = (("system", "Be brief."), ("user", "I bake bread."), ("assistant", "Good."))
+    triple = TRIPLES[0]._replace(
+        prompt="How long?", harmful="Sure, all night.", messages=(*before, ("user", "How long?"))
+    )
+    alone = triple._replace(messages=())
+    texts = {}
+    for name, one in (("whole", triple), ("alone", alone)):
+        (step,) = train.steps(
+            recipe("dpo", "derta", weights=(1.0, 1.0)), 1,
+            [encoder(words)(one.turns, one.safe)], triples=[one], encode=encoder(words),
+            seed=(0,), tokenizer=words, refusal=1,
+        )  # fmt: skip
+        batches = {"imitation": step.imitation, "pairs": step.pairs.rows} | step.rows
+        texts[name] = {k: words.decode(b.tokens.reshape(-1)) for k, b in batches.items()}
+    assert set(texts["whole"]) == {"imitation", "pairs", "derta"}
+    for kind, text in texts["whole"].items():
+        assert text.count("I bake bread.") == text.count("How long?") > 0, kind
+        assert text.count("Be brief.") == text.count("How long?"), kind
+        assert "bread" not in texts["alone"][kind]
 
 
 def test_steps_on_given_devices_are_compiled_once(packaged):

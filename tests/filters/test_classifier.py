@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from filter_examples import packaged_pairs, pair
 
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import classifier, protocol, quality
 from fedsafe_jax.filters.training import TrainingOptions
 
@@ -56,6 +57,54 @@ def test_pairs_keep_the_answers_beginning_and_the_requests_end(packaged):
     assert "last" in text and text.count("first") > 5
     (row,) = classifier.encode_pairs(words, [pair("one two " * 50, "Yes.")], 32)
     assert row.response_start > 24  # a short answer leaves its room to the request
+
+
+LAST = ("user", "How long does it take?")
+KNOT = (("user", "I tie a knot."), ("assistant", "A bowline?"), LAST)
+BREAD = (("user", "I bake bread."), ("assistant", "A sourdough?"), LAST)
+
+
+def test_dialogues_that_share_the_last_turn_are_told_apart(packaged, trained):
+    system = ("system", "Answer in one word.")
+    texts = [
+        packaged.tokenizer.decode(row.ids)
+        for row in classifier.encode_pairs(
+            packaged.tokenizer,
+            [Example(turns, "An hour.") for turns in (KNOT, BREAD, (system, LAST))],
+            128,
+        )
+    ]
+    assert "user: I tie a knot.\n\nassistant: A bowline?\n\nuser: How long" in texts[0]
+    assert "bread" in texts[1] and "bread" not in texts[0]
+    assert "system: Answer in one word.\n\nuser: How long" in texts[2]
+    scores = trained[0].log_odds([Example(turns, "An hour.") for turns in (KNOT, BREAD)])
+    assert scores[0] != scores[1]
+    risk = protocol.answer_risk(trained[0])([KNOT, BREAD], ["An hour."] * 2)
+    np.testing.assert_array_equal(risk, trained[0].decision.probability(scores))
+
+
+def test_long_dialogues_lose_their_oldest_turns_and_are_counted(packaged, caplog):
+    system, old = ("system", "Answer in one word."), ("user", "old " * 200)
+    turns = (system, old, ("assistant", "A sourdough?"), LAST)
+    (row,) = classifier.encode_pairs(packaged.tokenizer, [Example(turns, "An hour.")], 64)
+    text = packaged.tokenizer.decode(row.ids)
+    assert len(row.ids) == 64
+    assert text.startswith("system: Answer in one word.") and text.endswith("it take?An hour.")
+    assert "sourdough" in text and text.count("old ") < 40
+    assert "1 of 1 pairs are longer than filter.max_length=64" in caplog.text
+    caplog.clear()
+    classifier.encode_pairs(packaged.tokenizer, [Example(KNOT, "An hour.")], 128)
+    assert not caplog.text
+
+
+def test_no_dialogue_is_on_both_sides_of_a_split():
+    pairs = [
+        Example((("user", f"I tie knot {i // 2}."), ("assistant", "Good."), LAST), "An hour.")
+        for i in range(40)
+    ]
+    learned, held = protocol.split(pairs, seed=0, share=0.25)
+    assert len(held) == 10  # by the last turn alone all would be on one side
+    assert not {pairs[i].messages for i in learned} & {pairs[i].messages for i in held}
 
 
 def test_training_that_diverges_is_one_error(packaged, pairs):

@@ -1,5 +1,6 @@
 """Guards and guardians: what they learn, and how pairs are put to them."""
 
+import copy
 import gc
 import types
 
@@ -9,6 +10,7 @@ import pytest
 from filter_examples import packaged_pairs, pair
 
 from fedsafe_jax.config import ConfigError, default_config, filter_config
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.filters import guard, guard_prompts, protocol, quality, training
@@ -68,6 +70,83 @@ def test_templates(packaged):
     ids = guard_prompts.render_pairs(packaged.tokenizer, [pair("Ask", "Say")], 4096, "policy")[0]
     text = packaged.tokenizer.decode(ids)
     assert "S14: Code Interpreter Abuse." in text and "User: Ask" in text and "Agent: Say" in text
+
+
+# The shape of Llama Guard 3's: who is judged follows from the number of turns.
+GUARD = (
+    "{%- set agent = messages | length % 2 == 0 -%}"
+    "Task: judge the {{ 'Agent' if agent else 'User' }}. UNSAFE CONTENT CATEGORIES END.\n"
+    "{%- for m in messages -%}"
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('roles must alternate') }}{%- endif -%}"
+    "[{{ 'User' if m['role'] == 'user' else 'Agent' }}: {{ m['content'] | trim }}]"
+    "{%- endfor -%}{%- if add_generation_prompt -%}Verdict:{%- endif -%}"
+)
+LAST = ("user", "How long does it take?")
+EARLIER = (("user", "I tie a knot."), ("assistant", "A bowline?"))
+
+
+@pytest.fixture(scope="module")
+def guards_words(packaged):
+    tokenizer = copy.deepcopy(packaged.tokenizer)
+    tokenizer.chat_template = GUARD
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ((LAST,), "[User: How long does it take?]"),
+        (
+            (*EARLIER, LAST),
+            "[User: I tie a knot.][Agent: A bowline?][User: How long does it take?]",
+        ),
+        (
+            (("system", "Be brief."), *EARLIER, LAST, ("tool", "5 min")),
+            "[User: Be brief.\n\nI tie a knot.][Agent: A bowline?]"
+            "[User: How long does it take?\n\n5 min]",
+        ),
+        (
+            (("assistant", "Hello!"), LAST),
+            "[User: ][Agent: Hello!][User: How long does it take?]",
+        ),
+    ],
+)
+def test_a_guard_reads_all_turns_and_judges_the_answer(guards_words, turns, said):
+    assert guard_prompts.template_of(guards_words, 128) == "own"
+    pairs = [Example(turns, "An hour.")]
+    (row,) = guard_prompts.render_pairs(guards_words, pairs, 128, "own")
+    text = guards_words.decode(row)
+    assert f"judge the Agent. UNSAFE CONTENT CATEGORIES END.{said}[Agent: An hour.]" in text
+    (row,) = guard_prompts.render_pairs(guards_words, pairs, 128, "short")
+    for _, one in turns:
+        assert one in guards_words.decode(row)
+
+
+@pytest.mark.parametrize("template", ["own", "short"])
+def test_a_long_dialogue_loses_its_oldest_turns_and_no_header(guards_words, caplog, template):
+    old = (("user", "old words " * 60), ("assistant", "older " * 60))
+    pairs = [
+        Example((("system", "Be brief."), *old, *EARLIER, LAST), "An hour."),
+        Example((("system", "stay " * 200), *old, ("user", "first " * 200)), "An hour."),
+    ]
+    rows = guard_prompts.render_pairs(guards_words, pairs, 120, template)
+    texts = [guards_words.decode(row) for row in rows]
+    assert max(map(len, rows)) <= 120
+    for text in texts:
+        assert "judge the Agent. UNSAFE" in text if template == "own" else "User" in text
+        assert text.startswith("Task: judge the ") and "An hour." in text and "old" not in text
+    assert "Be brief." in texts[0] and "I tie a knot." in texts[0] and LAST[1] in texts[0]
+    assert "stay" in texts[1] and "first" in texts[1]
+    assert "2 of 2 pairs are longer than filter.max_length=120" in caplog.text
+
+
+def test_a_guardian_learns_the_safe_answer_to_the_same_dialogue():
+    asked = ((*EARLIER, LAST), (("user", "I bake bread."), ("assistant", "Rye?"), LAST))
+    pairs = [Example(asked[0], "A minute.", "safe"), Example(asked[1], "Sure.", "unsafe")]
+    assert guard.safe_replies(pairs, "No.") == ["A minute.", "No."]
+    pairs.append(Example(asked[0], "Sure.", "unsafe"))
+    assert guard.safe_replies(pairs, "No.")[2] == "A minute."
 
 
 def new_bytes(before):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from filter_examples import pair
 
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters import cache, decision
 
 EXAMPLES = [
@@ -62,3 +63,17 @@ def test_damaged_scores_are_kept_aside_and_computed_again(tmp_path, content):
     )
     assert (tmp_path / "f.json.damaged").read_text() == content
     assert cache.ScoreCache(tmp_path, "f").decision == list(Fake.decision)
+
+
+def test_the_key_of_a_pair_covers_all_turns():
+    last = ("user", "How long does it take?")
+    dialogues = [
+        (last,),
+        (("user", "I tie a knot."), ("assistant", "Good."), last),
+        (("user", "I bake bread."), ("assistant", "Good."), last),
+        (("system", "Be brief."), last),
+    ]
+    pairs = [Example(turns, "An hour.") for turns in dialogues]
+    assert len({cache.pair_hash(p) for p in pairs}) == 4
+    # Scores of single requests that are kept stay known.
+    assert cache.pair_hash(pairs[0]) == cache.content_hash(last[1], "An hour.")
