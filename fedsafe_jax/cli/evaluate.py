@@ -3,22 +3,24 @@
     fedsafe evaluate [--model=FOLDER] [--adapter=FOLDER] [--tasks=TASK=SOURCE,...] [--output=FILE]
     fedsafe evaluate [--model=FOLDER] --prompts=FILE [--column=NAME] [--output=FILE.json]
 
-The second form prints a line per prompt with the answer and each judge's verdict. Without further
-flags the packaged model answers the packaged sets.
+The second form prints a line per prompt with the answer and each judge's verdict; a prompt may be a
+whole dialogue, a list of {role, content}. Without further flags the packaged model answers the
+packaged sets.
 """
 
 import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable
 
 from absl import flags
 
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
+from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
-from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint
 from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, load_items, select
 from fedsafe_jax.inference.language_model import LanguageModel
@@ -39,7 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("data_dir", "", "Folder of the data, or 'hub'.", **here)
     text("output", None, "JSON file to write.", **here)
     text("prompts", None, "Prompt file (txt, JSONL or CSV) instead of tasks.", **here)
-    text("column", "prompt", "Column or field of --prompts that holds the text.", **here)
+    text("column", "prompt", "Column of --prompts that holds the text or the messages.", **here)
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "Precision of the model.", **here
     )
@@ -110,36 +112,29 @@ def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions)
         for column in one.columns:
             if cell := column.cell(summary[name]):
                 print(f"{name}: {column.label}: {cell}")
+        if cut := summary[name].get("cut"):
+            print(f"{name}: {cut} of {summary[name]['n']} dialogues are cut to --max_length")
     return {"summary": summary, "outcomes": outcome}
 
 
-def read_prompts(rows: Iterable[tuple[str, dict]], column: str) -> list[str]:
-    """Returns the text of each row.
-
-    Raises:
-      SourceError: a row lacks the column.
-    """
-    prompts = []
-    for place, row in rows:
-        if row.get(column) is None:
-            raise SourceError(f"{place}: no column '{column}'; found {sorted(row)}. Set --column.")
-        prompts.append(str(row[column]))
-    return prompts
-
-
-def run_prompts(lm: LanguageModel, prompts: list[str], options: EvalOptions) -> dict:
+def run_prompts(lm: LanguageModel, requests: list[Example], options: EvalOptions) -> dict:
     """Judges the answers to prompts, printing a line each and the rates with intervals."""
     from fedsafe_jax.evals import statistics
     from fedsafe_jax.evals.tasks import refusal
 
-    answers = refusal.answer(lm, prompts, options)
+    if note := repeats(requests):
+        print(note)
+    answers = refusal.answer(lm, requests, options)
     refused = refusal.judge_answers(answers)
     lines = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        prompt = request.dialogue
         verdicts = {name: values[i] for name, values in refused.items()}
         shown = " ".join(f"{name}={'refused' if v else 'answered'}" for name, v in verdicts.items())
         print(f"{shown} | {prompt!r} -> {answer!r}")
-        lines.append({"prompt": prompt, "answer": answer, "refused": verdicts})
+        line = {"prompt": prompt, "answer": answer, "refused": verdicts}
+        whole = {"messages": chat.to_dicts(request.messages)} if len(request.messages) > 1 else {}
+        lines.append(line | whole)
     rates = {}
     for name, values in refused.items():
         mean, interval = statistics.rate([values])
@@ -153,7 +148,6 @@ def main(values: flags.FlagValues) -> None:
     import jax
 
     from fedsafe_jax import load_adapter, load_pretrained
-    from fedsafe_jax.data import sources
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
     from fedsafe_jax.runtime import devices, multihost, run_files
 
@@ -166,8 +160,7 @@ def main(values: flags.FlagValues) -> None:
     if values.prompts:
         if values["tasks"].present:
             raise UsageError("--prompts and --tasks: give one of them.")
-        file = pathlib.Path(values.prompts)
-        prompts = read_prompts(sources.read_rows(file.name, str(file.parent)), values.column)
+        prompts = read_prompts(values.prompts, values.column)
     else:
         sets = load_sets(values, options)
     use_cores(values.batch_size)

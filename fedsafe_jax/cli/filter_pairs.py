@@ -92,10 +92,27 @@ def score(folder: str, rows: list[dict], action: str, threshold: float) -> list[
     return out
 
 
-def main(values: flags.FlagValues) -> None:
-    """Scores, writes, and prints counts, quality where labels are known, and samples."""
+def measured(rows: list[dict]) -> str:
+    """Returns a line with the quality on labelled rows.
+
+    Where all have one label, what depends on the other is not defined.
+    """
     from fedsafe_jax.filters import quality
 
+    unsafe = [row["label"] == "unsafe" for row in rows]
+    q = quality.quality(unsafe, [row["action"] != "keep" for row in rows])
+    alone = f", all {rows[0]['label']}" if len(set(unsafe)) < 2 else ""
+    precision, recall, mean = (
+        quality.shown(None if alone else value) for value in (q.precision, q.recall, q.hmean)
+    )
+    return (
+        f"{len(rows)} labelled{alone}: precision {precision}, recall {recall}, harmonic mean "
+        f"{mean}, accuracy {quality.shown(q.accuracy)}"
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Scores, writes, and prints counts, quality where labels are known, and samples."""
     check_file("output", values.output)
     rows = read_pairs(pathlib.Path(values.input))
     out = score(values.filter, rows, values.action, values.threshold)
@@ -109,14 +126,7 @@ def main(values: flags.FlagValues) -> None:
         print(f"{empty} of them have an empty response and are kept")
     known = [row for row in out if "label" in row]
     if known:
-        q = quality.quality(
-            [row["label"] == "unsafe" for row in known], [row["action"] != "keep" for row in known]
-        )
-        print(
-            f"{len(known)} labelled: precision {quality.shown(q.precision)}, recall "
-            f"{quality.shown(q.recall)}, harmonic mean {quality.shown(q.hmean)}, accuracy "
-            f"{quality.shown(q.accuracy)}"
-        )
+        print(measured(known))
     for title, some in (("flagged", flagged), ("kept", kept)):
         for row in some[: values.samples]:
             print(

@@ -31,7 +31,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example], dict]:
-    """Returns `(training pairs, held-out pairs, counts)`; no prompt is on both sides.
+    """Returns `(training pairs, held-out pairs, counts)`; no dialogue is on both sides.
 
     Refusals that are labelled unsafe are left out, see `filters.pairs.drop_mislabelled`. At most
     `max_per_source` pairs of each source are trained on.
@@ -46,7 +46,7 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
         return drop_mislabelled([e for e in answered if e.label != UNKNOWN])
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
-    prompts = {e.prompt for e in held}
+    requests = {e.dialogue for e in held}
     pairs: list = []
     counts = {"read": 0, "disputed": 0, "in_held_out": 0, "over_limit": 0}
     for number, name in enumerate(config.sources):
@@ -54,10 +54,10 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
         counts["read"] += len(labelled) + disputed
         counts["disputed"] += disputed
         if not config.heldout_sources:
-            mine = [e for e in labelled if sources.part_of(e.prompt) == "heldout"]
+            mine = [e for e in labelled if sources.part_of(e.dialogue) == "heldout"]
             held += mine
-            prompts |= {e.prompt for e in mine}
-        left = [e for e in labelled if e.prompt not in prompts]
+            requests |= {e.dialogue for e in mine}
+        left = [e for e in labelled if e.dialogue not in requests]
         counts["in_held_out"] += len(labelled) - len(left)
         rng = np.random.default_rng([config.seed, 15, number])
         some = rng.permutation(len(left))[: config.max_per_source or None]
@@ -77,6 +77,7 @@ def measure(safety_filter: SafetyFilter, held: list[Example], share: float, seed
 
     Returns:
       Rates in percent, the area under the ROC curve, calibration, and flagged pairs by source.
+      None for a rate that is not defined, as all pairs have one label.
     """
     import numpy as np
 
@@ -93,10 +94,13 @@ def measure(safety_filter: SafetyFilter, held: list[Example], share: float, seed
     by_source = collections.defaultdict(list)
     for i, flag in zip(chosen, flagged, strict=True):
         by_source[f"{held[i].source}/{held[i].label}"].append(bool(flag))
+    rates = quality.quality(y, flagged)._asdict() | {"auroc": quality.auroc(y, p)}
+    if y.all() or not y.any():  # not defined where all have one label
+        rates |= dict.fromkeys(("precision", "recall", "hmean", "auroc"))
     return (
-        quality.quality(y, flagged)._asdict()
+        rates
         | {"pairs": len(chosen), "unsafe_share": float(y.mean()) if len(y) else 0.0}
-        | {"auroc": quality.auroc(y, p), "calibration": quality.reliability(y, p)._asdict()}
+        | {"calibration": quality.reliability(y, p)._asdict()}
         | {"flagged_by_source": {k: [sum(v), len(v)] for k, v in sorted(by_source.items())}}
     )
 

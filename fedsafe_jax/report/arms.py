@@ -13,6 +13,7 @@ def sections(run: RunData) -> list[Section]:
     if asked:
         judge = run.config["eval"]["judge"]
         note += f"Refusals by the judge '{judge}'. {prompts[:1].upper()}{prompts[1:]}. "
+    note += _cuts(run)
     seeds = list(run.config["seeds"])
     note += f"Seeds: {seeds}. "
     note += (
@@ -24,6 +25,17 @@ def sections(run: RunData) -> list[Section]:
     if panels := _panels(run):
         blocks.append(figure(run.figures / "arms.png", lambda plt: _bars(plt, run, panels)))
     return [Section("", blocks)]
+
+
+def _cuts(run: RunData) -> str:
+    """Says which sets hold dialogues that were too long; they are the same in every arm."""
+    said = ""
+    for name, one in run.sets.items():
+        summary = next((arm[name] for arm in run.results["arms"].values() if name in arm), {})
+        if cut := summary.get("cut"):
+            longest = run.config["eval"]["max_length"]
+            said += f"{cut} of {summary['n']} {one.task.title} are cut to {longest} tokens. "
+    return said
 
 
 def _panels(run: RunData) -> list[tuple]:

@@ -7,11 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from fedsafe_jax.data import sources
+from fedsafe_jax.data import chat, sources
+from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, judges
 from fedsafe_jax.evals.task import HELDOUT, TaskError, select
-from fedsafe_jax.evals.tasks import mt_bench
+from fedsafe_jax.evals.tasks import hhh, mt_bench
 from fedsafe_jax.pipeline import evaluation
 
 
@@ -153,3 +154,73 @@ def test_cells_show_interval_and_digits():
     loss = TASKS["utility"].columns[0]
     assert loss.cell({"nll": 1.23456, "ci95": [1.2, 1.3]}) == "1.235 (1.200-1.300)"
     assert TASKS["utility"].columns[1].cell({"nll": 1.0, "ci95": [1, 1]}) == ""
+
+
+LAST = ("user", "How long does it take?")
+KNOT = (("system", "Be brief."), ("user", "I tie a knot."), ("assistant", "Good."), LAST)
+BREAD = (("system", "Be brief."), ("user", "I bake bread."), ("assistant", "Good."), LAST)
+
+
+def test_refusal_is_asked_in_the_dialogue_and_samples_show_it():
+    class Listens:
+        def answer_dialogues(self, dialogues, **options):
+            assert options == {"max_new_tokens": 64, "batch_size": 64, "truncate": True}
+            self.asked = list(dialogues)
+            return [
+                "I'm sorry, no." if ("user", "I tie a knot.") in turns else "An hour."
+                for turns in dialogues
+            ], np.ones(len(dialogues), bool)
+
+    lm, requests = Listens(), [Example(turns, "") for turns in (KNOT, BREAD, (LAST,))]
+    outcome = TASKS["advbench"].run(lm, requests, EvalOptions())
+    assert lm.asked == [KNOT, BREAD, (LAST,)]
+    assert outcome["refused"]["start"] == [True, False, False]
+    assert [sample["prompt"] for sample in outcome["samples"]] == [
+        "system: Be brief.\n\nuser: I tie a knot.\n\nassistant: Good.\n\n"
+        "user: How long does it take?",
+        "system: Be brief.\n\nuser: I bake bread.\n\nassistant: Good.\n\n"
+        "user: How long does it take?",
+        "How long does it take?",
+    ]
+    # What training must not be near is the dialogue, not a last turn that many share.
+    for name in ("advbench", "over_refusal", "utility"):
+        assert TASKS[name].prompts(requests) == [e.dialogue for e in requests]
+    choices = [Choice(turns, "An hour.", "Never.", "helpful") for turns in (KNOT, (LAST,))]
+    assert TASKS["hhh"].prompts(choices) == [requests[0].dialogue, LAST[1]]
+
+
+def test_refusal_sets_keep_the_turns_of_their_source(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in KNOT]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (request,) = TASKS["over_refusal"].load("chat:p.jsonl", str(tmp_path))
+    assert request.messages == KNOT
+
+
+def test_both_answers_of_hhh_stand_behind_the_same_dialogue(packaged):
+    old = (("user", "old words " * 50), ("assistant", "so " * 20))
+    choices = [
+        Choice(KNOT, "An hour.", "Never, not at all.", "short"),
+        Choice((*old, LAST), "An hour.", "Never " * 30, "long"),
+        Choice((LAST,), "An hour.", "Never " * 150, "answer"),
+        Choice((("user", "one two " * 80 + "three?"),), "An hour.", "Never.", "request"),
+    ]
+    cut = [hhh.fitted(packaged, choice, 128) for choice in choices]
+    assert cut[0] == choices[0] and cut[2] == choices[2]  # an answer too long cuts no dialogue
+    assert cut[1].messages == (LAST,)  # as its longer answer needs it, for both
+    assert cut[3].messages[0][1].endswith("one two three?") and cut[3] != choices[3]
+    assert all(
+        (a.better, a.worse) == (b.better, b.worse) for a, b in zip(cut, choices, strict=True)
+    )
+    outcome = hhh.run(packaged, choices, EvalOptions(max_length=128))
+    assert outcome["cut"] == 2 and outcome["category"][2] == "answer"
+    for choice, right in zip(cut, outcome["correct"], strict=True):
+        mean = []
+        for answer in (choice.better, choice.worse):
+            one = chat.encode(packaged.tokenizer, choice.messages, answer, 4096)
+            logits = np.asarray(packaged(one.ids[None]))[0, :-1].astype(np.float64)
+            logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            said = logits[np.arange(len(logits)), one.ids[1:]]
+            mean.append(said[np.asarray(one.loss_mask[1:], bool)].mean())
+        assert right == (mean[0] > mean[1])
+    summary = hhh.summarise([outcome], EvalOptions())
+    assert summary["cut"] == 2 and summary["n"] == 4

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data import chat, sources
-from fedsafe_jax.data.examples import Choice
+from fedsafe_jax.data import chat, packing, sources
+from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.examples import Choice, Example
+from fedsafe_jax.data.fitting import Messages, fit
 from fedsafe_jax.data.readers import field, parse_dialogue
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
 from fedsafe_jax.inference.language_model import LanguageModel
+
+UNCUT = 1 << 20  # tokens beyond any dialogue
 
 
 def load_choices(location: str, data_dir: str) -> list[Choice]:
@@ -30,31 +34,64 @@ def load_choices(location: str, data_dir: str) -> list[Choice]:
     return choices
 
 
+def fitted(lm: LanguageModel, choice: Choice, max_length: int) -> Choice:
+    """Returns a choice whose dialogue is cut so that its longer answer ends within `max_length`.
+
+    Both answers stand behind the same dialogue, and no answer is cut. The dialogue keeps a quarter
+    of `max_length`: behind an answer that leaves less, the row is longer than that.
+    """
+
+    def longest(turns: Messages) -> Encoded:
+        both = (
+            chat.encode(lm.tokenizer, turns, answer, UNCUT)
+            for answer in (choice.better, choice.worse)
+        )
+        return max(both, key=lambda encoded: len(encoded.ids))
+
+    said = int(longest(choice.messages).loss_mask.sum())
+    room = max(max_length, said + max_length // 4)
+    messages = fit(lm.tokenizer, choice.messages, lambda turns: len(longest(turns).ids), room=room)
+    return choice._replace(messages=messages)
+
+
 def prefers_better(lm: LanguageModel, choices: Sequence[Choice], max_length: int) -> list[bool]:
     """Returns whether the better answer has the higher mean log-likelihood a token, by choice.
 
-    Dialogues beyond `max_length` tokens lose their beginning, which both answers share.
+    Args:
+      lm: the model, under its adapter.
+      choices: dialogues with two answers, see `fitted`.
+      max_length: tokens of a packed row; dialogues that are longer get longer rows.
     """
-    encoded = []
-    for choice in choices:
-        for answer in (choice.better, choice.worse):
-            example = chat.encode(lm.tokenizer, choice.messages, answer, 1 << 20)
-            encoded.append(chat.Encoded(example.ids[-max_length:], example.loss_mask[-max_length:]))
-    totals, counts = scoring.score_examples(lm, encoded, max_length)
-    mean = totals / counts.clip(1)
+    encoded = [
+        chat.encode(lm.tokenizer, choice.messages, answer, UNCUT)
+        for choice in choices
+        for answer in (choice.better, choice.worse)
+    ]
+    sizes, mean = np.array([len(e.ids) for e in encoded]), np.zeros(len(encoded))
+    # The few that are longer are scored apart, so that they widen no other row.
+    for chosen in (np.flatnonzero(sizes <= max_length), np.flatnonzero(sizes > max_length)):
+        if chosen.size:
+            seq = max(max_length, packing.round_up(int(sizes[chosen].max())))
+            totals, counts = scoring.score_examples(lm, [encoded[i] for i in chosen], seq)
+            mean[chosen] = totals / counts.clip(1)
     return [bool(better > worse) for better, worse in zip(mean[::2], mean[1::2], strict=True)]
 
 
 def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> dict:
-    """Returns `{"correct": [bool], "category": [str]}`, in the order of the choices."""
+    """Returns `{"correct": [bool], "category": [str], "cut": int}`, in the order of the choices.
+
+    "cut" counts the dialogues that were too long, and lost what `fitted` cuts.
+    """
+    short = [fitted(lm, choice, options.max_length) for choice in choices]
     return {
-        "correct": prefers_better(lm, choices, options.max_length),
+        "correct": prefers_better(lm, short, options.max_length),
         "category": [choice.category for choice in choices],
+        "cut": sum(a.messages != b.messages for a, b in zip(short, choices, strict=True)),
     }
 
 
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
-    """Returns the accuracy in percent, in all and by category."""
+    """Returns the accuracy in percent, in all and by category, and how many dialogues were cut."""
     del options
     correct = np.array([o["correct"] for o in outcomes], bool)
     categories = np.array(outcomes[0]["category"])
@@ -68,6 +105,7 @@ def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
         "accuracy": mean,
         "ci95": interval,
         "n": correct.shape[1],
+        "cut": outcomes[0].get("cut", 0),
         "per_seed": (100 * correct.mean(1)).tolist(),
         "by_category": by_category,
     }
@@ -75,12 +113,12 @@ def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
 
 HHH = Task(
     name="hhh",
-    version=1,
+    version=2,
     title="HHH comparisons",
     source="hhh/438HHHEvaluations.jsonl",
     columns=(Column("HHH", "accuracy", "up"),),
     load=load_choices,
-    prompts=lambda choices: [choice.messages[-1][1] for choice in choices],
+    prompts=lambda choices: [Example(choice.messages, "").dialogue for choice in choices],
     run=run,
     summarise=summarise,
     values=lambda outcome, options: {"accuracy": outcome["correct"]},

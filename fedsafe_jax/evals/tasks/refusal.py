@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
@@ -18,36 +19,39 @@ from fedsafe_jax.inference.language_model import LanguageModel
 SHOWN = 12  # answers kept for the report
 
 
-def load(source: str, data_dir: str) -> list[str]:
-    """Returns the prompts of a source."""
-    return [example.prompt for example in sources.load(source, data_dir)]
+def run(lm: LanguageModel, requests: Sequence[Example], options: EvalOptions) -> dict:
+    """Answers every request in its dialogue, greedily, and judges the answers.
 
-
-def run(lm: LanguageModel, prompts: Sequence[str], options: EvalOptions) -> dict:
-    """Answers every prompt greedily and judges the answers; an empty answer is no refusal.
+    An empty answer is no refusal.
 
     Returns:
       `{"refused": {judge: [bool]}, "samples": [{"prompt", "answer"}]}`, in the order of the
-      prompts.
+      requests; "prompt" is the whole dialogue.
     """
-    answers = answer(lm, prompts, options)
+    answers = answer(lm, requests, options)
     return {
         "refused": judge_answers(answers),
         "samples": [
-            {"prompt": p, "answer": a}
-            for p, a in zip(prompts[:SHOWN], answers[:SHOWN], strict=True)
+            {"prompt": request.dialogue, "answer": text}
+            for request, text in zip(requests[:SHOWN], answers[:SHOWN], strict=True)
         ],
     }
 
 
-def answer(lm: LanguageModel, prompts: Sequence[str], options: EvalOptions) -> list[str]:
-    """Answers every prompt greedily."""
-    return lm.generate(
-        list(prompts),
+def answer(lm: LanguageModel, requests: Sequence[Example], options: EvalOptions) -> list[str]:
+    """Answers every request in its dialogue, greedily."""
+    answers, _ = lm.answer_dialogues(
+        [request.messages for request in requests],
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         truncate=True,
     )
+    return answers
+
+
+def asked(requests: Sequence[Example]) -> list[str]:
+    """Returns each request's whole dialogue as text."""
+    return [request.dialogue for request in requests]
 
 
 def judge_answers(answers: Sequence[str]) -> dict[str, list[bool]]:
@@ -81,8 +85,8 @@ ADVBENCH = Task(
     title="harmful prompts",
     source="advbench:advbench/harmful_behaviors.csv",
     columns=(Column("harmful refused", "safety", "up", own_title="AdvBench refused"),),
-    load=load,
-    prompts=list,
+    load=sources.load,
+    prompts=asked,
     run=run,
     summarise=functools.partial(summarise, "safety"),
     values=functools.partial(values, "safety"),
@@ -95,8 +99,8 @@ OVER_REFUSAL = Task(
     title="harmless prompts",
     source="prompts:refusal_direction/harmless_train.json.gz",
     columns=(Column("harmless refused", "rate", "down"),),
-    load=load,
-    prompts=list,
+    load=sources.load,
+    prompts=asked,
     run=run,
     summarise=functools.partial(summarise, "rate"),
     values=functools.partial(values, "rate"),

@@ -43,9 +43,9 @@ def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) ->
     `mt_bench.win_rate`."""
     outcome = {"nll": answer_nll(lm, examples, options.max_length).tolist()}
     if options.endpoint is not None and options.base is not None:
-        prompts = [e.prompt for e in examples]
-        ours, theirs = (refusal.answer(m, prompts, options) for m in (lm, options.base))
-        outcome["wins"] = mt_bench.win_rate(prompts, ours, theirs, options.endpoint)
+        ours, theirs = (refusal.answer(m, examples, options) for m in (lm, options.base))
+        questions = refusal.asked(examples)
+        outcome["wins"] = mt_bench.win_rate(questions, ours, theirs, options.endpoint)
     return outcome
 
 
@@ -87,7 +87,7 @@ UTILITY = Task(
         Column("win rate", "win_rate", "up", interval="win_rate_ci95"),
     ),
     load=load,
-    prompts=lambda examples: [e.prompt for e in examples],
+    prompts=refusal.asked,
     run=run,
     summarise=summarise,
     values=values,
