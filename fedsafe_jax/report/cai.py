@@ -58,6 +58,13 @@ def _probes(by_arm) -> list[tuple]:
     return [(arm, seed, ", ".join(texts)) for (arm, seed), texts in by_seed.items()]
 
 
+def _asked(row: dict) -> str:
+    """Returns the prompt of a record, or the whole dialogue where there is more."""
+    if "messages" not in row:
+        return row["prompt"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"])
+
+
 def _pairs(run: RunData) -> list[tuple[str, str, str]]:
     """Returns answers that revision mended, from the first round that has some.
 
@@ -66,7 +73,7 @@ def _pairs(run: RunData) -> list[tuple[str, str, str]]:
     pairs: list[tuple[str, str, str]] = []
     for path in sorted((run.workdir / "cai").glob("round_*.jsonl")):
         for row in run_files.read_lines(path):
-            pair = (row["prompt"], row["initial"], row["revision"])
+            pair = (_asked(row), row["initial"], row["revision"])
             if row["preferred"] and pair not in pairs:
                 pairs.append(pair)
         if len(pairs) >= SHOWN:

@@ -77,6 +77,22 @@ def test_sections_in_order_and_no_markup_from_data(run):
     assert "{{" not in report and (workdir / "figures/advbench_by_round.png").is_file()
 
 
+def test_records_and_cuts_of_dialogues_are_shown(run):
+    workdir, config, results, outcomes, sets = run
+    turns = [{"role": "user", "content": "I tie a knot."}, {"role": "user", "content": "How long?"}]
+    record = {"prompt": "How long?", "initial": "Hm.", "revision": "An hour.", "preferred": True}
+    (workdir / "cai").mkdir()
+    lines = [record | {"messages": turns}, record]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "cai" / "round_000.jsonl").write_text(text)
+    for arm in results["arms"].values():
+        arm["utility"] |= {"cut": 3, "n": 40}
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    report = (workdir / "report.html").read_text()
+    assert report.count("user: I tie a knot.\n\nuser: How long?") == 1
+    assert "3 of 40 held-out answers are cut to 256 tokens." in report
+
+
 def test_the_table_shows_what_an_arm_has(run):
     _, _, results, _, sets = run
     header, rows = table_rows(results, sets)
