@@ -5,10 +5,12 @@ A task is one file that makes a `Task` and puts it on the registry of its room, 
 loop, `results.json`, the table, figures, report, model card, dry run and `fedsafe evaluate`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fedsafe_jax.data.examples import Example
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
 HELDOUT = "heldout"  # source of the pairs that a run holds out from its clients' data
@@ -215,6 +217,16 @@ def load_items(name: str, chosen: EvalSet, data_dir: str, count: int) -> EvalSet
     if not items:
         raise TaskError(f"'{name}': {chosen.source} holds no item.")
     return chosen._replace(items=items)
+
+
+def request_texts(requests: Iterable[Example]) -> list[str]:
+    """Returns what training must not come near: each request, and each turn of a user before it."""
+    texts = []
+    for request in requests:
+        texts.append(request.dialogue)
+        if len(request.messages) > 1:
+            texts += [text for role, text in request.messages if role == "user"]
+    return texts
 
 
 def subset(items: list, count: int) -> list:

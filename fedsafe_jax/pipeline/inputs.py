@@ -268,7 +268,7 @@ def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str])
     """
     left, disputed = drop_mislabelled(examples) if pool.drop_mislabelled else (examples, 0)
     kept, dropped = overlap.drop_overlap(left, near)
-    kept_exact = [e for e in kept if overlap.normalise(e.prompt) not in exact]
+    kept_exact = [e for e in kept if overlap.normalise(e.dialogue) not in exact]
     return kept_exact, {
         "read": len(examples),
         "disputed": disputed,

@@ -182,11 +182,15 @@ def test_refusal_is_asked_in_the_dialogue_and_samples_show_it():
         "user: How long does it take?",
         "How long does it take?",
     ]
-    # What training must not be near is the dialogue, not a last turn that many share.
+    # What training must not be near: dialogues, and what a user says in them.
+    texts = [
+        requests[0].dialogue, "I tie a knot.", LAST[1],
+        requests[1].dialogue, "I bake bread.", LAST[1], LAST[1],
+    ]  # fmt: skip
     for name in ("advbench", "over_refusal", "utility"):
-        assert TASKS[name].prompts(requests) == [e.dialogue for e in requests]
+        assert TASKS[name].prompts(requests) == texts
     choices = [Choice(turns, "An hour.", "Never.", "helpful") for turns in (KNOT, (LAST,))]
-    assert TASKS["hhh"].prompts(choices) == [requests[0].dialogue, LAST[1]]
+    assert TASKS["hhh"].prompts(choices) == [*texts[:3], LAST[1]]
 
 
 def test_refusal_sets_keep_the_turns_of_their_source(tmp_path):

@@ -13,7 +13,7 @@ from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.fitting import Messages, fit
 from fedsafe_jax.data.readers import field, parse_dialogue
 from fedsafe_jax.evals import scoring, statistics
-from fedsafe_jax.evals.task import Column, EvalOptions, Task
+from fedsafe_jax.evals.task import Column, EvalOptions, Task, request_texts
 from fedsafe_jax.inference.language_model import LanguageModel
 
 UNCUT = 1 << 20  # tokens beyond any dialogue
@@ -118,7 +118,7 @@ HHH = Task(
     source="hhh/438HHHEvaluations.jsonl",
     columns=(Column("HHH", "accuracy", "up"),),
     load=load_choices,
-    prompts=lambda choices: [Example(choice.messages, "").dialogue for choice in choices],
+    prompts=lambda choices: request_texts(Example(choice.messages, "") for choice in choices),
     run=run,
     summarise=summarise,
     values=lambda outcome, options: {"accuracy": outcome["correct"]},

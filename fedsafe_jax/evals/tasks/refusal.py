@@ -13,7 +13,7 @@ from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import statistics
 from fedsafe_jax.evals.judges import JUDGES
-from fedsafe_jax.evals.task import Column, EvalOptions, Task
+from fedsafe_jax.evals.task import Column, EvalOptions, Task, request_texts
 from fedsafe_jax.inference.language_model import LanguageModel
 
 SHOWN = 12  # answers kept for the report
@@ -86,7 +86,7 @@ ADVBENCH = Task(
     source="advbench:advbench/harmful_behaviors.csv",
     columns=(Column("harmful refused", "safety", "up", own_title="AdvBench refused"),),
     load=sources.load,
-    prompts=asked,
+    prompts=request_texts,
     run=run,
     summarise=functools.partial(summarise, "safety"),
     values=functools.partial(values, "safety"),
@@ -100,7 +100,7 @@ OVER_REFUSAL = Task(
     source="prompts:refusal_direction/harmless_train.json.gz",
     columns=(Column("harmless refused", "rate", "down"),),
     load=sources.load,
-    prompts=asked,
+    prompts=request_texts,
     run=run,
     summarise=functools.partial(summarise, "rate"),
     values=functools.partial(values, "rate"),

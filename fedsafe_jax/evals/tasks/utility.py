@@ -10,7 +10,7 @@ import numpy as np
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.evals import scoring, statistics
-from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task
+from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task, request_texts
 from fedsafe_jax.evals.tasks import mt_bench, refusal
 from fedsafe_jax.inference.language_model import LanguageModel
 
@@ -87,7 +87,7 @@ UTILITY = Task(
         Column("win rate", "win_rate", "up", interval="win_rate_ci95"),
     ),
     load=load,
-    prompts=refusal.asked,
+    prompts=request_texts,
     run=run,
     summarise=summarise,
     values=values,
