@@ -26,7 +26,7 @@ from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.fitting import Messages
+from fedsafe_jax.data.fitting import Messages, fit
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -117,8 +117,9 @@ class ConstitutionalStage:
             replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | tally(records)
             counts["tokens_generated"] = self._count_tokens(_generated(records))
-            imitation, triples = self._imitation(kept, replay), _triples(kept)
-            counts |= {"pairs": len(triples)}
+            imitation, lost = self._imitation(kept, replay)
+            triples = self._triples(kept)
+            counts |= {"pairs": len(triples), "lost": lost}
             if imitation:  # else the adapter stays as it is
                 if math.isinf(num_steps):
                     num_steps = math.ceil(len(imitation) / c.batch_size)
@@ -214,12 +215,45 @@ class ConstitutionalStage:
     def _encode(self, messages: Messages, response: str) -> Encoded | None:
         return chat.encode(self.tokenizer, messages, response, self.config.seq_len)
 
-    def _imitation(self, kept: Sequence[Record], replay: Sequence[Example]) -> list[Encoded]:
-        """Dialogues to imitate: the replay, and revisions where the losses ask for them."""
-        encoded = [self._encode(e.messages, e.response) for e in replay]
+    def _fitted(self, messages: Messages, *answers: str) -> Messages:
+        """A dialogue of several turns, so cut that each of the answers ends within a row.
+
+        A single request is left as it is: there the answer is cut.
+        """
+        if len(messages) == 1:
+            return messages
+
+        def length(turns: Messages) -> int:
+            whole = ([*turns, ("assistant", answer)] for answer in answers)
+            return max(
+                len(chat.render(self.tokenizer, one, add_generation_prompt=False)) for one in whole
+            )
+
+        return fit(self.tokenizer, messages, length, room=self.config.seq_len)
+
+    def _imitation(
+        self, kept: Sequence[Record], replay: Sequence[Example]
+    ) -> tuple[list[Encoded], int]:
+        """`(dialogues to imitate, those lost because their requests alone fill a row)`.
+
+        They are the replay, and revisions where the losses ask for them.
+        """
+        said = [(e.messages, e.response) for e in replay]
         if self.recipe.imitates_revisions:
-            encoded += [self._encode(r.turns, r.revision) for r in kept]
-        return [e for e in encoded if e is not None]
+            said += [(r.turns, r.revision) for r in kept]
+        encoded = [self._encode(self._fitted(turns, answer), answer) for turns, answer in said]
+        left = [e for e in encoded if e is not None]
+        return left, len(encoded) - len(left)
+
+    def _triples(self, kept: Sequence[Record]) -> list[derta.Triple]:
+        """What preference losses and DeRTa learn from: answers that their revisions mend."""
+        triples = []
+        for r in kept:
+            if r.preferred:
+                turns = self._fitted(r.turns, r.initial, r.revision)
+                messages = turns if r.messages else ()
+                triples.append(derta.Triple(r.prompt, r.initial, r.revision, messages=messages))
+        return triples
 
     def _data(
         self,
@@ -326,14 +360,6 @@ def make_generate_fn(
 
 def _sample(pool: Sequence[Example], count: int, rng: np.random.Generator) -> list[Example]:
     return [pool[i] for i in rng.permutation(len(pool))[:count]]
-
-
-def _triples(kept: Sequence[Record]) -> list[derta.Triple]:
-    return [
-        derta.Triple(r.prompt, r.initial, r.revision, messages=r.messages)
-        for r in kept
-        if r.preferred
-    ]
 
 
 def _generated(records: Sequence[Record]) -> list[str]:

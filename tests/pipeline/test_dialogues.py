@@ -7,7 +7,9 @@ import numpy as np
 from commands import rows, run
 
 from fedsafe_jax.cai import constitution, revise
+from fedsafe_jax.config import default_config
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
 from fedsafe_jax.pipeline import constitutional, filtering
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.runtime.progress import PhaseTimer
@@ -15,6 +17,16 @@ from fedsafe_jax.runtime.progress import PhaseTimer
 LAST = ("user", "How long does it take?")
 KNOT = (("system", "Be brief."), ("user", "I tie a knot."), ("assistant", "Good."), LAST)
 BREAD = (("system", "Be brief."), ("user", "I bake bread."), ("assistant", "Good."), LAST)
+
+
+def stage_of(packaged, red_team, **fields):
+    """Constitutional AI of a run that has a red team and no more."""
+    config = default_config()
+    config.cai.update(fields)
+    inputs = types.SimpleNamespace(lm=packaged, red_team=red_team)
+    return constitutional.ConstitutionalStage(
+        config, inputs, packaged.model, clients=None, folder=None, mine=bool, seed=0
+    )
 
 
 def test_a_flagged_answer_is_rewritten_in_its_dialogue(monkeypatch):
@@ -39,6 +51,18 @@ def test_a_flagged_answer_is_rewritten_in_its_dialogue(monkeypatch):
             assert turns[: len(answered)] == answered
 
 
+def test_what_is_left_of_labelled_pairs_keeps_all_turns():
+    pairs = [
+        Example(KNOT, "Sure, here.", "unsafe"),
+        Example(BREAD, "I'm sorry, but no.", "unsafe"),
+        Example(BREAD, "I'm sorry, no.", "safe"),
+    ]
+    kept, disputed = drop_mislabelled(pairs)
+    assert kept == [pairs[0], pairs[2]] and disputed == 1
+    (twin,) = hard_negatives(kept, 1.0, seed=0)
+    assert twin.messages == KNOT and twin.response == "I'm sorry, no."
+
+
 def test_a_probe_asks_dialogues():
     asked = []
 
@@ -53,15 +77,8 @@ def test_a_probe_asks_dialogues():
 
 
 def test_probed_dialogues_are_not_trained_on_and_those_that_end_alike_are(packaged):
-    from fedsafe_jax.config import default_config
-
-    config = default_config()
-    config.cai.schedule, config.cai.probe_prompts = "adaptive", 1
     red_team = [Example(KNOT, ""), Example(BREAD, ""), Example(BREAD, "")]
-    inputs = types.SimpleNamespace(lm=packaged, red_team=red_team)
-    stage = constitutional.ConstitutionalStage(
-        config, inputs, packaged.model, clients=None, folder=None, mine=bool, seed=0
-    )
+    stage = stage_of(packaged, red_team, schedule="adaptive", probe_prompts=1)
     (probed,) = stage.probe_prompts
     left = {example.messages for example in stage.red_team}
     assert left == {KNOT, BREAD} - {probed}
@@ -72,10 +89,20 @@ def test_triples_and_imitation_keep_the_dialogue(packaged):
         LAST[1], "Sure.", 0, critique="c", revision="I'm sorry.", earlier=(), dropped="",
         preferred=True, messages=KNOT,
     )  # fmt: skip
-    (triple,) = constitutional._triples([record])
-    assert triple.turns == KNOT
-    (alone,) = constitutional._triples([record._replace(messages=())])
-    assert alone.turns == (LAST,)
+    stage = stage_of(packaged, [Example(KNOT, "")])
+    alone = record._replace(messages=())
+    assert [t.turns for t in stage._triples([record, alone])] == [KNOT, (LAST,)]
+    old = (("user", "old words " * 100), ("assistant", "Good."))
+    long = record._replace(messages=(KNOT[0], *old, *KNOT[1:]))
+    (triple,) = stage._triples([long])
+    assert triple.turns == KNOT  # the oldest turns make room for the answers
+    replay = [Example(long.messages, "An hour."), Example((("user", "word " * 300),), "Yes.")]
+    (revised, replayed), lost = stage._imitation([long], replay)
+    assert lost == 1  # a request alone is not cut: nothing of its answer is left
+    for encoded, answer in ((revised, "An hour."), (replayed, "I'm sorry.")):
+        text = packaged.tokenizer.decode(encoded.ids)
+        assert "Be brief." in text and "I tie a knot." in text and answer in text
+        assert "old words" not in text
 
 
 def test_a_run_red_teams_with_dialogues_and_reads_its_records_again(tmp_path):
