@@ -55,7 +55,7 @@ def main(argv):
         for start in range(0, len(pairs), _BATCH.value):
             some = pairs[start : start + _BATCH.value]
             batch = tokenizer(
-                [e.prompt for e in some], [e.response for e in some], padding=True,
+                [e.dialogue for e in some], [e.response for e in some], padding=True,
                 truncation=True, max_length=c.max_length, return_tensors="pt",
             )  # fmt: skip
             theirs(**batch)

@@ -23,7 +23,7 @@ class TorchClassifier:
 
     def _forward(self, pairs):
         batch = self.tokenizer(
-            [p.prompt for p in pairs], [p.response for p in pairs], padding=True,
+            [p.dialogue for p in pairs], [p.response for p in pairs], padding=True,
             truncation=True, max_length=self.max_length, return_tensors="pt",
         )  # fmt: skip
         return self.model(**batch).logits
@@ -32,7 +32,7 @@ class TorchClassifier:
     def log_odds(self, pairs):
         """Float `[n]`."""
         self.model.eval()
-        order = np.argsort([len(p.prompt) + len(p.response) for p in pairs])
+        order = np.argsort([len(p.dialogue) + len(p.response) for p in pairs])
         out = np.zeros(len(pairs))
         for start in range(0, len(order), 32):
             chosen = order[start : start + 32]
