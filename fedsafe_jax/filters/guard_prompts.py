@@ -107,13 +107,16 @@ def render_pairs(
         if len(messages) == 1:
             ((role, text),) = messages
             messages = ((role, end_of(tokenizer, text, half)),)
-        messages = fit(
-            tokenizer,
-            messages,
-            lambda turns, said=response: len(wrap(turns, said)),
-            room=max_length,
-        )
+        row = wrap(messages, response)
+        if len(row) > max_length:
+            messages = fit(
+                tokenizer,
+                messages,
+                lambda turns, said=response: len(wrap(turns, said)),
+                room=max_length,
+            )
+            row = wrap(messages, response)
         cut += messages != tuple(pair.messages) or response != pair.response
-        rows.append(wrap(messages, response))
+        rows.append(row)
     warn_of_cuts(cut, len(pairs), max_length)
     return rows

@@ -48,7 +48,10 @@ def fitted(lm: LanguageModel, choice: Choice, max_length: int) -> Choice:
         )
         return max(both, key=lambda encoded: len(encoded.ids))
 
-    said = int(longest(choice.messages).loss_mask.sum())
+    whole = longest(choice.messages)
+    if len(whole.ids) <= max_length:
+        return choice
+    said = int(whole.loss_mask.sum())
     room = max(max_length, said + max_length // 4)
     messages = fit(lm.tokenizer, choice.messages, lambda turns: len(longest(turns).ids), room=room)
     return choice._replace(messages=messages)
