@@ -8,6 +8,7 @@ from commands import rows, run
 
 from fedsafe_jax.cai import constitution, revise
 from fedsafe_jax.config import default_config
+from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
 from fedsafe_jax.pipeline import constitutional, filtering
@@ -84,7 +85,7 @@ def test_probed_dialogues_are_not_trained_on_and_those_that_end_alike_are(packag
     assert left == {KNOT, BREAD} - {probed}
 
 
-def test_triples_and_imitation_keep_the_dialogue(packaged):
+def test_triples_and_imitation_keep_the_dialogue(packaged, monkeypatch):
     record = revise.Record(
         LAST[1], "Sure.", 0, critique="c", revision="I'm sorry.", earlier=(), dropped="",
         preferred=True, messages=KNOT,
@@ -96,9 +97,14 @@ def test_triples_and_imitation_keep_the_dialogue(packaged):
     long = record._replace(messages=(KNOT[0], *old, *KNOT[1:]))
     (triple,) = stage._triples([long])
     assert triple.turns == KNOT  # the oldest turns make room for the answers
-    replay = [Example(long.messages, "An hour."), Example((("user", "word " * 300),), "Yes.")]
+    replay = [Example(long.messages, "An hour."), Example((("user", "Lost?"),), "Yes.")]
+    encode = chat.encode
+    monkeypatch.setattr(  # a request that leaves no room for its answer
+        chat, "encode", lambda words, turns, *rest: encode(words, turns, *rest)
+        if turns[-1][1] != "Lost?" else None,
+    )  # fmt: skip
     (revised, replayed), lost = stage._imitation([long], replay)
-    assert lost == 1  # a request alone is not cut: nothing of its answer is left
+    assert lost == 1
     for encoded, answer in ((revised, "An hour."), (replayed, "I'm sorry.")):
         text = packaged.tokenizer.decode(encoded.ids)
         assert "Be brief." in text and "I tie a knot." in text and answer in text
