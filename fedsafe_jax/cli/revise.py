@@ -12,7 +12,6 @@ and a few pairs are printed.
 """
 
 import json
-import pathlib
 import time
 
 from absl import flags
