@@ -30,8 +30,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.data_dir = ""  # folder that sources are relative to, or "hub"
     c.safe_sources = ("chat:package/clients_safe.jsonl",)  # sources of the clients' harmless pairs
-    # sources of the clients' harmful pairs
-    c.unsafe_sources = ("chat:package/clients_unsafe.jsonl",)
+    # sources of the clients' harmful pairs; auto: the packaged ones beside packaged safe_sources,
+    # none without harmful pairs; own safe_sources need own ones, or packaged ones by name
+    c.unsafe_sources = ("auto",)
     # sources of benign pairs for the held-out loss; () holds out a tenth of safe_sources
     c.heldout_sources = ()
     c.partition = "iid"  # how pairs are dealt out to the clients
@@ -153,8 +154,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.revision_rounds = 1  # rounds of critique and revision of an answer
     c.cai.revise = "all"  # which answers are revised: all, or wrong ones by the check
     c.cai.check = "rules"  # what drops revisions: rules (on refusals), the filter, both or none
-    # revisions trained on: on_policy (new), cached (the first ones) or mixed
+    # revisions trained on: on_policy (new), cached (the first ones), mixed, or given: cai.records
     c.cai.data = "on_policy"
+    # given: files of ready-made revisions, such as `fedsafe revise --output` writes; see docs
+    c.cai.records = ()
     # when CAI runs: light, full (an epoch a round), final (last round) or adaptive
     c.cai.schedule = "light"
     # adaptive: refusal in percent of the server's own prompts, below which CAI runs
@@ -195,6 +198,36 @@ def default_config() -> ml_collections.ConfigDict:
     # items of each task evaluated after every round, for curves; 0 for none
     c.eval.every_round_prompts = 0
     return c
+
+
+PACKAGED_UNSAFE = ("chat:package/clients_unsafe.jsonl",)
+
+
+def asks_for_harm(config: ml_collections.ConfigDict) -> bool:
+    """Tells whether any client ought to hold harmful pairs."""
+    attack = config.attack
+    return bool(config.harmful_share or (attack.clients and attack.harmful_share))
+
+
+def unsafe_sources(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Returns the sources of the clients' harmful pairs, with "auto" resolved.
+
+    Packaged harmful data are never mixed into data of one's own unasked.
+
+    Raises:
+      ConfigError: harmful pairs are asked for, and nobody said which.
+    """
+    if tuple(config.unsafe_sources) != ("auto",):
+        return tuple(config.unsafe_sources)
+    if not asks_for_harm(config):
+        return ()
+    if any(":package/" in source for source in config.safe_sources):
+        return PACKAGED_UNSAFE
+    raise ConfigError(
+        f"unsafe_sources: safe_sources are your own, and harmful_share={config.harmful_share} asks "
+        f"for harmful pairs too: name yours, or the packaged ones ('{PACKAGED_UNSAFE[0]}'), or set "
+        "harmful_share=0 (and attack.clients=0) to train without."
+    )
 
 
 def filter_config() -> ml_collections.ConfigDict:

@@ -150,8 +150,11 @@ def _run(
     outcomes: dict[str, list[dict]] = {}
     final_factors: dict[str, Any] = {}
     filter_quality: list[dict] = []
+    holdings: list[clients.Holdings] = []
     for seed in config.seeds:
         members = federation.clients(config, inputs, seed, workdir, progress)
+        if members.holdings is not None:
+            holdings.append(members.holdings)
         for planned in planned_arms(config):
             arm_run = ArmRun(
                 config=config,
@@ -171,7 +174,7 @@ def _run(
             filter_quality.append(members.filter_record())
 
     def report() -> dict:
-        results = summarise(config, inputs, outcomes, filter_quality)
+        results = summarise(config, inputs, outcomes, filter_quality, holdings=holdings)
         results["seconds"] = {"this_process": time.monotonic() - started}
         run_files.write_json(workdir / "results.json", results)
         page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
@@ -435,8 +438,28 @@ class ArmRun:
         return row["arm"] == self.planned.id and row["seed"] == self.seed
 
 
+def held(holdings: list[clients.Holdings]) -> dict:
+    """Returns what `results.json` says of the clients' pairs, a value a seed.
+
+    Before any filter; the shares are null of those without pairs, and nothing is said of real
+    sites, whose labels are not known.
+    """
+    if not holdings:
+        return {}
+    return {
+        "pairs_held": [sum(h.pairs) for h in holdings],
+        "pairs_by_client": [list(h.pairs) for h in holdings],
+        "harmful_share_held": [h.harmful_share for h in holdings],
+        "harmful_share_by_client": [h.by_client for h in holdings],
+    }
+
+
 def summarise(
-    config: ConfigDict, inputs: RunInputs, outcomes: dict, filter_quality: list[dict]
+    config: ConfigDict,
+    inputs: RunInputs,
+    outcomes: dict,
+    filter_quality: list[dict],
+    holdings: list[clients.Holdings],
 ) -> dict:
     """Returns the content of `results.json`."""
     options = evaluation.options_of(config)
@@ -452,7 +475,7 @@ def summarise(
         "arms": arms,
         "differences": differences,
         "seeds": list(config.seeds),
-        "data": inputs.counts,
+        "data": inputs.counts | held(holdings),
         "sources": {name: one.source for name, one in asked.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions() | {"tasks": task_versions},

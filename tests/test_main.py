@@ -27,7 +27,9 @@ from fedsafe_jax.evals.statistics import wilson
         ("eval.tasks=('advbench',)", "never shown without 'over_refusal'"),
         ("eval.tasks=('mt_bench',)", "give eval.judge_url"),
         ("data_dir=/no/such/folder", None),
-        ("safe_sources=('chat:none.jsonl',)", "none.jsonl: no such file"),
+        ("safe_sources=('chat:package/none.jsonl',)", "none.jsonl: no such file"),
+        ("safe_sources=('chat:mine.jsonl',)", "unsafe_sources: safe_sources are your own, and"),
+        ("unsafe_sources=()", "there is no unsafe pair: name some in unsafe_sources, or set"),
         ("unsafe_sources=('advbench:a.csv',)", "never trained on"),
         ("clients_per_round=40", "clients_per_round=40 exceeds num_clients=4"),
         ("num_clients=5000", "more clients than examples"),
@@ -57,7 +59,7 @@ from fedsafe_jax.evals.statistics import wilson
 )
 def test_mistakes_give_one_clear_line(tmp_path, setting, message):
     if message is None:
-        settings = (setting, "safe_sources=('chat:mine.jsonl',)")
+        settings = (setting, "safe_sources=('chat:mine.jsonl',)", "harmful_share=0.0")
         message = "/no/such/folder/mine.jsonl: no such file"
     else:
         settings = (setting,)
@@ -74,8 +76,8 @@ def test_mistakes_give_one_clear_line(tmp_path, setting, message):
 )
 def test_bad_data_is_named_before_any_training(tmp_path, text, message):
     (tmp_path / "mine.jsonl").write_text(text)
-    settings = (f"data_dir={tmp_path}", "safe_sources=('chat:mine.jsonl',)")
-    done = run(tmp_path / "run", *settings, check=False)
+    own = ("safe_sources=('chat:mine.jsonl',)", "harmful_share=0.0")
+    done = run(tmp_path / "run", f"data_dir={tmp_path}", *own, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.shares import fit_sizes, possible_sizes, unsafe_counts
 
 
 class PartitionError(ValueError):
@@ -60,14 +62,26 @@ def _by_field(
     return groups
 
 
-# `(safe examples, shuffled indices, num_clients, alpha, rng) -> indices by client` by name.
-PARTITIONS: dict[str, Callable] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "user": functools.partial(_by_field, field="user"),
-    "language": functools.partial(_by_field, field="language"),
-    "category": functools.partial(_by_field, field="category"),
-    "source": functools.partial(_by_field, field="source"),
+class Partition(NamedTuple):
+    """A way to split the safe examples.
+
+    Attributes:
+      group: `(safe examples, shuffled indices, num_clients, alpha, rng) -> indices by client`.
+      alike: whether any example may go to any client: what one client leaves over then goes to
+        clients that lack some, and only the size of the whole pool limits what they hold.
+    """
+
+    group: Callable
+    alike: bool = False
+
+
+PARTITIONS: dict[str, Partition] = {
+    "iid": Partition(_iid, alike=True),
+    "dirichlet": Partition(_dirichlet),
+    "user": Partition(functools.partial(_by_field, field="user")),
+    "language": Partition(functools.partial(_by_field, field="language")),
+    "category": Partition(functools.partial(_by_field, field="category")),
+    "source": Partition(functools.partial(_by_field, field="source")),
 }
 
 
@@ -121,12 +135,15 @@ def partition(
     rng: np.random.Generator,
     alpha: float = 0.5,
 ) -> list[list[Example]]:
-    """Deals examples to clients.
+    """Deals examples to clients, each with its share of unsafe ones.
+
+    Where a pool, or a client's part of it, is too small, clients hold fewer examples in the same
+    shares, see `fit_sizes`. A client's count of unsafe examples is less than one off its share, and
+    the sum over clients at most half an example off theirs, see `unsafe_counts`.
 
     Args:
       safe, unsafe: safe and unsafe examples, the two pools.
-      sizes: examples that each client holds, at most: a pool, or a client's part of it, may hold
-        fewer.
+      sizes: examples that each client holds, at most.
       harmful_shares: share of unsafe examples at each client, in [0, 1].
       kind: a name in `PARTITIONS`: `iid`; `dirichlet` (safe examples skewed by source and
         category); `user`, `language`, `category` or `source` (the safe examples of one value of
@@ -138,29 +155,64 @@ def partition(
       The examples of each client, in a random order.
 
     Raises:
-      PartitionError: an unknown kind, too few examples, or an empty client.
+      PartitionError: an unknown kind, no example of a label that is asked for, too few examples, or
+        an empty client; it names numbers that would do.
     """
     if kind not in PARTITIONS:
         raise PartitionError(f"partition='{kind}': expected {', '.join(PARTITIONS)}.")
-    num_clients = len(sizes)
-    num_unsafe = [round(h * n) for h, n in zip(harmful_shares, sizes, strict=True)]
-    num_safe = [n - u for n, u in zip(sizes, num_unsafe, strict=True)]
-    for name, pool, need in (("safe", safe, num_safe), ("unsafe", unsafe, num_unsafe)):
-        if len(pool) < sum(n > 0 for n in need):
+    num_clients, shares = len(sizes), list(harmful_shares)
+    asked = sum(n * h for n, h in zip(sizes, shares, strict=True)) / sum(sizes)
+    for name, pool, need in (("safe", safe, 1 - asked), ("unsafe", unsafe, asked)):
+        if need > 0 and not pool:
             raise PartitionError(
-                f"num_clients={num_clients}, but there are only {len(pool)} {name} examples: more "
-                "clients than examples. Lower num_clients or add data."
+                f"{need:.1%} of the clients' pairs ought to be {name}, but there is no {name} pair"
+                f": name some in {name}_sources, or set harmful_share (and attack.harmful_share) "
+                f"to {int(name == 'safe')}."
             )
+    mean = max(round(sum(sizes) / num_clients), 1)
+    instead = possible_sizes(len(safe), len(unsafe), asked, num_clients=num_clients, examples=mean)
+    there = (
+        f"num_clients={num_clients}, harmful share {asked:.1%}: there are {len(safe)} safe and "
+        f"{len(unsafe)} unsafe pairs"
+    )
+    wanted = unsafe_counts(sizes, shares, sum(sizes), sum(sizes)) or []
+    for pool, need in (
+        (unsafe, sum(u > 0 for u in wanted)),
+        (safe, sum(n > u for n, u in zip(sizes, wanted, strict=True))),
+    ):
+        if len(pool) < need:
+            raise PartitionError(f"{there}, more clients than examples; {instead} would do.")
     order = rng.permutation(len(safe))
-    groups = PARTITIONS[kind](safe, order, num_clients, alpha, rng)
+    split = PARTITIONS[kind]
+    groups = split.group(safe, order, num_clients, alpha, rng)
+    limits = None if split.alike else [len(group) for group in groups]
+    fitted = fit_sizes(sizes, shares, len(safe), len(unsafe), safe_by_client=limits)
+    if empty := [i for i, n in enumerate(fitted) if not n]:
+        more = f"partition='{kind}' leaves it no safe pair" if limits else "no pair is left for it"
+        raise PartitionError(
+            f"{there}; client {empty[0]} of {len(empty)} such client(s) would have no example: "
+            f"{more}. Use a partition that is less skewed (dirichlet_alpha, partition='iid'), or "
+            f"add data; {instead} would do for 'iid'."
+        )
+    num_unsafe = unsafe_counts(fitted, shares, len(safe), len(unsafe))
+    num_safe = [n - u for n, u in zip(fitted, num_unsafe, strict=True)]
     harmful = rng.permutation(len(unsafe))
     holders = [i for i, n in enumerate(num_unsafe) if n]
-    dealt = {i: harmful[k :: len(holders)][: num_unsafe[i]] for k, i in enumerate(holders)}
+    turns = {i: harmful[k :: len(holders)] for k, i in enumerate(holders)}
+    dealt = _take([turns.get(i, ()) for i in range(num_clients)], num_unsafe)
+    kept = _take(groups, num_safe)
     clients = []
-    for i, group in enumerate(groups):
-        mine = [safe[j] for j in group[: num_safe[i]]]
-        mine += [unsafe[j] for j in dealt.get(i, ())]
-        if not mine:
-            raise PartitionError(f"client {i} has no example; raise dirichlet_alpha or add data.")
+    for mine_safe, mine_unsafe in zip(kept, dealt, strict=True):
+        mine = [safe[j] for j in mine_safe] + [unsafe[j] for j in mine_unsafe]
         clients.append([mine[j] for j in rng.permutation(len(mine))])
     return clients
+
+
+def _take(groups: Sequence[Sequence[int]], counts: Sequence[int]) -> list[list[int]]:
+    """Takes counts from groups; who has too few gets what the others leave."""
+    taken = [[int(j) for j in group[:n]] for group, n in zip(groups, counts, strict=True)]
+    left = iter([int(j) for group, n in zip(groups, counts, strict=True) for j in group[n:]])
+    for mine, count in zip(taken, counts, strict=True):
+        while len(mine) < count:
+            mine.append(next(left))
+    return taken

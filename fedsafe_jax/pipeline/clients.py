@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.chat_template import ChatTemplateError
-from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.examples import UNSAFE, Example
+from fedsafe_jax.data.shares import possible_sizes
 from fedsafe_jax.federated import participation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.protocol import answer_risk
@@ -44,6 +45,27 @@ def roles(config: ConfigDict, seed: int) -> Roles:
     )
 
 
+class Holdings(NamedTuple):
+    """What the clients of a seed hold to train on, before any filter.
+
+    Attributes:
+      unsafe, pairs: harmful pairs, and all pairs, of each client.
+    """
+
+    unsafe: tuple[int, ...]
+    pairs: tuple[int, ...]
+
+    @property
+    def harmful_share(self) -> float | None:
+        """Share of all pairs that is harmful, in [0, 1]; None without pairs."""
+        return sum(self.unsafe) / sum(self.pairs) if sum(self.pairs) else None
+
+    @property
+    def by_client(self) -> list[float | None]:
+        """Share of each client's pairs that is harmful; None for a client without pairs."""
+        return [u / n if n else None for u, n in zip(self.unsafe, self.pairs, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Clients:
     """The clients of one seed: encoded pairs with and without the filter.
@@ -57,6 +79,7 @@ class Clients:
       threshold: P(unsafe) from which pairs were flagged.
       at_bound: whether the filter's calibration ended at a bound, see `decision.Decision`.
       make_filter: `() -> filter`; None without a filter, or for a simulated one.
+      holdings: what clients hold before the filter; None where labels are not known, as at sites.
     """
 
     plain: Sequence[Sequence[Encoded]] | None
@@ -69,6 +92,7 @@ class Clients:
     threshold: float | None = None
     at_bound: bool = False
     make_filter: Callable | None = None
+    holdings: Holdings | None = None
 
     def judge(self) -> tuple[Callable, float]:
         """Returns `(dialogues, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
@@ -86,21 +110,61 @@ class Clients:
 
 
 def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) -> Clients:
-    """Encodes every client's pairs, and says where fewer are left than were asked for."""
-    pairs = inputs.clients[seed]
-    asked, held = config.num_clients * config.examples_per_client, sum(map(len, pairs))
-    if held < asked and not config.size_sigma:
-        progress.note(f"seed {seed}: clients hold {held} of {asked} pairs asked for: no more data")
-    encoded = [encode(inputs.lm.tokenizer, examples, config.seq_len) for examples in pairs]
-    if lost := sum(count for _, count in encoded):
-        progress.note(
+    """Encodes every client's pairs, and says loudly where clients hold less than was asked for."""
+    encoded, unsafe, lost = [], [], 0
+    done: Counter[str] = Counter()
+    for examples in inputs.clients[seed]:
+        kept, missing = encode(inputs.lm.tokenizer, examples, config.seq_len)
+        if missing:  # only now is it worth asking which ones
+            lost += missing
+            examples = [e for e in examples if encode(inputs.lm.tokenizer, [e], config.seq_len)[0]]
+        encoded.append(kept)
+        done.update(said for one in kept for said in one.notes)
+        unsafe.append(sum(e.label == UNSAFE for e in examples))
+    holdings = Holdings(tuple(unsafe), tuple(map(len, encoded)))
+    dealt = sum(map(len, inputs.clients[seed]))
+    if shortfall := describe_shortfall(config, inputs, seed, dealt, holdings):
+        progress.warn(shortfall)
+    if lost:
+        progress.warn(
             f"seed {seed}: {lost} pairs lost: their template alone fills seq_len, or their "
             "thought never ends"
         )
-    done = Counter(said for one, _ in encoded for e in one for said in e.notes)
     for said, count in done.items():
-        progress.note(f"seed {seed}: {count} of {held} pairs: {said}")
-    return Clients([examples for examples, _ in encoded])
+        progress.note(f"seed {seed}: {count} of {dealt} pairs: {said}")
+    if empty := [i for i, n in enumerate(holdings.pairs) if not n]:
+        names = ", ".join(map(str, empty))
+        progress.warn(f"seed {seed}: client(s) {names} have NO DATA: all their pairs are lost")
+    return Clients(encoded, holdings=holdings)
+
+
+def describe_shortfall(
+    config: ConfigDict, inputs: RunInputs, seed: int, dealt: int, holdings: Holdings
+) -> str:
+    """Says how many pairs fewer clients hold than the config asks for, and what would do.
+
+    Args:
+      config, inputs: config and inputs of the run.
+      seed: seed of the run.
+      dealt: pairs that were dealt out to the clients.
+      holdings: what is left of these when they are encoded.
+
+    Returns:
+      A line; "" where clients were dealt what was asked for.
+    """
+    asked = inputs.asked[seed]
+    if dealt >= asked.pairs:
+        return ""
+    num_safe, num_unsafe = len(inputs.safe), len(inputs.unsafe)
+    instead = possible_sizes(
+        num_safe, num_unsafe, asked.harmful_share, config.num_clients, config.examples_per_client
+    )
+    kept = "none" if holdings.harmful_share is None else f"{holdings.harmful_share:.1%} held"
+    return (
+        f"seed {seed}: clients hold {sum(holdings.pairs)} of {asked.pairs} pairs asked for, as "
+        f"there are {num_safe} safe and {num_unsafe} unsafe ones; harmful share "
+        f"{asked.harmful_share:.1%} asked, {kept}; {instead} would be held in full"
+    )
 
 
 def encode(

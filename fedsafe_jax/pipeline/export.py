@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
+from fedsafe_jax.config import unsafe_sources
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.pipeline import evaluation
@@ -111,11 +112,12 @@ def export_arm(
             if results:
                 card = model_card.text(
                     planned.id,
-                    config.to_dict(),
+                    _settings(config),
                     summary=results["arms"][planned.id],
                     sets=inputs.evals,
                     license_fields=base_license(config.model),
                     note=_seeds_note(config),
+                    harmful_share=held_share(results, list(config.seeds)[0]),
                 )
             export(inputs.lm, adapter, workdir / "export", card)
             return True
@@ -145,14 +147,35 @@ def card_of_seed(
     path = workdir / "arms" / f"{planned.folder}_seed{seed}.json"
     outcome = {} if note else whole_files.read_json(path, rename=False) or {}
     sets = {k: one for k, one in evaluation.chosen_sets(config).items() if k in outcome}
+    written = whole_files.read_json(workdir / "results.json", rename=False) or {}
     return model_card.text(
         planned.id,
-        config.to_dict(),
+        _settings(config),
         summary=evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
         sets=sets,
         license_fields=base_license(config.model),
         note=note or ("" if outcome else "The run had not evaluated it when this was written."),
+        harmful_share=held_share(written, seed),
     )
+
+
+def _settings(config: ConfigDict) -> dict:
+    """Returns the config for a card, with the names of the harmful sources that were read."""
+    return config.to_dict() | {"unsafe_sources": unsafe_sources(config)}
+
+
+def held_share(results: dict, seed: int) -> float | None:
+    """Returns the harmful share of the pairs that a seed's clients hold, from `results.json`.
+
+    Args:
+      results: content of the file; {} without one.
+      seed: the seed.
+
+    Returns:
+      None where it is not known: of real sites, and before the run has ended.
+    """
+    shares = results.get("data", {}).get("harmful_share_held")
+    return shares[results["seeds"].index(seed)] if shares else None
 
 
 def base_license(name: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
+from fedsafe_jax.config import asks_for_harm, unsafe_sources
 from fedsafe_jax.data import chat, chat_template, overlap, partition, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
@@ -48,12 +49,24 @@ HARMLESS = (SAFE, UNKNOWN)
 POOLS = {
     "site": Pool("client", lambda c: c.safe_sources),
     "safe": Pool("client, safe", lambda c: c.safe_sources, HARMLESS),
-    "unsafe": Pool("client, unsafe", lambda c: c.unsafe_sources, (UNSAFE,), True),
+    "unsafe": Pool("client, unsafe", unsafe_sources, (UNSAFE,), True),
     "filter_pairs": Pool("filter", lambda c: c.filter.sources, (SAFE, UNSAFE), True),
     "red_team": Pool("CAI red team", lambda c: c.cai.red_team_sources),
     "replay": Pool("CAI replay", lambda c: c.cai.benign_sources, HARMLESS),
 }
 SIMULATION = ("safe", "unsafe", "filter_pairs", "red_team", "replay")
+
+
+class Asked(NamedTuple):
+    """What the config asks the clients of a seed to hold.
+
+    Attributes:
+      pairs: pairs of all clients.
+      harmful_share: share of them that is harmful, in [0, 1].
+    """
+
+    pairs: int
+    harmful_share: float
 
 
 class RunInputs(NamedTuple):
@@ -65,6 +78,7 @@ class RunInputs(NamedTuple):
       mesh: the devices of all processes.
       lora: shape of the global adapter.
       clients: pairs of each client by seed, dealt out from `safe` and `unsafe`.
+      asked: what the config asks clients to hold, by seed.
       site, safe, unsafe, filter_pairs, red_team, replay: the pools, [] where not read; see `POOLS`.
       constitution: principles of Constitutional AI.
       evals: the evaluation sets by name.
@@ -76,6 +90,7 @@ class RunInputs(NamedTuple):
     mesh: Mesh
     lora: lora.LoraConfig
     clients: dict[int, list[list[Example]]]
+    asked: dict[int, Asked]
     site: list[Example]
     safe: list[Example]
     unsafe: list[Example]
@@ -110,11 +125,12 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     for role, pool in pools.items():
         title = POOLS[role].title
         pools[role], counts[title] = _drop(POOLS[role], pool, near, exact)
-        if not pools[role]:
+        if not pools[role] and _needs(role, config):
             raise SourceError(f"{title} data: no example is left of {len(pool)} read.")
-    clients = {}
+    clients, asked = {}, {}
     if "safe" in pools:  # dealt out before the model loads, as that may fail
-        clients = {s: deal(config, pools["safe"], pools["unsafe"], s) for s in config.seeds}
+        for seed in config.seeds:
+            clients[seed], asked[seed] = deal(config, pools["safe"], pools["unsafe"], seed)
     if any_filter(config):
         check_folders(config.filter.load, config.filter.encoder)
     if FILTER_KINDS[config.filter.kind].needs_model and not config.filter.load:
@@ -137,6 +153,7 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         mesh=devices,
         lora=shape,
         clients=clients,
+        asked=asked,
         constitution=principles,
         evals=evals,
         counts=counts,
@@ -144,8 +161,21 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
 
 
-def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: int) -> list:
+def _needs(role: str, config: ConfigDict) -> bool:
+    """Tells whether a run cannot do without a pool."""
+    if role == "unsafe":
+        return asks_for_harm(config)
+    return True
+
+
+def deal(
+    config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: int
+) -> tuple[list[list[Example]], Asked]:
     """Deals the pools to the clients of a seed.
+
+    Returns:
+      The pairs of each client, and what was asked for: where the pools are too small, clients hold
+      fewer pairs with the same harmful share, see `data.partition.partition`.
 
     Raises:
       PartitionError: the pools cannot be dealt out as the config asks.
@@ -159,7 +189,7 @@ def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: i
     sizes = partition.client_sizes(
         config.num_clients, config.examples_per_client, config.size_sigma, rng
     )
-    return partition.partition(
+    dealt = partition.partition(
         safe,
         unsafe,
         sizes,
@@ -168,6 +198,8 @@ def deal(config: ConfigDict, safe: list[Example], unsafe: list[Example], seed: i
         rng=rng,
         alpha=config.dirichlet_alpha,
     )
+    unsafe_asked = sum(n * share for n, share in zip(sizes, shares, strict=True))
+    return dealt, Asked(sum(sizes), unsafe_asked / sum(sizes))
 
 
 def check_turns(config: ConfigDict, pools: dict[str, list[Example]]) -> None:

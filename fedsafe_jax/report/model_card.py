@@ -19,6 +19,7 @@ def text(
     sets: Mapping[str, EvalSet],
     license_fields: Mapping[str, str] | None = None,
     note: str = "",
+    harmful_share: float | None = None,
 ) -> str:
     """Returns a model card that states base, data, arm and scores.
 
@@ -30,6 +31,8 @@ def text(
       license_fields: `license`, and where there are such `license_name` and `license_link`, of the
         base's card; None where not known.
       note: a sentence on what this is, where it is not the arm's final model.
+      harmful_share: share of the clients' pairs that is harmful, in [0, 1], as they hold it; None
+        where it is not known, and the card says what was asked for.
     """
     rows = [
         (column.label, cell)
@@ -37,6 +40,8 @@ def text(
         for column in one.columns
         if (cell := column.cell(summary.get(name, {})))
     ]
+    held = harmful_share is not None
+    share = harmful_share if held else settings["harmful_share"]
     sources = [*settings["safe_sources"], *settings["unsafe_sources"]]
     measured = _eval_results(summary, sets)
     # A name is that of a model with results: the Hub's metadata has none otherwise.
@@ -58,6 +63,7 @@ def text(
         rows=rows,
         sources=sources,
         note=note,
+        harmful=f"{share:.1%} of client data harmful{'' if held else ' as asked for'}",
     )
 
 

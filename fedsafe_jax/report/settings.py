@@ -19,6 +19,7 @@ def sections(run: RunData) -> list[Section]:
     rows = [
         (pool, "", *(counts[field] for field in COUNTS))
         for pool, counts in run.results["data"].items()
+        if isinstance(counts, dict)
     ]
     made_with = f"{run.results['device']}, {run.results['versions']}"
     return [
@@ -27,7 +28,32 @@ def sections(run: RunData) -> list[Section]:
             [
                 Table(("pool", "", *COUNTS.values()), rows),
                 Text("Disputed: labelled unsafe, but begins as a refusal."),
+                *_held(run.results),
             ],
         ),
         Section("Config", [Code(json.dumps(run.config, indent=2)), Text(made_with)]),
     ]
+
+
+def _held(results: dict) -> list[Table]:
+    """Returns the table of what clients hold before any filter, [] where it is not known."""
+    data, rows = results["data"], []
+    if "pairs_held" not in data:
+        return []
+    for i, seed in enumerate(results["seeds"]):
+        by_client = data["harmful_share_by_client"][i]
+        shares = [share for share in by_client if share is not None]
+        empty = [str(client) for client, share in enumerate(by_client) if share is None]
+        whole = data["harmful_share_held"][i]
+        rows.append(
+            (
+                f"seed {seed}",
+                "",
+                data["pairs_held"][i],
+                "undefined" if whole is None else f"{whole:.1%}",
+                f"{min(shares):.1%} to {max(shares):.1%}" if shares else "undefined",
+                ", ".join(empty) or "none",
+            )
+        )
+    header = ("", "", "pairs held", "harmful", "harmful by client", "clients without data")
+    return [Table(header, rows)]

@@ -11,7 +11,7 @@ import ml_collections
 from fedsafe_jax.cai.losses import LOSSES
 from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
-from fedsafe_jax.config import ConfigError, check_override, default_config
+from fedsafe_jax.config import ConfigError, check_override, default_config, unsafe_sources
 from fedsafe_jax.data import named_templates, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
@@ -158,8 +158,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
             f"clients_per_round={c.clients_per_round} exceeds num_clients={c.num_clients}; "
             "lower it."
         )
-    for field in ("safe_sources", "unsafe_sources"):
-        _check_sources(field, c[field])
+    _check_sources("safe_sources", c.safe_sources)
+    _check_sources("unsafe_sources", unsafe_sources(c))
     _check_sources("heldout_sources", c.heldout_sources, trained=False)
     for field in ("red_team_sources", "benign_sources"):
         _check_sources(f"cai.{field}", c.cai[field])

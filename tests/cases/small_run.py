@@ -35,6 +35,7 @@ def small_config(case: str = "", **changes):
     c.rounds = c.local_steps = 1
     c.num_clients = c.clients_per_round = c.batch_size = 2
     c.examples_per_client = 4
+    c.unsafe_sources = ("chat:package/clients_unsafe.jsonl",)
     c.eval.max_prompts = c.eval.max_heldout = 4
     c.eval.max_new_tokens = 8
     for name, value in changes.items():
