@@ -17,7 +17,7 @@ from fedsafe_jax.federated import participation
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.protocol import answer_risk
 from fedsafe_jax.filters.quality import FilterQuality, Reliability
-from fedsafe_jax.pipeline.inputs import RunInputs, refused
+from fedsafe_jax.pipeline.inputs import RunInputs, packaged_beside_own, refused
 from fedsafe_jax.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ class Clients:
 
 def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) -> Clients:
     """Encodes every client's pairs, and says loudly where clients hold less than was asked for."""
+    if seed == config.seeds[0] and (packaged := packaged_beside_own(config)):
+        progress.note(f"packaged data at the server, beside clients' own: {', '.join(packaged)}")
     encoded, unsafe, lost = [], [], 0
     done: Counter[str] = Counter()
     for examples in inputs.clients[seed]:

@@ -22,7 +22,7 @@ from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
 from fedsafe_jax.inference.tokenizer import PROBE, load_tokenizer
 from fedsafe_jax.models import attention, hub, lora
-from fedsafe_jax.pipeline.arms import any_filter
+from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.evaluation import load_sets
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.devices import announce
@@ -166,6 +166,26 @@ def _needs(role: str, config: ConfigDict) -> bool:
     if role == "unsafe":
         return asks_for_harm(config)
     return True
+
+
+def packaged_beside_own(config: ConfigDict) -> list[str]:
+    """Names the server's fields that are packaged data beside clients' own data.
+
+    Unlike harmful pairs at clients, these do no harm; they may just not fit.
+    """
+    if any(":package/" in source for source in config.safe_sources):
+        return []
+    cai = any(arm.cai for arm in arms_of(config))
+    server = (
+        ("filter.sources", any_filter(config), config.filter.sources),
+        ("cai.red_team_sources", cai, config.cai.red_team_sources),
+        ("cai.benign_sources", cai, config.cai.benign_sources),
+    )
+    return [
+        field
+        for field, used, names in server
+        if used and names and all(":package/" in name for name in names)
+    ]
 
 
 def deal(

@@ -21,8 +21,9 @@ def deal(num_safe, num_unsafe, sizes, of_client, kind="iid", seed=0, alpha=0.5):
     safe, unsafe = pools(num_safe, num_unsafe)
     rng = np.random.default_rng(seed)
     dealt = partition.partition(
-        *pools(num_safe, num_unsafe),
-        sizes,
+        safe,
+        unsafe,
+        sizes=sizes,
         harmful_shares=of_client,
         kind=kind,
         rng=rng,

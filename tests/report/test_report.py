@@ -104,10 +104,27 @@ def test_the_table_shows_what_an_arm_has(run):
     assert rows == [["", "base", *cells, ""], ["fedavg", "fl", *cells, "55.0 (50.0-60.0)"]]
 
 
+def test_the_report_says_what_clients_hold_and_who_holds_nothing(run):
+    workdir, config, results, outcomes, sets = run
+    results["seeds"] = [7]
+    results["data"] |= {
+        "pairs_held": [30], "pairs_by_client": [[20, 0, 10]], "harmful_share_held": [0.3],
+        "harmful_share_by_client": [[0.25, None, 0.4]],
+    }  # fmt: skip
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    text = re.sub("<[^>]*>|\\s+", " ", (workdir / "report.html").read_text())
+    assert re.search("seed 7 +30 +30.0% +25.0% to 40.0% +1 ", text)
+
+
 def test_the_card_is_markdown_with_the_scores(run):
     _, config, results, _, sets = run
-    card = model_card.text("fl", config, summary=results["arms"]["fedavg/fl"], sets=sets)
-    assert card.startswith("---\nbase_model: package:model\n") and "30% of client data" in card
+    config = config | {"unsafe_sources": ("chat:package/clients_unsafe.jsonl",)}
+    scores = results["arms"]["fedavg/fl"]
+    card = model_card.text("fl", config, summary=scores, sets=sets, harmful_share=0.125)
+    assert card.startswith("---\nbase_model: package:model\n")
+    assert "12.5% of client data harmful)" in card  # as held, not as asked for
+    asked = model_card.text("fl", config, summary=scores, sets=sets)
+    assert "30.0% of client data harmful as asked for)" in asked
     assert "\n| harmful refused, % | 60.0 (55.0-65.0) |\n" in card
     assert "\n| benign loss | 1.500 (1.400-1.600) |\n" in card
     assert "`chat:package/clients_safe.jsonl`, `chat:package/clients_unsafe.jsonl`." in card

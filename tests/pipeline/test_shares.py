@@ -1,0 +1,117 @@
+"""What clients hold: from the config to the terminal, `results.json`, the report and the card."""
+
+import json
+import types
+
+import pytest
+from commands import rows, run
+
+from fedsafe_jax.config import ConfigError, default_config, unsafe_sources
+from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
+from fedsafe_jax.pipeline import clients, inputs
+from fedsafe_jax.pipeline.export import held_share
+from fedsafe_jax.validation import validate
+
+PACKAGED = ("chat:package/clients_unsafe.jsonl",)
+OWN = ("chat:mine.jsonl",)
+
+
+class Said:
+    """Takes what a run says in place of its progress."""
+
+    def __init__(self):
+        self.warn = self.note = [].append
+        self.lines = self.warn.__self__
+
+
+def pairs(label, count, words=3):
+    text = " ".join(["word"] * words)
+    return [Example((("user", f"{label} {i} {text}"),), "Yes.", label) for i in range(count)]
+
+
+def built(packaged, safe, unsafe, seq_len=64, **changes):
+    """`(clients.Clients, lines said)` of pools, without a run."""
+    config = default_config()
+    config.seq_len = seq_len
+    for name, value in changes.items():
+        config[name] = value
+    dealt, asked = inputs.deal(config, safe, unsafe, 0)
+    read = types.SimpleNamespace(
+        lm=packaged, clients={0: dealt}, asked={0: asked}, safe=safe, unsafe=unsafe
+    )
+    said = Said()
+    return clients.build(config, read, 0, said), said.lines
+
+
+def test_a_shortfall_keeps_the_share_and_names_the_numbers(packaged):
+    made, (line,) = built(packaged, pairs(SAFE, 54), pairs(UNSAFE, 302))
+    assert sum(made.holdings.pairs) - sum(made.holdings.unsafe) == 54
+    assert made.holdings.harmful_share == pytest.approx(0.3, abs=1 / 77)
+    assert "of 860 pairs asked for, as there are 54 safe and 302 unsafe ones" in line
+    assert "examples_per_client=3 or num_clients=1 would be held in full" in line
+    made, lines = built(packaged, pairs(SAFE, 54), pairs(UNSAFE, 302), examples_per_client=3)
+    assert lines == [] and set(made.holdings.pairs) == {3} and sum(made.holdings.unsafe) == 18
+
+
+def test_pairs_that_do_not_fit_are_not_held_and_an_empty_client_is_named(packaged):
+    # Harmful prompts of 40 words fill 32 tokens: who holds nothing else is left empty.
+    made, lines = built(
+        packaged, pairs(SAFE, 40), pairs(UNSAFE, 40, words=40), seq_len=32, num_clients=2,
+        examples_per_client=4, harmful_share=0.5,
+    )  # fmt: skip
+    assert made.holdings.by_client == [0.0, 0.0] and made.holdings.pairs == (2, 2)
+    assert [line for line in lines if "4 pairs lost, their prompts alone fill seq_len" in line]
+    made, lines = built(
+        packaged, pairs(SAFE, 40), pairs(UNSAFE, 40, words=40), seq_len=32, num_clients=2,
+        examples_per_client=4, harmful_share=1.0,
+    )  # fmt: skip
+    assert made.holdings.by_client == [None, None] and made.holdings.harmful_share is None
+    assert any("client(s) 0, 1 have NO DATA" in line for line in lines)
+
+
+def test_packaged_harm_is_never_mixed_into_own_data_unasked():
+    config = default_config()
+    validate(config)
+    assert unsafe_sources(config) == PACKAGED
+    config.safe_sources = OWN
+    with pytest.raises(ConfigError, match="unsafe_sources: safe_sources are your own.*harmful_sha"):
+        validate(config)
+    config.unsafe_sources = PACKAGED  # asked for by name
+    validate(config)
+    assert inputs.packaged_beside_own(config) == [
+        "filter.sources", "cai.red_team_sources", "cai.benign_sources",
+    ]  # fmt: skip
+    config.unsafe_sources, config.harmful_share = ("auto",), 0.0
+    validate(config)
+    assert unsafe_sources(config) == ()
+    config.attack.clients = 0.5  # malicious clients hold harm, whatever the others hold
+    with pytest.raises(ConfigError, match="unsafe_sources"):
+        validate(config)
+
+
+def test_the_card_takes_the_share_of_its_seed():
+    results = {"seeds": [3, 5], "data": {"harmful_share_held": [0.25, 0.5]}}
+    assert held_share(results, 5) == 0.5 and held_share({"data": {}, "seeds": [0]}, 0) is None
+
+
+def test_every_arm_runs_without_harmful_data(tmp_path):
+    run(
+        tmp_path,
+        "harmful_share=0.0",
+        "unsafe_sources=()",
+        "rounds=1",
+        "arms=('base','fl','fl+filter','fl+cai','fl+filter+cai')",
+    )
+
+    def undefined(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (tmp_path / "results.json").read_text()
+    results = json.loads(text, parse_constant=undefined)
+    assert results["filter"]["auroc"] is None and results["filter"]["recall"] is None
+    assert results["data"]["harmful_share_held"] == [0.0]
+    assert results["data"]["harmful_share_by_client"] == [[0.0] * 4]
+    assert results["data"]["pairs_held"] == [80]
+    assert len(rows(tmp_path)) == 4
+    card = (tmp_path / "export/adapter/README.md").read_text()
+    assert "0.0% of client data harmful)" in card
