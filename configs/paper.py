@@ -4,6 +4,12 @@
     fedsafe run --config=configs/paper.py:scaffold --workdir=DIR \\
         --config.data_dir=DATA
 
+The paper trains on revisions that were made beforehand, 50 steps of 16 a round and two epochs in
+all. With such files, of `fedsafe revise` or from elsewhere, nothing is generated:
+
+    --config.cai.data=given --config.cai.records="('revisions.jsonl',)" \\
+        --config.cai.replay_examples=0
+
 Not run by this project: it needs a gated model and accelerators. LoRA rank, alpha and learning rate
 are not stated in the paper; they are OpenFedLLM's, and the filter's are ours.
 """
@@ -42,8 +48,11 @@ def get_config(arg="fedavg"):
     c.filter.batch_size = 16
     c.filter.learning_rate = 5e-5
     c.filter.max_length = 512
-    c.cai.red_team_sources = ("prompts:square/question_train.json",)
+    # In English, as the clients' pairs and the constitution are.
+    c.cai.red_team_sources = ("square_questions:square/question_train.json",)
     c.cai.benign_sources = ("dolly:dolly/databricks-dolly-15k.jsonl",)
+    # Most of SQuARe's questions deserve a balanced answer, which is no refusal: the guard judges.
+    c.cai.check = "filter"
     c.cai.red_team_prompts = 128
     c.cai.benign_prompts = 32
     c.cai.replay_examples = 160
@@ -52,7 +61,14 @@ def get_config(arg="fedavg"):
     c.cai.learning_rate = 5e-5
     c.cai.max_new_tokens = 256
     c.cai.temperature = 1.0
-    c.eval.tasks = ("advbench", "over_refusal=prompts:xstest/xstest_prompts.csv", "hhh", "utility")
+    # XSTest's 250 safe prompts; the 200 unsafe ones, which ought to be refused, are `advbench_2`.
+    c.eval.tasks = (
+        "advbench",
+        "over_refusal=xstest_safe:xstest/xstest_prompts.csv",
+        "advbench=xstest_unsafe:xstest/xstest_prompts.csv",
+        "hhh",
+        "utility",
+    )
     c.eval.max_new_tokens = 256
     c.eval.max_length = 1024
     c.eval.judge = "keyword"  # OpenFedLLM's, which the paper builds on

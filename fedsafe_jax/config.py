@@ -156,7 +156,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.check = "rules"  # what drops revisions: rules (on refusals), the filter, both or none
     # revisions trained on: on_policy (new), cached (the first ones), mixed, or given: cai.records
     c.cai.data = "on_policy"
-    # given: files of ready-made revisions, such as `fedsafe revise --output` writes; see docs
+    # given: files of ready-made revisions below data_dir, such as `fedsafe revise --output` writes
     c.cai.records = ()
     # when CAI runs: light, full (an epoch a round), final (last round) or adaptive
     c.cai.schedule = "light"

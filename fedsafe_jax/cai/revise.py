@@ -119,16 +119,19 @@ class Data(NamedTuple):
     Attributes:
       reuses: whether records of earlier rounds are trained on again.
       renews: whether every round generates records; else the first round alone.
+      given: whether records come from files, see `cai.given`, and none are generated.
     """
 
     reuses: bool
     renews: bool
+    given: bool = False
 
 
 DATA = {
     "on_policy": Data(reuses=False, renews=True),
     "cached": Data(reuses=True, renews=False),
     "mixed": Data(reuses=True, renews=True),
+    "given": Data(reuses=False, renews=False, given=True),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 
 # Readers of benchmarks, which may be evaluated on and never trained on.
-EVALUATION_ONLY = ("advbench",)
+EVALUATION_ONLY = ("advbench", "xstest_safe", "xstest_unsafe")
 
 
 Rows = Iterable[tuple[str, dict]]
@@ -96,6 +96,20 @@ def _xstest(rows: Rows) -> Iterable[Example]:
         yield Example(_ask(field(place, row, "prompt")), answer, label, category=kind)
 
 
+def _xstest_prompts(rows: Rows, unsafe: bool) -> Iterable[Example]:
+    """Yields XSTest's prompts alone; `contrast_` prompts are the unsafe ones."""
+    for place, row in rows:
+        kind = field(place, row, "type")
+        if kind.startswith("contrast") == unsafe:
+            yield Example(_ask(field(place, row, "prompt")), "", category=kind)
+
+
+def _square_questions(rows: Rows) -> Iterable[Example]:
+    """Yields SQuARe's questions in English."""
+    for place, row in rows:
+        yield Example(_ask(field(place, row, "question_en", "question")), "")
+
+
 def _dolly(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "instruction")
@@ -167,6 +181,9 @@ READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
     "hh_rlhf": _hh_rlhf,
     "hh_rejected": _hh_rejected,
     "xstest": _xstest,
+    "xstest_safe": functools.partial(_xstest_prompts, unsafe=False),
+    "xstest_unsafe": functools.partial(_xstest_prompts, unsafe=True),
+    "square_questions": _square_questions,
     "dolly": _dolly,
     "alpaca": _alpaca,
     "advbench": _advbench,

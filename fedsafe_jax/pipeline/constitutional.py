@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax.cai import derta, forms
+from fedsafe_jax.cai import derta, forms, given
 from fedsafe_jax.cai.revise import (
     CHECKS,
     DATA,
@@ -74,13 +74,14 @@ class ConstitutionalStage:
         self.recipe = read_recipe(config)
         self.init_optimizer, self.step = make_step(model, self.recipe)
         self._past: list[tuple[int, Record]] | None = None
-        self.red_team, self.probe_prompts = inputs.red_team, []
+        self.red_team, self.given, self.probe_prompts = inputs.red_team, inputs.given, []
         if self.schedule.steps_after_probe:
             # The estimate must not be of prompts that were trained on.
             probes = subset(inputs.red_team, config.cai.probe_prompts)
             self.probe_prompts = [e.messages for e in probes]
             probed = {e.dialogue for e in probes}
             self.red_team = [e for e in inputs.red_team if e.dialogue not in probed]
+            self.given = [r for r in inputs.given if given.dialogue_of(r) not in probed]
 
     def run(
         self, current: LanguageModel, base: LanguageModel, t: int, clock: PhaseTimer
@@ -109,13 +110,14 @@ class ConstitutionalStage:
         if num_steps:
             rng = np.random.default_rng([self.seed, t, 2])
             earlier = self._earlier(t) if DATA[c.data].reuses else []
-            if DATA[c.data].renews or not earlier:
+            ready = self._given(amount, t) if DATA[c.data].given else []
+            if DATA[c.data].renews or not (earlier or DATA[c.data].given):
                 records = self._revise(current, base, amount, rng, t)
                 self._past = [*(self._past or []), *((t, r) for r in records)]
                 clock.mark("cai_generate")
-            kept = [r for r in [*earlier, *records] if not r.dropped]
+            kept = [r for r in [*earlier, *ready, *records] if not r.dropped]
             replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
-            counts |= {"reused": len(earlier), "replay": len(replay)} | tally(records)
+            counts |= {"reused": len(earlier), "replay": len(replay)} | tally(ready + records)
             counts["tokens_generated"] = self._count_tokens(_generated(records))
             imitation, lost = self._imitation(kept, replay)
             triples = self._triples(kept)
@@ -152,8 +154,32 @@ class ConstitutionalStage:
                         self._past.append((row["round"], from_row(row)))
         return [record for _, record in self._past]
 
+    def _given(self, amount: Amount, t: int) -> list[Record]:
+        """Ready-made records of round `t`: what its steps read, or all of them in an epoch."""
+        if math.isinf(amount.prompts):
+            return self.given
+        return given.rows_of_round(
+            self.given,
+            self._rows_a_round(),
+            t,
+            generator=lambda epoch: np.random.default_rng([self.seed, epoch, 15]),
+        )
+
+    def _rows_a_round(self) -> int:
+        """Ready-made records that a light round reads once, beside its replay."""
+        c = self.config.cai
+        return given.rows_a_round(
+            self.recipe.imitates_revisions,
+            steps=c.steps,
+            batch=c.batch_size,
+            replay=min(c.replay_examples, len(self.inputs.replay)),
+            pairs=c.pairs_per_step,
+        )
+
     def _replay_count(self, amount: Amount, kept: int) -> int:
         c = self.config.cai
+        if math.isinf(amount.prompts) and DATA[c.data].given:
+            return round(kept * c.replay_examples / self._rows_a_round())
         if math.isinf(amount.prompts):  # as many for each revision as in a light round
             return round(kept * c.replay_examples / max(c.red_team_prompts + c.benign_prompts, 1))
         return c.replay_examples

@@ -8,8 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax.cai import constitution
+from fedsafe_jax.cai import constitution, given
 from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
+from fedsafe_jax.cai.revise import DATA, Record
+from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import asks_for_harm, unsafe_sources
 from fedsafe_jax.data import chat, chat_template, overlap, partition, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
@@ -44,6 +46,7 @@ class Pool(NamedTuple):
     drop_mislabelled: bool = False
 
 
+GIVEN = "CAI, given revisions"  # title of the records that files give
 HARMLESS = (SAFE, UNKNOWN)
 # A simulation reads all but `site`: the pairs of a real site, whatever their labels.
 POOLS = {
@@ -79,6 +82,7 @@ class RunInputs(NamedTuple):
       lora: shape of the global adapter.
       clients: pairs of each client by seed, dealt out from `safe` and `unsafe`.
       asked: what the config asks clients to hold, by seed.
+      given: records of Constitutional AI that files give; [] without.
       site, safe, unsafe, filter_pairs, red_team, replay: the pools, [] where not read; see `POOLS`.
       constitution: principles of Constitutional AI.
       evals: the evaluation sets by name.
@@ -91,6 +95,7 @@ class RunInputs(NamedTuple):
     lora: lora.LoraConfig
     clients: dict[int, list[list[Example]]]
     asked: dict[int, Asked]
+    given: list[Record]
     site: list[Example]
     safe: list[Example]
     unsafe: list[Example]
@@ -114,12 +119,7 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         what is wrong.
     """
     pools = {role: _read(POOLS[role], config) for role in roles}
-    if config.heldout_sources:
-        heldout = _load_all(config.heldout_sources, config.data_dir)
-    else:
-        own = pools.get("safe", [])
-        heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
-    evals = load_sets(config, heldout)
+    evals = _load_evals(config, pools)
     near, exact = _evaluated_prompts(evals)
     counts = {}
     for role, pool in pools.items():
@@ -127,6 +127,9 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         pools[role], counts[title] = _drop(POOLS[role], pool, near, exact)
         if not pools[role] and _needs(role, config):
             raise SourceError(f"{title} data: no example is left of {len(pool)} read.")
+    records: list[Record] = []
+    if DATA[config.cai.data].given and "replay" in pools:
+        records, counts[GIVEN] = _given(config, near, exact)
     clients, asked = {}, {}
     if "safe" in pools:  # dealt out before the model loads, as that may fail
         for seed in config.seeds:
@@ -154,6 +157,7 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         lora=shape,
         clients=clients,
         asked=asked,
+        given=records,
         constitution=principles,
         evals=evals,
         counts=counts,
@@ -161,11 +165,51 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
 
 
+def _load_evals(config: ConfigDict, pools: dict[str, list[Example]]) -> dict[str, EvalSet]:
+    """Loads the evaluation sets; a part of the safe pool is held out where no source is named."""
+    if config.heldout_sources:
+        heldout = _load_all(config.heldout_sources, config.data_dir)
+    else:
+        own = pools.get("safe", [])
+        heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
+    return load_sets(config, heldout)
+
+
+def read_client_pools(config: ConfigDict) -> tuple[list[Example], list[Example]]:
+    """Reads the pools that clients are dealt from, without a model: safe and unsafe pairs.
+
+    Raises:
+      SourceError, TaskError: naming what is wrong.
+    """
+    pools = {role: _read(POOLS[role], config) for role in ("safe", "unsafe")}
+    near, exact = _evaluated_prompts(_load_evals(config, pools))
+    safe, unsafe = (_drop(POOLS[role], pool, near, exact)[0] for role, pool in pools.items())
+    return safe, unsafe
+
+
 def _needs(role: str, config: ConfigDict) -> bool:
     """Tells whether a run cannot do without a pool."""
     if role == "unsafe":
         return asks_for_harm(config)
+    if DATA[config.cai.data].given:
+        if role == "red_team":  # nothing is asked but by a probe
+            return SCHEDULES[config.cai.schedule].steps_after_probe is not None
+        if role == "replay":
+            return config.cai.replay_examples > 0
     return True
+
+
+def _given(config: ConfigDict, near: list[str], exact: set[str]) -> tuple[list[Record], dict]:
+    """Returns the ready-made records that may be trained on, and the counts of the others."""
+    everything = given.read(config.cai.records, config.data_dir)
+    usable = [record for record in everything if not record.dropped]
+    examples = given.examples_of(usable)
+    kept, counts = _drop(Pool(GIVEN, lambda c: c.cai.records), examples, near, exact)
+    if not kept:
+        raise SourceError(f"{GIVEN}: none of {len(everything)} rows is left to train on.")
+    places = {id(example) for example in kept}
+    left = [r for r, e in zip(usable, examples, strict=True) if id(e) in places]
+    return left, counts | {"read": len(everything), "disputed": len(everything) - len(usable)}
 
 
 def packaged_beside_own(config: ConfigDict) -> list[str]:

@@ -27,7 +27,10 @@ def sections(run: RunData) -> list[Section]:
             "Data",
             [
                 Table(("pool", "", *COUNTS.values()), rows),
-                Text("Disputed: labelled unsafe, but begins as a refusal."),
+                Text(
+                    "Disputed: labelled unsafe, but begins as a refusal; a given revision without "
+                    "a safe answer, or dropped by the check that made it."
+                ),
                 *_held(run.results),
             ],
         ),

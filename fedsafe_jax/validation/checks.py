@@ -281,6 +281,17 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of `cai`."""
     if c.revise == "wrong" and c.check == "none":
         raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'rules'.")
+    given = DATA[c.data].given
+    if given != bool(c.records):
+        raise ConfigError(
+            f"cai.data='{c.data}', cai.records={tuple(c.records)}: ready-made revisions are "
+            "read by cai.data='given' alone; give both or neither."
+        )
+    if given and SCHEDULES[c.schedule].steps_after_probe and not c.red_team_sources:
+        raise ConfigError(
+            f"cai.schedule='{c.schedule}': it asks cai.red_team_sources how much is refused, also "
+            "with cai.data='given'; give some, or use 'light', 'full' or 'final'."
+        )
     if not c.losses or len(set(c.losses)) != len(c.losses):
         raise ConfigError(f"cai.losses={tuple(c.losses)}: expected distinct losses, at least one.")
     if len(c.weights) != len(c.losses) or not c.weights:
