@@ -209,7 +209,10 @@ def _given(config: ConfigDict, near: list[str], exact: set[str]) -> tuple[list[R
         raise SourceError(f"{GIVEN}: none of {len(everything)} rows is left to train on.")
     places = {id(example) for example in kept}
     left = [r for r, e in zip(usable, examples, strict=True) if id(e) in places]
-    return left, counts | {"read": len(everything), "disputed": len(everything) - len(usable)}
+    blank = sum(record.dropped == given.NO_SAFE_ANSWER for record in everything)
+    disputed = len(everything) - len(usable) - blank
+    totals = {"read": len(everything), "disputed": disputed, "without_answer": blank}
+    return left, counts | totals
 
 
 def packaged_beside_own(config: ConfigDict) -> list[str]:

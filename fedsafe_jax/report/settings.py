@@ -28,8 +28,8 @@ def sections(run: RunData) -> list[Section]:
             [
                 Table(("pool", "", *COUNTS.values()), rows),
                 Text(
-                    "Disputed: labelled unsafe, but begins as a refusal; a given revision without "
-                    "a safe answer, or dropped by the check that made it."
+                    "Disputed: labelled unsafe, but begins as a refusal; of given revisions, those "
+                    "that the check which made them dropped."
                 ),
                 *_held(run.results),
             ],
