@@ -217,10 +217,16 @@ def unsafe_sources(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     Raises:
       ConfigError: harmful pairs are asked for, and nobody said which.
     """
-    if tuple(config.unsafe_sources) != ("auto",):
-        return tuple(config.unsafe_sources)
-    if not asks_for_harm(config):
+    names, needed = tuple(config.unsafe_sources), asks_for_harm(config)
+    if names and names != ("auto",):
+        return names
+    if not needed:
         return ()
+    if not names:
+        raise ConfigError(
+            f"unsafe_sources=(): harmful_share={config.harmful_share} (or attack.clients) asks for "
+            "harmful pairs: name some, or set harmful_share=0 and attack.clients=0."
+        )
     if any(":package/" in source for source in config.safe_sources):
         return PACKAGED_UNSAFE
     raise ConfigError(

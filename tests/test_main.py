@@ -29,7 +29,7 @@ from fedsafe_jax.evals.statistics import wilson
         ("data_dir=/no/such/folder", None),
         ("safe_sources=('chat:package/none.jsonl',)", "none.jsonl: no such file"),
         ("safe_sources=('chat:mine.jsonl',)", "unsafe_sources: safe_sources are your own, and"),
-        ("unsafe_sources=()", "there is no unsafe pair: name some in unsafe_sources, or set"),
+        ("unsafe_sources=()", "unsafe_sources=(): harmful_share=0.3 (or attack.clients) asks"),
         ("unsafe_sources=('advbench:a.csv',)", "never trained on"),
         ("clients_per_round=40", "clients_per_round=40 exceeds num_clients=4"),
         ("num_clients=5000", "more clients than examples"),

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
-from fedsafe_jax.config import unsafe_sources
+from fedsafe_jax.config import ConfigError, unsafe_sources
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.pipeline import evaluation
@@ -161,7 +161,11 @@ def card_of_seed(
 
 def _settings(config: ConfigDict) -> dict:
     """Returns the config for a card, with the names of the harmful sources that were read."""
-    return config.to_dict() | {"unsafe_sources": unsafe_sources(config)}
+    try:
+        names = unsafe_sources(config)
+    except ConfigError:  # real sites hold their own pairs, and no such source was read
+        names = ()
+    return config.to_dict() | {"unsafe_sources": names}
 
 
 def held_share(results: dict, seed: int) -> float | None:
