@@ -7,6 +7,7 @@ import pytest
 from commands import rows, run
 
 from fedsafe_jax.config import ConfigError, default_config, unsafe_sources
+from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.pipeline import clients, inputs
 from fedsafe_jax.pipeline.export import held_share
@@ -24,15 +25,13 @@ class Said:
         self.lines = self.warn.__self__
 
 
-def pairs(label, count, words=3):
-    text = " ".join(["word"] * words)
-    return [Example((("user", f"{label} {i} {text}"),), "Yes.", label) for i in range(count)]
+def pairs(label, count):
+    return [Example((("user", f"{label} {i}"),), "Yes.", label) for i in range(count)]
 
 
-def built(packaged, safe, unsafe, seq_len=64, **changes):
+def built(packaged, safe, unsafe, **changes):
     """`(clients.Clients, lines said)` of pools, without a run."""
     config = default_config()
-    config.seq_len = seq_len
     for name, value in changes.items():
         config[name] = value
     dealt, asked = inputs.deal(config, safe, unsafe, 0)
@@ -53,18 +52,19 @@ def test_a_shortfall_keeps_the_share_and_names_the_numbers(packaged):
     assert lines == [] and set(made.holdings.pairs) == {3} and sum(made.holdings.unsafe) == 18
 
 
-def test_pairs_that_do_not_fit_are_not_held_and_an_empty_client_is_named(packaged):
-    # Harmful prompts of 40 words fill 32 tokens: who holds nothing else is left empty.
-    made, lines = built(
-        packaged, pairs(SAFE, 40), pairs(UNSAFE, 40, words=40), seq_len=32, num_clients=2,
-        examples_per_client=4, harmful_share=0.5,
-    )  # fmt: skip
+def test_lost_pairs_are_not_held_and_an_empty_client_is_named(packaged, monkeypatch):
+    whole = chat.encode
+
+    def without_harm(tokenizer, messages, *rest, **options):  # None: nothing is left to learn
+        lost = messages[-1][1].startswith(UNSAFE)
+        return None if lost else whole(tokenizer, messages, *rest, **options)
+
+    monkeypatch.setattr(chat, "encode", without_harm)
+    size = {"num_clients": 2, "examples_per_client": 4}
+    made, lines = built(packaged, pairs(SAFE, 40), pairs(UNSAFE, 40), harmful_share=0.5, **size)
     assert made.holdings.by_client == [0.0, 0.0] and made.holdings.pairs == (2, 2)
-    assert [line for line in lines if "4 pairs lost, their prompts alone fill seq_len" in line]
-    made, lines = built(
-        packaged, pairs(SAFE, 40), pairs(UNSAFE, 40, words=40), seq_len=32, num_clients=2,
-        examples_per_client=4, harmful_share=1.0,
-    )  # fmt: skip
+    assert [line for line in lines if "4 pairs lost" in line]
+    made, lines = built(packaged, pairs(SAFE, 40), pairs(UNSAFE, 40), harmful_share=1.0, **size)
     assert made.holdings.by_client == [None, None] and made.holdings.harmful_share is None
     assert any("client(s) 0, 1 have NO DATA" in line for line in lines)
 
