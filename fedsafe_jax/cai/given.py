@@ -145,10 +145,7 @@ def _request(place: str, row: dict) -> tuple[str, str]:
 
 def examples_of(records: Sequence[Record]) -> list[Example]:
     """Returns an example of each record, for what looks at training data as examples."""
-    return [
-        Example(getattr(r, "messages", ()) or (("user", r.prompt),), r.revision, SAFE)
-        for r in records
-    ]
+    return [Example(r.turns, r.revision, SAFE) for r in records]
 
 
 def rows_of_round(

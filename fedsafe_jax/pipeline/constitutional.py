@@ -81,7 +81,10 @@ class ConstitutionalStage:
             self.probe_prompts = [e.messages for e in probes]
             probed = {e.dialogue for e in probes}
             self.red_team = [e for e in inputs.red_team if e.dialogue not in probed]
-            self.given = [r for r in inputs.given if given.dialogue_of(r) not in probed]
+            asked = given.examples_of(inputs.given)
+            self.given = [
+                r for r, e in zip(inputs.given, asked, strict=True) if e.dialogue not in probed
+            ]
 
     def run(
         self, current: LanguageModel, base: LanguageModel, t: int, clock: PhaseTimer

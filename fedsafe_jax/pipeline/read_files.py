@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import constitution
+from fedsafe_jax.config import unsafe_sources
 from fedsafe_jax.data import named_templates, sources
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.task import HELDOUT
@@ -45,6 +46,8 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
     files = {}
     for source in dict.fromkeys(_sources(config)):
         files |= _source_files(source, config.data_dir)
+    for location in config.cai.records:
+        files |= _source_files(location, config.data_dir)
     for field, folder in _folders(config):
         for path in _files_in(folder):
             files[f"{field}/{path.relative_to(folder).as_posix()}"] = path
@@ -61,7 +64,7 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
 def _sources(config: ConfigDict) -> Iterator[str]:
     pools: Sequence[Sequence[str]] = (
         config.safe_sources,
-        config.unsafe_sources,
+        unsafe_sources(config),
         config.heldout_sources,
         config.filter.sources,
         config.cai.red_team_sources,

@@ -84,7 +84,8 @@ def test_balanced_answers_pass_the_papers_check(config):
         return np.array([0.1 if "both sides" in answer else 0.9 for answer in answers])
 
     records = revise(
-        prompts, load("package:constitution"), generate, reviser=generate, seed=(0, 0),
+        [(("user", p),) for p in prompts], load("package:constitution"), generate,
+        reviser=generate, seed=(0, 0),
         judge=Judge([True] * 2, unsafe, 0.5),
     )  # fmt: skip
     assert [r.dropped for r in records] == ["", ""] and all(r.preferred for r in records)
