@@ -15,7 +15,7 @@ class Cohort(NamedTuple):
       weights: float32 `[clients]`, weights in the aggregation.
       steps: int32 `[clients]`, local steps that each client gets done.
       dropped_out: ids that were sampled and never answered.
-      no_data: ids that were sampled and hold no example.
+      no_data: ids that were sampled and have nothing to learn: no example, or masked ones alone.
     """
 
     ids: np.ndarray
@@ -49,32 +49,32 @@ def _once(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), np.ones(len(ids), np.int64)
 
 
-def _uniform(seed: int, round_number: int, sizes: Sequence[int], count: int):
+def _uniform(seed: int, round_number: int, sizes: Sequence[float], count: int):
     """Draws `count` clients without replacement."""
     rng = _generator(seed, round_number)
     return _once(np.sort(rng.choice(len(sizes), count, replace=False)))
 
 
-def _weighted(seed: int, round_number: int, sizes: Sequence[int], count: int):
+def _weighted(seed: int, round_number: int, sizes: Sequence[float], count: int):
     """Draws with replacement, in proportion to size (Li et al., 2020, arXiv 1907.02189, Scheme I).
 
     Clients with more data are drawn more often, so that every draw weighs the same.
     """
     if not sum(sizes):
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
-    share = np.asarray(sizes, np.float64) / max(sum(sizes), 1)
+    share = np.asarray(sizes, np.float64) / sum(sizes)
     draws = _generator(seed, round_number).choice(len(sizes), count, p=share)
     ids, times = np.unique(draws, return_counts=True)
     return ids.astype(np.int32), times
 
 
-def _poisson(seed: int, round_number: int, sizes: Sequence[int], count: int):
+def _poisson(seed: int, round_number: int, sizes: Sequence[float], count: int):
     """Draws each client independently, `count` in expectation; its privacy bound is tightest."""
     rng = _generator(seed, round_number)
     return _once(np.flatnonzero(rng.random(len(sizes)) < count / len(sizes)))
 
 
-def _openfedllm(seed: int, round_number: int, sizes: Sequence[int], count: int):
+def _openfedllm(seed: int, round_number: int, sizes: Sequence[float], count: int):
     """Draws as OpenFedLLM does (Ye et al., 2024, arXiv 2402.06954): from the round number alone."""
     del seed
     chosen = random.Random(round_number).sample(range(len(sizes)), min(count, len(sizes)))
@@ -88,7 +88,7 @@ SAMPLINGS: dict[str, Sampling] = {
     "openfedllm": Sampling(_openfedllm, example_order="openfedllm"),
 }
 
-# `examples held, float32 [clients] -> weights, float32 [clients]` by name.
+# `what clients learn from, float32 [clients] -> weights, float32 [clients]` by name.
 WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "examples": lambda held: held,
     "uniform": np.ones_like,
@@ -96,13 +96,14 @@ WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def sample_ids(
-    seed: int, round_number: int, sizes: Sequence[int], count: int, sampling: str = "uniform"
+    seed: int, round_number: int, sizes: Sequence[float], count: int, sampling: str = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a round's clients.
 
     Args:
       seed, round_number: seed of the run and number of the round; the draw depends on nothing else.
-      sizes: examples of every client.
+      sizes: what every client learns from: the sum of its examples' weights, their number where
+        all weigh 1.
       count: clients a round; under `poisson` their expected number.
       sampling: a name in `SAMPLINGS`.
 
@@ -115,7 +116,7 @@ def sample_ids(
 def draw_cohort(
     seed: int,
     round_number: int,
-    sizes: Sequence[int],
+    sizes: Sequence[float],
     count: int,
     local_steps: int,
     sampling: str = "uniform",

@@ -40,7 +40,7 @@ class RoundReport(NamedTuple):
     """Figures of a round, by client in the order of the cohort.
 
     Attributes:
-      losses: float32 `[clients, steps]`, nats per target token.
+      losses: float32 `[clients, steps]`, nats per target token, times its weight.
       active: float32 `[clients, steps]`, 1 where a step had targets.
       norms: float32 `[clients]`, lengths of the updates before clipping.
       cosines: float32 `[clients]`, cosine of each update to the mean, within the error of

@@ -34,7 +34,7 @@ class FilteredPairs(NamedTuple):
     Attributes:
       examples: pairs to train on.
       weights: float32 `[examples]`, factors on their losses; 0 keeps a dialogue in the batch
-        without learning from it.
+        without learning from it. Their sum is the client's weight in the aggregation.
       flagged: bool `[n]`, verdict on each pair given.
       counts: see `FilterCounts`.
       by_category: flagged and all pairs of each category, `{name: (flagged, all)}`.
@@ -100,7 +100,7 @@ def mask(example: Example, p_unsafe: float, answer: str = "") -> Treated:
 
 
 def weight(example: Example, p_unsafe: float, answer: str = "") -> Treated:
-    """Scales the loss of the pair by P(safe)."""
+    """Scales the loss of the pair by P(safe), and what the pair adds to the client's weight."""
     del answer
     return Treated(example, 1.0 - p_unsafe, "weighted")
 

@@ -1,7 +1,7 @@
 """Checks the messages of sites and turns them into the client updates of a round.
 
-Shapes, finiteness and lengths are verified; the number of pairs that a site reports, which weighs
-its update, is trusted.
+Shapes, finiteness and lengths are verified; what a site says that it learns from, which weighs its
+update, is trusted up to its number of pairs, and that number too.
 """
 
 import functools
@@ -32,8 +32,9 @@ def read_description(content: RecordDict) -> dict:
       content: reply of a site.
 
     Returns:
-      `client`, the site's number; `examples`, its pairs after filtering; `base`, the fingerprint of
-      its base model; `counts`, a `FilterCounts`; `near`, pairs dropped near evaluation prompts.
+      `client`, the site's number; `examples`, its pairs after filtering; `learned`, the sum of
+      their weights; `base`, the fingerprint of its base model; `counts`, a `FilterCounts`; `near`,
+      pairs dropped near evaluation prompts.
 
     Raises:
       KeyError, TypeError, ValueError: no site of this package sends the message (`BROKEN`).
@@ -43,9 +44,13 @@ def read_description(content: RecordDict) -> dict:
     hidden = {k: 0 for k in FilterCounts._fields if k.startswith("unsafe")}
     shown = {k: int(said["filter"][k]) for k in FilterCounts._fields if k not in hidden}
     dropped = ("dropped_near_evaluation", "dropped_heldout")
+    examples, learned = max(int(said["examples"]), 0), float(said["learned"])
+    if not 0 <= learned <= examples * (1 + 1e-6):  # also false for NaN
+        raise ValueError(f"learned={learned}: expected 0 to {examples}, its number of pairs")
     return {
         "client": int(said["client"]),
-        "examples": max(int(said["examples"]), 0),
+        "examples": examples,
+        "learned": learned,
         "base": said["base"],
         "counts": FilterCounts(**shown, **hidden),
         "near": sum(int(said["data"][k]) for k in dropped),

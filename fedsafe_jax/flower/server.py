@@ -94,7 +94,8 @@ class Sites:
     ):
         self.grid, self.config, self.wait_s, self.round_s = grid, config, wait_s, round_s
         self.nodes: dict[int, int] = {}
-        self.sizes = [0] * config.num_clients
+        self.sizes = [0.0] * config.num_clients  # what each site learns from
+        self.pairs = 0
         self.counts: dict[int, FilterCounts] = {}
 
     def gather(self, progress: Progress) -> None:
@@ -120,7 +121,7 @@ class Sites:
                 f"{len(self.nodes)} of {self.config.num_clients} sites take part, a round needs "
                 f"clients_per_round={self.config.clients_per_round}."
             )
-        progress.note(f"{len(self.nodes)} sites, {sum(self.sizes)} pairs after filtering")
+        progress.note(f"{len(self.nodes)} sites, {self.pairs} pairs after filtering")
 
     def _admit(self, node: int, content: RecordDict | str, base: str, progress: Progress) -> None:
         """Takes a node in as the client that it says it is, or warns why it is left out."""
@@ -144,12 +145,14 @@ class Sites:
         elif client in self.nodes:
             progress.warn(f"client {client} is there twice; node {node} is left out.")
         else:
-            self.nodes[client], self.sizes[client] = node, description["examples"]
+            self.nodes[client], self.sizes[client] = node, description["learned"]
+            self.pairs += description["examples"]
             self.counts[client] = description["counts"]
             near = description["near"]
             progress.note(
                 f"client {client}: {description['examples']} pairs"
                 + (f", {near} dropped, near evaluation prompts" if near else "")
+                + ("" if description["learned"] else ", none of which it learns: it weighs 0")
             )
 
     def _ask(self, nodes, kind: str, timeout: float, question, arrays=None, each=None):

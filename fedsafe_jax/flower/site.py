@@ -28,7 +28,7 @@ from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.models.tensor_files import save_file
 from fedsafe_jax.pipeline import filtering, rounds
 from fedsafe_jax.pipeline.arms import arms_of
-from fedsafe_jax.pipeline.clients import encode
+from fedsafe_jax.pipeline.clients import encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.validation import validate
@@ -159,6 +159,7 @@ class Site:
         return {
             "client": self.settings.client,
             "examples": len(self.encoded),
+            "learned": learned(self.encoded),
             "base": base_fingerprint(self.config.model),
             "data": self.inputs.counts["client"],
             "filter": counts,

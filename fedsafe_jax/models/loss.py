@@ -10,7 +10,7 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models.decoder import Decoder, target_nll
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS, flatten_vmap
-from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS
+from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS, count_on
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
 
 # Tokens whose logits are held at once; few on CPU, where a half-empty chunk costs as a full one.
@@ -178,17 +178,22 @@ def _nll_backward(kept, cotangent):
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean of `values` where `mask` is on, and 0 when it is off everywhere.
+    """Returns the mean of `values * mask` where `mask` is on, and 0 when it is off everywhere.
+
+    A mean by weight would divide by the sum of the weights, and a batch whose weights are all the
+    same would not be weighed at all; divided by the number of values, it counts that much less.
 
     Args:
       values: float32, any shape.
-      mask: float32 or bool of that shape.
+      mask: float32 or bool of that shape: weights, 0 where a value is left out.
     """
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(values * mask) / jnp.maximum(count_on(mask), 1)
 
 
 def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Array:
     """Returns the mean negative log-likelihood, in nats, over the target tokens of packed rows.
+
+    Each token's is times its weight in `batch.mask`; tokens count alike (see `masked_mean`).
 
     On CPU, for a batch of at most one microbatch (`models.microbatch`), the last layer is computed
     for target tokens alone (`models.sparse_last_layer`).
@@ -205,7 +210,7 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
     rows, seq = batch.mask.shape
     is_cpu = model.config.platform == "cpu"
     if is_cpu and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
-        weights = batch.mask / jnp.maximum(jnp.sum(batch.mask), 1)
+        weights = batch.mask / jnp.maximum(count_on(batch.mask), 1)
         return weighted_nll(model, factors, base, batch=batch, weights=weights)
     hidden, _ = model.apply(
         {"params": base, "lora": factors}, batch.tokens, batch.positions, batch.segment_ids

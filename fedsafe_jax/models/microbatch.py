@@ -49,6 +49,16 @@ def value_and_grad_in_microbatches(
     return _deal_out_under_vmap(one_client, value_and_grad, mesh, tokens)
 
 
+def count_on(mask: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """Counts the places where a mask is on, float32: its sum, where it has no weights but 1.
+
+    Args:
+      mask: float32 or bool, any shape.
+      axis: axes that are counted over; None for all.
+    """
+    return jnp.sum(mask != 0, axis=axis, dtype=jnp.float32)
+
+
 @functools.cache
 def compiler_options(platform: str) -> dict | None:
     """Returns options for `jax.jit` of a program of microbatches, None for the defaults.
@@ -75,7 +85,7 @@ def _sum_over_microbatches(value_and_grad: Callable, tokens: int | None, factors
     if len(batch.mask) == rows:
         return value_and_grad(factors, base, batch)
     batch = _pad_to_whole_microbatches(batch, rows)
-    num_targets = jnp.sum(batch.mask)
+    num_targets = count_on(batch.mask)
     num_filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
 
     def add_microbatch(i, sums):
@@ -141,7 +151,7 @@ def _queue(
     clients, count, seq = batches.mask.shape
     rows, widths = _rows_per_microbatch(count, seq, tokens), _widths(seq, tokens)
     batches = jax.vmap(lambda x: _pad_to_whole_microbatches(x, rows))(batches)
-    num_targets = batches.mask.sum((1, 2))
+    num_targets = count_on(batches.mask, (1, 2))
     num_tokens = (batches.segment_ids > 0).reshape(clients, -1, rows * seq).sum(2)
     microbatches_per_client = num_tokens.shape[1]
     # Longest first: the last ones to be dealt out are short, so devices finish together.
@@ -206,4 +216,4 @@ def _slice_rows(batch, start: jax.Array, rows: int):
 
 def _target_fraction(part, num_targets: jax.Array) -> jax.Array:
     """Returns the fraction of the batch's target tokens that fall in this microbatch."""
-    return jnp.maximum(jnp.sum(part.mask), 1) / jnp.maximum(num_targets, 1)
+    return jnp.maximum(count_on(part.mask), 1) / jnp.maximum(num_targets, 1)

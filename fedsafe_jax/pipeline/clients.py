@@ -202,3 +202,15 @@ def encode(
         encoded.append(one)
     kept = [one for one in encoded if one is not None]
     return kept, len(encoded) - len(kept)
+
+
+def learned(examples: Sequence[Encoded]) -> float:
+    """Returns what a client learns from: the sum of its examples' weights, 0 for masked ones.
+
+    It weighs the client in the aggregation. An optimizer such as Adam undoes a factor that all
+    gradients of a client share, so the weights in the loss alone would not make it count less.
+
+    Args:
+      examples: encoded examples of the client.
+    """
+    return sum(float(one.loss_mask.max(initial=0)) for one in examples)

@@ -35,7 +35,7 @@ from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
-from fedsafe_jax.pipeline.clients import Clients, encode
+from fedsafe_jax.pipeline.clients import Clients, encode, learned
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.progress import Progress
@@ -101,6 +101,10 @@ def filter_clients(
     )
     if verdicts.at_bound:
         progress.warn(f"seed {seed}: {AT_BOUND}")
+    if masked := [i for i, own in enumerate(filtered) if own and not learned(own)]:
+        progress.note(
+            f"filter: clients {', '.join(map(str, masked))} weigh 0, all of their pairs are masked"
+        )
     return dataclasses.replace(
         clients,
         filtered=filtered,

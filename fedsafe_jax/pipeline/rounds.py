@@ -27,7 +27,7 @@ from fedsafe_jax.federated.schedules import LearningRates, step_rates
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder
-from fedsafe_jax.pipeline.clients import roles
+from fedsafe_jax.pipeline.clients import learned, roles
 
 
 def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Programs:
@@ -80,14 +80,14 @@ def learning_rates(config: ConfigDict) -> LearningRates:
 
 
 def draw_cohort(
-    config: ConfigDict, algorithm: str, sizes: Sequence[int], seed: int, t: int
+    config: ConfigDict, algorithm: str, sizes: Sequence[float], seed: int, t: int
 ) -> Cohort:
     """Draws the clients of round `t`, with their weights and steps.
 
     Args:
       config: config of the run.
       algorithm: a name in `algorithms.ALGORITHMS`.
-      sizes: examples of every client.
+      sizes: what every client learns from, see `clients.learned`.
       seed, t: seed of the run and number of the round, from 0; the draw depends on nothing else.
     """
     f = config.federated
@@ -166,7 +166,7 @@ def run(
     Returns:
       The state after the round, and its figures, a line of `metrics.jsonl`.
     """
-    cohort = draw_cohort(config, algorithm, [len(examples) for examples in data], seed, t)
+    cohort = draw_cohort(config, algorithm, list(map(learned, data)), seed, t)
     batches = local_batches(config, data, seed, t=t, ids=cohort.ids, steps=cohort.steps)
     useful = 0
 

@@ -1,5 +1,6 @@
 """A site: the settings of its operator, its description, the state it keeps."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -9,10 +10,11 @@ from etils import epath
 
 pytest.importorskip("flwr")
 
+from flwr.app import ConfigRecord, RecordDict  # noqa: E402
 from test_flower import node_config, run_config  # noqa: E402
 
 from fedsafe_jax.config import ConfigError  # noqa: E402
-from fedsafe_jax.flower import server, site  # noqa: E402
+from fedsafe_jax.flower import received, server, site  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
 from fedsafe_jax.whole_files import WorkdirError  # noqa: E402
 
@@ -50,10 +52,25 @@ def test_a_site_describes_its_pairs(site_and_lines):
     # The fixture wrote 10 safe and 5 unsafe pairs; no count tells which are unsafe.
     assert said["client"] == 1
     assert said["filter"]["kept"] + said["filter"]["dropped"] == 15
-    assert said["examples"] == said["filter"]["kept"] == len(here.encoded)
+    assert said["examples"] == said["filter"]["kept"] == len(here.encoded) == said["learned"]
     assert not any(name.startswith("unsafe") for name in said["filter"])
     assert said["base"] == site.base_fingerprint("package:model")
     assert f"client 1: {said['examples']} pairs to train on" in lines
+
+
+def test_a_site_weighs_what_it_learns_from(site_and_lines):
+    here, _ = site_and_lines
+    said = here.describe()
+
+    def read(**changes):
+        whole = json.dumps(said | changes)
+        return received.read_description(RecordDict({"site": ConfigRecord({"json": whole})}))
+
+    assert read()["learned"] == read()["examples"] == len(here.encoded)
+    assert read(learned=0.25)["learned"] == 0.25
+    for wrong in (-1.0, float("nan"), float("inf"), len(here.encoded) + 1.0):
+        with pytest.raises(received.BROKEN, match="expected 0 to"):
+            read(learned=wrong)
 
 
 def test_a_repeated_round_starts_from_the_state_before_it(site_and_lines):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from fedsafe_jax.config import ConfigError, default_config
+from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.schedules import round_rate, step_rates
 from fedsafe_jax.pipeline import rounds
-from fedsafe_jax.pipeline.clients import roles
+from fedsafe_jax.pipeline.clients import learned, roles
 from fedsafe_jax.validation import validate
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -48,6 +49,34 @@ def test_schedules_over_rounds_and_steps():
         0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)),
         rtol=1e-6,
     )
+
+
+def client(weights):
+    """A client's encoded pairs of the given weights."""
+    mask = np.array([0, 0, 1, 1], np.float32)
+    return [Encoded(np.arange(4, dtype=np.int32), mask * np.float32(w)) for w in weights]
+
+
+def test_a_client_weighs_what_it_learned():
+    c = default_config()
+    c.num_clients = c.clients_per_round = 4
+    whole = [e._replace(loss_mask=e.loss_mask > 0) for e in client([1, 1, 1])]
+    data = [client([1, 1, 0]), client([0.05] * 3), client([0, 0]), whole]
+    sizes = list(map(learned, data))
+    np.testing.assert_allclose(sizes, [2, 0.15, 0, 3], rtol=1e-6)
+    cohort = rounds.draw_cohort(c, "fedavg", sizes, seed=0, t=0)
+    assert cohort.ids.tolist() == [0, 1, 3] and cohort.no_data == (2,)
+    np.testing.assert_allclose(cohort.weights, [2, 0.15, 3], rtol=1e-6)
+    # The plain mean, and differential privacy, count all that learn alike.
+    assert rounds.draw_cohort(c, "fedadam", sizes, seed=0, t=0).weights.tolist() == [1, 1, 1]
+    c.federated.weighting = "uniform"
+    assert rounds.draw_cohort(c, "fedavg", sizes, seed=0, t=0).weights.tolist() == [1, 1, 1]
+    # Drawn by weight, of which all together may be less than 1.
+    c.federated.weighting, c.federated.sampling = "auto", "weighted"
+    drawn = [rounds.draw_cohort(c, "fedavg", [0.0, 0.3, 0.1], seed=0, t=t) for t in range(50)]
+    assert all(cohort.weights.sum() == 4 for cohort in drawn)
+    times = sum(cohort.weights[cohort.ids == 1].sum() for cohort in drawn)
+    assert 130 < times < 170  # 200 draws, of which three quarters are expected
 
 
 def test_roles_cycle_through_ranks():
