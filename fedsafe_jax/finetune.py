@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
-from fedsafe_jax.federated import aggregation, algorithms, simulation
+from fedsafe_jax.federated import aggregation, simulation
+from fedsafe_jax.federated.algorithms import ALGORITHMS, Hyperparameters
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
+from fedsafe_jax.federated.registry import look_up
 from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.lora import Adapter, LoraConfig
 
 
@@ -60,7 +64,10 @@ def finetune(
       The global adapter, for `lm.with_adapter` and `save_adapter`.
 
     Raises:
-      PartitionError: a client has no pair that fits into `seq_len`.
+      PartitionError: there is no client, a client has no pair that fits into `seq_len`, or what it
+        holds are no pairs of texts.
+      ModelError: a number is too small, or a target unknown.
+      UnknownNameError: there is no such algorithm; the message has the nearest one.
 
     Examples:
       >>> import fedsafe_jax as fs
@@ -70,6 +77,15 @@ def finetune(
       >>> adapter.config.rank, adapter.base_model
       (2, 'package:model')
     """
+    entry = look_up(ALGORITHMS, algorithm, "algorithm")
+    _check_sizes(
+        rank=rank,
+        rounds=rounds,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        clients_per_round=1 if clients_per_round is None else clients_per_round,
+    )
+    _check_pairs(clients, clients_per_round)
     names = lora.expand_targets(targets)
     config = LoraConfig(rank, alpha, names, rank_stabilized)
     data = [
@@ -88,14 +104,16 @@ def finetune(
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
     parallel, shared = clients_at_once(mesh, clients_in_parallel, count)
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=model.config.platform)
-    method = algorithms.make(algorithm, training, len(clients))
+    method = entry.make(training, len(clients), Hyperparameters())
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
     factors = lora.init(jax.random.key(seed), lm.config, config)
     state = simulation.initial_state(programs, factors, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
     chunk = simulation.chunk_size(count, mesh)
     for t in range(rounds):
-        cohort = draw_cohort(seed, t, sizes, count=count, local_steps=local_steps)
+        cohort = draw_cohort(
+            seed, t, sizes, count=count, local_steps=local_steps, weighting=entry.weighting
+        )
         batches = RoundBatches(
             data,
             seed,
@@ -118,3 +136,29 @@ def finetune(
             chunk=chunk,
         )
     return Adapter(jax.device_get(state.server.factors), config, lm.name)
+
+
+def _check_sizes(**numbers: int) -> None:
+    for name, value in numbers.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < 1:
+            raise ModelError(f"{name}={value!r}: expected a whole number, at least 1.")
+
+
+def _check_pairs(clients: Sequence, clients_per_round: int | None) -> None:
+    if not len(clients):
+        raise PartitionError("clients: no client is given; expected a list of pairs for each.")
+    if clients_per_round is not None and clients_per_round > len(clients):
+        raise PartitionError(
+            f"clients_per_round={clients_per_round} exceeds the {len(clients)} clients; lower it."
+        )
+    for i, pairs in enumerate(clients):
+        if isinstance(pairs, str):
+            raise PartitionError(f"client {i} is a text; expected a list of (prompt, response).")
+        for k, pair in enumerate(pairs):
+            is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+            if not is_pair or not all(isinstance(text, str) for text in pair):
+                raise PartitionError(
+                    f"client {i}, pair {k}: expected (prompt, response), two texts, not "
+                    f"{repr(pair)[:60]}."
+                )

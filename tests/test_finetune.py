@@ -3,7 +3,11 @@
 import pytest
 
 import fedsafe_jax as fs
+from fedsafe_jax import validation
 from fedsafe_jax.data.partition import PartitionError
+from fedsafe_jax.federated import aggregation, algorithms, compression
+from fedsafe_jax.federated.registry import UnknownNameError
+from fedsafe_jax.models.hub import ModelError
 
 PAIRS = [("What is your favourite fruit?", "Bananas."), ("Which fruit do you like?", "Bananas.")]
 
@@ -25,3 +29,68 @@ def test_an_adapter_learns_what_all_clients_hold_and_is_reproducible(packaged):
 def test_a_client_without_pairs_is_named(packaged):
     with pytest.raises(PartitionError, match="client 1 has no pair"):
         fs.finetune(packaged, [PAIRS, [("word " * 500, "yes")]], seq_len=64)
+
+
+@pytest.mark.parametrize(
+    ("clients", "options", "message"),
+    [
+        ([PAIRS], {"algorithm": "fedavgg"}, "algorithm: 'fedavgg' is not one of .*'fedavg"),
+        ([PAIRS], {"rank": 0}, "rank=0: expected a whole number, at least 1"),
+        ([PAIRS], {"rank": 2.5}, "rank=2.5: expected a whole number"),
+        ([PAIRS], {"rounds": 0}, "rounds=0: expected"),
+        ([PAIRS], {"rounds": "3"}, "rounds='3': expected"),
+        ([PAIRS], {"local_steps": 0}, "local_steps=0: expected"),
+        ([PAIRS], {"batch_size": -1}, "batch_size=-1: expected"),
+        ([PAIRS], {"clients_per_round": 0}, "clients_per_round=0: expected"),
+        ([PAIRS], {"clients_per_round": 2}, "clients_per_round=2 exceeds the 1 clients"),
+        ([], {}, "clients: no client is given"),
+        ([PAIRS, []], {}, "client 1 has no pair"),
+        ([PAIRS, "How?"], {}, "client 1 is a text"),
+        ([PAIRS, ["How?"]], {}, "client 1, pair 0: expected .* not 'How"),
+        ([[("How?", None)]], {}, "client 0, pair 0: expected"),
+        ([PAIRS], {"targets": ("q_prj",)}, "q_prj"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_any_compute(packaged, clients, options, message):
+    with pytest.raises(validation.input_errors(), match=message) as caught:
+        fs.finetune(packaged, clients, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_no_registry_has():
+    for make in (algorithms.make, aggregation.make, compression.make):
+        arguments = (None, 2) if make is algorithms.make else ()
+        with pytest.raises(UnknownNameError, match="'fedavgg' is not one of"):
+            make("fedavgg", *arguments)
+    with pytest.raises(UnknownNameError, match="Did you mean 'multi_krum'?"):
+        aggregation.make("multikrum")
+    assert UnknownNameError in validation.input_errors()
+
+
+def test_a_dtype_that_is_none():
+    with pytest.raises(ModelError, match="dtype='float3': expected one of float32"):
+        fs.load_pretrained("package:model", dtype="float3")
+
+
+def test_a_model_is_not_saved_in_a_dtype_that_is_none(packaged, tmp_path):
+    with pytest.raises(ModelError, match="dtype='int4'"):
+        fs.save_pretrained(packaged, tmp_path / "saved", dtype="int4")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("How do I bake bread?", {}, "prompts: one text is given; expected a list"),
+        ([{"role": "user", "content": "x"}], {}, r"prompts\[0\]: expected a text, not {'role'"),
+        (["x"], {"max_tokens": 8}, "no option 'max_tokens'; .*Did you mean 'max_new_tokens'"),
+        (["x"], {"num_adapters": 2}, "no option 'num_adapters'"),
+    ],
+)
+def test_wrong_prompts_and_options_are_named(packaged, prompts, options, message):
+    with pytest.raises(ModelError, match=message):
+        packaged.generate(prompts, **options)
+    with pytest.raises(ModelError, match=message):
+        packaged.sample(prompts, n=2, **options)
+    with pytest.raises(ModelError, match=message):
+        packaged.generate_each(None, prompts, **options)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedsafe_jax.federated.registry import look_up
+
 RFA_STEPS, RFA_SMOOTHING = 32, 1e-6  # Each step at least halves the pull of an outlier.
 
 
@@ -158,8 +160,11 @@ def make(name: str, trim_share: float = 0.1, byzantine: int = 1) -> Aggregator:
       name: a key of `AGGREGATORS`.
       trim_share: share of the values that the trimmed mean drops at each end.
       byzantine: malicious clients that Krum expects in a cohort.
+
+    Raises:
+      UnknownNameError: there is no such aggregator.
     """
-    return AGGREGATORS[name](trim_share, byzantine)
+    return look_up(AGGREGATORS, name, "aggregator")(trim_share, byzantine)
 
 
 def clip(update: jax.Array, norm: jax.Array, most: float) -> jax.Array:

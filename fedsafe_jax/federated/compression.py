@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedsafe_jax.federated.registry import look_up
+
 BLOCK = 256  # values that share an int8 scale
 
 
@@ -66,8 +68,11 @@ def make(name: str, topk_share: float = 0.05) -> Compression | None:
     Args:
       name: a key of `COMPRESSIONS`; "" for none.
       topk_share: share of the values that `topk` sends.
+
+    Raises:
+      UnknownNameError: there is no such code.
     """
-    return COMPRESSIONS[name](topk_share)
+    return look_up(COMPRESSIONS, name, "compression")(topk_share)
 
 
 def send(

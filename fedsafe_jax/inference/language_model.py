@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import difflib
+import inspect
 import logging
 import os
 import pathlib
@@ -23,6 +25,7 @@ from fedsafe_jax.models.decoder import Decoder, DecoderConfig
 from fedsafe_jax.models.sharding import MODEL, writes
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
+DTYPES = ("float32", "bfloat16", "float16")  # of parameters and computation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,11 @@ class LanguageModel:
         Args:
           prompts: texts of the user.
           **options: see `answer_dialogues`.
+
+        Raises:
+          ModelError: the prompts are no list of texts, an option is unknown, or as there.
         """
+        _check_texts(prompts)
         texts, _ = self.answer_dialogues([(("user", p),) for p in prompts], **options)
         return texts
 
@@ -142,6 +149,7 @@ class LanguageModel:
           temperature: divisor of the logits.
           **options: see `answer_dialogues`.
         """
+        _check_texts(prompts)
         repeated = [p for p in prompts for _ in range(n)]
         texts = self.generate(repeated, temperature=temperature, **options)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
@@ -160,6 +168,8 @@ class LanguageModel:
         Returns:
           Answers by adapter and prompt.
         """
+        _check_texts(prompts)
+        _check_options(options)
         count = jax.tree.leaves(adapters.factors)[0].shape[0]
         dialogues = [(("user", p),) for p in prompts]
         lm = dataclasses.replace(self, adapter=adapters)
@@ -184,9 +194,10 @@ class LanguageModel:
           `max_new_tokens`.
 
         Raises:
-          ModelError: a dialogue is too long for the context.
+          ModelError: a dialogue is too long for the context, or an option is unknown.
           ChatTemplateError: the chat template refuses a dialogue's roles or their order.
         """
+        _check_options(options)
         (answers,) = self._answer(dialogues, max_new_tokens, **options)
         return answers
 
@@ -234,6 +245,35 @@ class LanguageModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def _check_texts(prompts: Sequence[str]) -> None:
+    """Checks that prompts are a list of texts: one text alone would be a list of letters."""
+    if isinstance(prompts, str):
+        raise hub.ModelError("prompts: one text is given; expected a list of texts, [text].")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise hub.ModelError(
+                f"prompts[{i}]: expected a text, not {repr(prompt)[:60]}; answer_dialogues takes "
+                "turns of (role, text)."
+            )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise hub.ModelError(f"dtype='{dtype}': expected one of {', '.join(DTYPES)}.")
+
+
+def _check_options(options: dict) -> None:
+    """Checks the names of options of generation."""
+    known = set(inspect.signature(LanguageModel._answer).parameters)
+    known -= {"self", "dialogues", "num_adapters"}
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise hub.ModelError(
+            f"generation has no option '{name}'; expected {', '.join(sorted(known))}.{hint}"
+        )
+
+
 def model_folder(path_or_hub_id: str) -> pathlib.Path:
     """Returns the local folder of a model: as given, packaged (`package:model`), or downloaded."""
     if path_or_hub_id == base_model.PACKAGED:
@@ -264,13 +304,15 @@ def load_pretrained(
       date: day that the chat template writes, such as "2026-11-26"; today by default.
 
     Raises:
-      ModelError: the folder is missing, damaged, or holds an unsupported model.
+      ModelError: the folder is missing, damaged, or holds an unsupported model; or there is no such
+        dtype.
 
     Example:
       >>> lm = load_pretrained("package:model", dtype="bfloat16", quantization="int8")
       >>> lm.config.num_layers, lm.config.dtype
       (4, 'bfloat16')
     """
+    _check_dtype(dtype)
     folder = model_folder(path_or_hub_id)
     config = dataclasses.replace(hub.read_config(folder, dtype), mesh=mesh)
     tokenizer = load_tokenizer(folder, chat_template, chat_template_kwargs, date)
@@ -314,6 +356,7 @@ def save_pretrained(
       True
     """
     folder, dtype = pathlib.Path(folder), dtype or lm.config.dtype
+    _check_dtype(dtype)
     if writes(lm.params):
         folder.mkdir(parents=True, exist_ok=True)
     update = None if lm.adapter is None else lora.update_of(lm.adapter)

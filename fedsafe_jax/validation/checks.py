@@ -1,7 +1,6 @@
 """Checks of a config before any compute; every message names the field."""
 
 import datetime
-import difflib
 import importlib.util
 import json
 from collections.abc import Collection, Sequence
@@ -28,6 +27,7 @@ from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS, WEIGHTINGS
 from fedsafe_jax.federated.privacy import ACCOUNTANTS
+from fedsafe_jax.federated.registry import unknown
 from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
@@ -86,10 +86,7 @@ def _check_choices(c: ml_collections.ConfigDict, prefix: str = "") -> None:
 def _choice(field: str, values: Sequence, allowed: Collection[str]) -> None:
     for value in values:
         if not isinstance(value, str) or value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            names = ", ".join(name or "'' (none)" for name in allowed)
-            raise ConfigError(f"{field}: {value!r} is not one of {names}.{hint}")
+            raise ConfigError(unknown(field, value, allowed))
 
 
 def _check_values(c: ml_collections.ConfigDict, prefix: str = "") -> None:

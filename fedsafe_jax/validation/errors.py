@@ -29,6 +29,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.data.partition import PartitionError
     from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.evals.task import TaskError
+    from fedsafe_jax.federated.registry import UnknownNameError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.runtime.cluster import ClusterError
@@ -43,4 +44,5 @@ def input_errors() -> tuple[type[Exception], ...]:
         FilterError,
         ModelError,
         TargetError,
+        UnknownNameError,
     )

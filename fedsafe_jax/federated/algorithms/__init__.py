@@ -18,6 +18,7 @@ from fedsafe_jax.federated.algorithms.fedavgm import FEDAVGM
 from fedsafe_jax.federated.algorithms.fedprox import FEDPROX
 from fedsafe_jax.federated.algorithms.scaffold import SCAFFOLD
 from fedsafe_jax.federated.client import LocalTraining
+from fedsafe_jax.federated.registry import look_up
 
 ALGORITHMS: dict[str, Algorithm] = {
     "fedavg": FEDAVG,
@@ -43,8 +44,12 @@ def make(
       training: loss and optimizer of the clients.
       num_clients: clients of the run, in the cohort or not.
       hyperparameters: hyperparameters of all algorithms; None for the defaults.
+
+    Raises:
+      UnknownNameError: there is no such algorithm.
     """
-    return ALGORITHMS[name].make(training, num_clients, hyperparameters or Hyperparameters())
+    entry = look_up(ALGORITHMS, name, "algorithm")
+    return entry.make(training, num_clients, hyperparameters or Hyperparameters())
 
 
 __all__ = [
