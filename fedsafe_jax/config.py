@@ -51,7 +51,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.attack = ml_collections.ConfigDict()
     c.attack.clients = 0.0  # share of the clients that are malicious
     c.attack.harmful_share = 1.0  # share of a malicious client's pairs that is harmful
-    c.attack.boost = 1.0  # factor on the update of a malicious client
+    # what malicious clients send: boost, their update times attack.boost; sign_flip, that turned
+    # around; scaled, that brought to the median length of the honest updates
+    c.attack.kind = "boost"
+    c.attack.boost = 1.0  # factor on the update of a malicious client; 1 poisons by data alone
 
     c.rounds = 6  # rounds of local training and aggregation
     c.clients_per_round = 5  # clients sampled for each round

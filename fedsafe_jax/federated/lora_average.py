@@ -5,6 +5,7 @@ Products are computed in float32, which accelerators do only where a product say
 Projections are stacked as in `models.lora`, `a` `[layers, in, rank]`, `b` `[layers, rank, out]`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 PROBES = 8  # columns of X in `project_products`
+# Singular values below this share of the largest are rounding: float32 keeps about 1e-7 of it.
+RANK_TOLERANCE = 1e-6
 
 
 def _is_pair(node: Any) -> bool:
@@ -50,34 +53,54 @@ def _stacked(pair: dict, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.default_matmul_precision("float32")
-def product_mean(client_factors: Any, weights: jax.Array) -> Any:
+def product_mean(client_factors: Any, weights: jax.Array, key: jax.Array) -> Any:
     """Averages the products a_k b_k, and factors the mean again, to the rank of the clients.
 
-    This is FlexLoRA (Bai et al., 2024, arXiv 2402.11505).
+    This is FlexLoRA (Bai et al., 2024, arXiv 2402.11505). The factors are in a basis of their own:
+    only their product may be compared with the present ones. No change of basis could mend that
+    without losing the order of the slots, nor at all while `b` is zero, so server steps other than
+    the mean itself are refused (`Algorithm.keeps_mean`).
 
     Args:
       client_factors: leaves `[clients, layers, ...]`; smaller ranks are filled up with zeros.
       weights: float32 `[clients]`.
+      key: random key of the slots that the mean leaves empty.
 
     Returns:
       The closest factors of the same rank, by the singular value decomposition of the mean; the
-      leading slots matter most, so that a smaller rank is a prefix.
+      leading slots matter most, so that a smaller rank is a prefix. Where the mean has a smaller
+      rank, the slots left over begin anew as in `lora.init`, `a` uniform in +-1/sqrt(in) and `b`
+      zero: with zeros in both they would have no gradient, and never learn again.
     """
 
-    def one(pair):
-        rank = pair["a"].shape[-1]
+    def one(pair, key):
+        rank, fan_in = pair["a"].shape[-1], pair["a"].shape[-2]
         a, b = _stacked(pair, weights)
         # The mean itself is never formed: it may be a hundred times the factors.
         q_a, r_a = jnp.linalg.qr(a)
         q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
         u, s, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
-        root = jnp.sqrt(s[..., :rank])
+        # A rank above the sides of a projection has more slots than there are singular values.
+        missing = max(rank - s.shape[-1], 0)
+        u, s, vt = (
+            jnp.pad(x[place], [*[(0, 0)] * (x.ndim - len(pad)), *pad])
+            for x, place, pad in (
+                (u, (..., slice(rank)), [(0, 0), (0, missing)]),
+                (s, (..., slice(rank)), [(0, missing)]),
+                (vt, (..., slice(rank), slice(None)), [(0, missing), (0, 0)]),
+            )
+        )
+        empty = s <= RANK_TOLERANCE * s[..., :1]
+        root, bound = jnp.sqrt(jnp.where(empty, 0.0, s)), 1 / math.sqrt(fan_in)
+        a = (q_a @ u) * root[..., None, :]
+        fresh = jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
         return {
-            "a": (q_a @ u[..., :rank]) * root[..., None, :],
-            "b": root[..., None] * (vt[..., :rank, :] @ q_b.swapaxes(-1, -2)),
+            "a": jnp.where(empty[..., None, :], fresh, a),
+            "b": root[..., None] * (vt @ q_b.swapaxes(-1, -2)),
         }
 
-    return _map(one, client_factors)
+    pairs, tree = jax.tree.flatten(client_factors, is_leaf=_is_pair)
+    return tree.unflatten([one(pair, jax.random.fold_in(key, i)) for i, pair in enumerate(pairs)])
 
 
 @jax.default_matmul_precision("float32")

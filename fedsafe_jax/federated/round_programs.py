@@ -1,7 +1,8 @@
 """Programs of a federated round: chunks of clients train, and their updates are combined.
 
 Three jitted programs: `train` maps local training over a chunk of clients, `collect` adds a chunk
-to a weighted sum, `finish` makes the server's step. `simulation.run_round` calls them.
+to a weighted sum, `finish` makes the server's step. Where malicious clients see the whole cohort,
+`attack` comes before the latter two. `simulation.run_round` calls them.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,9 @@ class RoundSpec(NamedTuple):
       algorithm: local training and the server's step, from `algorithms.make`.
       aggregator: rule that combines the updates, from `aggregation.make`.
       product: whether the products of the factors are averaged instead
-        (`lora_average.product_mean`); the aggregator is then not used.
+        (`lora_average.product_mean`); the aggregator is then not used. Goes with algorithms that
+        keep the mean (`Algorithm.keeps_mean`) at a server rate of 1, without compression and
+        `normalize_steps`.
       compression: code of the updates, with error feedback; None for none.
       clip_norm: longest update that counts in full; 0 for no limit.
       noise_multiplier: noise of differential privacy, see `privacy`; 0 for none.
@@ -38,6 +41,8 @@ class RoundSpec(NamedTuple):
       normalize_steps: whether updates count per local step, and the mean is scaled back by the mean
         number of steps (FedNova, Wang et al., 2020, arXiv 2007.07481, Equation 6): for stragglers.
       ragged_ranks: whether clients have ranks of their own.
+      collude: what malicious clients that see the whole cohort make of its updates, see
+        `attackers.Attacker`; None for nothing.
     """
 
     algorithm: FederatedAlgorithm
@@ -49,6 +54,7 @@ class RoundSpec(NamedTuple):
     cohort: int = 1
     normalize_steps: bool = False
     ragged_ranks: bool = False
+    collude: Callable | None = None
 
     @property
     def linear(self) -> bool:
@@ -129,7 +135,10 @@ class Programs(NamedTuple):
         ClientMetrics)`; the number of clients is a multiple of the mesh axis `clients`.
       collect: `(PartialSum or None, ClientUpdates) -> PartialSum`, for linear aggregation.
       finish: `(server, PartialSum or [ClientUpdates, ...], key) -> (server, RoundMetrics)`. Where
-        no client counts the server stays as it was.
+        no client counts the server stays as it was. The key is that of noise, and of slots that
+        begin anew.
+      attack: `(server, [ClientUpdates, ...], [ClientMetrics, ...], malicious bool [clients]) ->
+        (ClientUpdates, ClientMetrics)` of all chunks together, after `spec.collude`; None without.
     """
 
     spec: RoundSpec
@@ -138,6 +147,7 @@ class Programs(NamedTuple):
     train: Callable
     collect: Callable
     finish: Callable
+    attack: Callable | None = None
 
 
 def sketch(update: jax.Array) -> jax.Array:
@@ -215,7 +225,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         else:
             sent = jax.tree.map(lambda *parts: jnp.concatenate(parts), *gathered)
             sums = collect(None, sent)
-            mean, gap = _combine(spec, sent, current, unravel)
+            mean, gap = _combine(spec, sent, current, unravel, key)
         if spec.normalize_steps:
             mean = mean * sums.steps / jnp.maximum(jnp.max(sums.weight), 1e-12)
         if spec.noise_multiplier:
@@ -236,6 +246,28 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
             clients=sums.clients,
         )
 
+    # In float32, as the sums above: lengths decide here.
+    @jax.default_matmul_precision("float32")
+    def attack(server: ServerState, sent, metrics, malicious: jax.Array):
+        sent, metrics = (
+            jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+            for chunks in (sent, metrics)
+        )
+        counts = sent.weights > 0
+        malicious &= counts
+        updates = spec.collude(sent.updates, malicious, counts & ~malicious)
+        current, unravel = ravel_pytree(server.factors)
+        starts = current * sent.masks if spec.ragged_ranks else current
+        products = jax.vmap(lambda x: lora_average.project_products(unravel(x)))(starts + updates)
+        rows = malicious[:, None]
+        metrics = metrics._replace(
+            norms=jnp.where(malicious, jnp.linalg.norm(updates, axis=1), metrics.norms),
+            sketches=jnp.where(rows, jax.vmap(sketch)(updates), metrics.sketches),
+        )
+        sent = sent._replace(updates=updates, products=jnp.where(rows, products, sent.products))
+        # Every process reads all clients' figures.
+        return sent, jax.lax.with_sharding_constraint(metrics, whole)
+
     return Programs(
         spec,
         mesh,
@@ -244,6 +276,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated, since a run that is stopped in a round still saves it.
         finish=jax.jit(finish, out_shardings=whole),
+        attack=jax.jit(attack) if spec.collude else None,
     )
 
 
@@ -287,13 +320,13 @@ def _client(
 
 
 def _combine(
-    spec: RoundSpec, sent: ClientUpdates, current: jax.Array, unravel: Callable
+    spec: RoundSpec, sent: ClientUpdates, current: jax.Array, unravel: Callable, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean delta of all clients' updates, `[params]`, and the product gap, `[]`."""
     starts = current * sent.masks if spec.ragged_ranks else current
     client_factors = jax.vmap(unravel)(starts + sent.updates)
     if spec.product:
-        mean = lora_average.product_mean(client_factors, sent.weights)
+        mean = lora_average.product_mean(client_factors, sent.weights, key)
         gap = lora_average.product_gap(client_factors, sent.weights, mean)
         return ravel_pytree(mean)[0] - current, gap
     mean = spec.aggregator.combine(sent.updates, sent.weights, current)

@@ -151,6 +151,7 @@ def run_round(
     chunk: int,
     update_scales: np.ndarray | None = None,
     ranks: np.ndarray | None = None,
+    malicious: np.ndarray | None = None,
     keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
@@ -163,10 +164,12 @@ def run_round(
         `[stop - start, steps * accumulation, rows, seq]`.
       cohort: clients that take part.
       rates: learning rate of each local step.
-      key: random key of the noise.
+      key: random key of the noise, and of slots that begin anew (`lora_average.product_mean`).
       chunk: clients a call, a multiple of the mesh axis `clients`.
       update_scales: float32 `[clients]`, factor on each client's update; None for 1.
       ranks: int32 `[clients]`, rank of each client's factors; None for the full rank.
+      malicious: bool `[clients]`, those that collude where the spec says how; None for nobody.
+        All updates of the cohort are then held at once, as under robust aggregation.
       keep_update: `(id, float32 [params])`, called with the update of each client that counts, as
         the server receives it and before any noise. Each chunk is then fetched before the next one
         begins, so no device holds more updates than without.
@@ -181,7 +184,7 @@ def run_round(
     if ranks is None:
         ranks = np.full(count, np.iinfo(np.int32).max)
     rates = replicate(np.asarray(rates, np.float32), mesh)
-    gathered: Any = None if spec.linear else []
+    gathered: Any = None if spec.linear and not spec.collude else []
     kept, figures = [], []
     if not count and not spec.noise_multiplier:
         none = np.zeros(0, np.float32)
@@ -221,10 +224,17 @@ def run_round(
             gathered.append(sent)
         else:
             gathered = programs.collect(gathered, sent)
-        if keep_update is not None:
+        if keep_update is not None and not spec.collude:
             _hand_over(spec, sent, cohort.ids[start:stop], len(rates), keep_update)
         if jax.tree.leaves((states, residuals)):
             kept.append(_fetch({"states": states, "residuals": residuals}))
+    if spec.collude:
+        known = np.zeros(count, bool) if malicious is None else malicious
+        known = replicate(_pad(known, len(gathered) * chunk), mesh)
+        sent, metrics = programs.attack(state.server, gathered, figures, known)
+        gathered, figures = programs.collect(None, sent) if spec.linear else [sent], [metrics]
+        if keep_update is not None:
+            _hand_over(spec, sent, cohort.ids, len(rates), keep_update)
     server, step = programs.finish(state.server, gathered, key)
     wait(step)
     chunks = [jax.device_get(metrics) for metrics in figures]

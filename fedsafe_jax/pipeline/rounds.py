@@ -19,6 +19,7 @@ from fedsafe_jax.federated import (
     privacy,
     simulation,
 )
+from fedsafe_jax.federated.attackers import ATTACKERS
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once
 from fedsafe_jax.federated.participation import SAMPLINGS, Cohort
@@ -62,6 +63,7 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
         cohort=config.clients_per_round,
         normalize_steps=f.stragglers > 0,
         ragged_ranks=bool(f.client_ranks),
+        collude=ATTACKERS[config.attack.kind].collude if config.attack.clients else None,
     )
     return make_round(spec, mesh, parallel)
 
@@ -214,7 +216,8 @@ def step(
       keep_update: takes each client's update, see `simulation.run_round`.
     """
     who = roles(config, seed)
-    update_scales = np.where(np.isin(cohort.ids, who.malicious), config.attack.boost, 1.0)
+    malicious = np.isin(cohort.ids, who.malicious)
+    factor = ATTACKERS[config.attack.kind].factor(config.attack.boost)
     return simulation.run_round(
         programs,
         state,
@@ -224,8 +227,9 @@ def step(
         rates=step_rates(learning_rates(config), t),
         key=jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 9),
         chunk=simulation.chunk_size(config.clients_per_round, programs.mesh, config.chunk_clients),
-        update_scales=update_scales.astype(np.float32),
+        update_scales=np.where(malicious, factor, 1.0).astype(np.float32),
         ranks=who.ranks[cohort.ids],
+        malicious=malicious,
         keep_update=keep_update,
     )
 

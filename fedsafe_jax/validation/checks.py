@@ -23,6 +23,7 @@ from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.algorithms.moments import FIRST_MOMENTS, SECOND_MOMENTS
 from fedsafe_jax.federated.algorithms.scaffold import CORRECTIONS
+from fedsafe_jax.federated.attackers import ATTACKERS
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS, WEIGHTINGS
@@ -51,6 +52,7 @@ def choices() -> dict[str, Collection[str]]:
         "partition": PARTITIONS,
         "schedule": DECAYS,
         "step_schedule": DECAYS,
+        "attack.kind": ATTACKERS,
         "federated.sampling": SAMPLINGS,
         "federated.weighting": ("auto", *WEIGHTINGS),
         "federated.scaffold": CORRECTIONS,
@@ -223,6 +225,8 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
                 f"federated.client_ranks={tuple(f.client_ranks)}: expected 1 to "
                 f"lora_rank={c.lora_rank}."
             )
+    if f.average == "product":
+        _validate_product_average(c)
     aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)
     robust, need = not aggregator.linear, aggregator.min_clients
     if c.clients_per_round < need:
@@ -272,6 +276,29 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
     ):
         if a and b:
             raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def _validate_product_average(c: ml_collections.ConfigDict) -> None:
+    """Checks what goes with `average='product'`: nothing that lives in the basis of the factors.
+
+    Each mean of products has a basis of its own, so the difference to the present factors is no
+    step: half of it, a momentum of it, or an error kept from it changes the product at random.
+    """
+    f = c.federated
+    reasons = [f"algorithm {name}" for name in c.algorithms if not ALGORITHMS[name].keeps_mean]
+    if f.server_learning_rate != 1:
+        reasons.append(f"server_learning_rate={f.server_learning_rate}")
+    if f.compression:
+        reasons.append(f"compression='{f.compression}' with its error feedback")
+    if f.stragglers:
+        reasons.append(f"stragglers={f.stragglers}")
+    if reasons:
+        works = " or ".join(name for name, entry in ALGORITHMS.items() if entry.keeps_mean)
+        raise ConfigError(
+            f"federated.average='product' does not go with {', '.join(reasons)}: the basis of the "
+            f"factors changes every round; use {works} with server_learning_rate=1, without "
+            "compression and stragglers, or average='factors'."
+        )
 
 
 def _validate_cai(c: ml_collections.ConfigDict) -> None:

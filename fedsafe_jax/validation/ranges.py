@@ -52,7 +52,7 @@ RANGES: dict[str, Range] = {
     "harmful_share": SHARE,
     "attack.clients": SHARE,
     "attack.harmful_share": SHARE,
-    "attack.boost": ANY,
+    "attack.boost": POSITIVE,
     "rounds": SIZE,
     "clients_per_round": SIZE,
     "local_steps": SIZE,

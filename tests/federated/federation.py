@@ -49,7 +49,7 @@ class Federation(NamedTuple):
     def run(
         self, spec, devices=1, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS, model=1,
         chunk=0, rates=None, update_scales=None, ranks=None, state=None, key=0,
-        keep_update=None,
+        malicious=None, keep_update=None,
     ):  # fmt: skip
         """The state after some rounds with the same batches, and the last report."""
         mesh = make_mesh(jax.devices()[:devices], model)
@@ -90,6 +90,7 @@ class Federation(NamedTuple):
                 chunk=chunk,
                 update_scales=update_scales,
                 ranks=ranks,
+                malicious=malicious,
                 keep_update=keep_update,
             )
         return state, report

@@ -1,13 +1,16 @@
 """Averages of products against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from federation import SGD, make_federation
 
 from fedsafe_jax.federated import lora_average
+from fedsafe_jax.federated.algorithms import ALGORITHMS, Hyperparameters
 
 RANK, SHAPE = 3, (2, 10, 8)  # layers, in, out
+KEY = jax.random.key(5)
 
 
 def adapters(clients, seed=0):
@@ -27,7 +30,7 @@ def test_product_mean_is_the_best_of_its_rank(clients):
     )
     u, s, vt = np.linalg.svd(mean, full_matrices=False)
     best = (u[..., :RANK] * s[:, None, :RANK]) @ vt[:, :RANK]
-    found = lora_average.product_mean(stacked, jnp.asarray(weights))["layers"]["q_proj"]
+    found = lora_average.product_mean(stacked, jnp.asarray(weights), KEY)["layers"]["q_proj"]
     assert found["a"].shape == (2, 10, RANK) and found["b"].shape == (2, RANK, 8)
     np.testing.assert_allclose(found["a"] @ found["b"], best, atol=2e-5)
     gap = float(
@@ -87,3 +90,68 @@ def test_the_gap_is_estimated_from_sums_that_are_small():
     exact = float(lora_average.product_gap(stacked, jnp.asarray(weights), factors))
     estimate = float(lora_average.projected_gap(projected, factors))
     assert exact > 0.3 and abs(estimate - exact) < 0.25 * exact  # two standard errors
+
+
+def products(factors):
+    pair = factors["layers"]["q_proj"]
+    return np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
+
+
+def moved_without_updates(name, hyperparameters, current):
+    """How far, of its length, the product of the factors moves in three rounds of no update."""
+    algorithm = ALGORITHMS[name].make(None, 4, hyperparameters)
+    server = algorithm.init(current)
+    control = jax.tree.map(jnp.zeros_like, current) if ALGORITHMS[name].controls else ()
+    for t in range(3):
+        sent = jax.tree.map(lambda x: jnp.stack([x] * 4), server.factors)
+        mean = lora_average.product_mean(sent, jnp.arange(1.0, 5), jax.random.fold_in(KEY, t))
+        delta = jax.tree.map(jnp.subtract, mean, server.factors)
+        server = algorithm.server_update(server, delta, control)
+    before, after = products(current), products(server.factors)
+    return np.linalg.norm(after - before) / np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"])
+def test_only_algorithms_that_keep_the_mean_leave_a_product_without_updates_alone(name):
+    current = jax.tree.map(lambda x: jnp.asarray(x[0]), adapters(1, seed=7))
+    moved = moved_without_updates(name, Hyperparameters(), current)
+    # Three decompositions in float32. The others move it by percents, hence the refusal.
+    assert moved < 1e-5 if ALGORITHMS[name].keeps_mean else moved > 0.01
+    if ALGORITHMS[name].keeps_mean:
+        half = moved_without_updates(name, Hyperparameters(server_learning_rate=0.5), current)
+        assert half > 0.1
+
+
+def test_scaffolds_control_variates_would_stay_in_the_old_basis():
+    assert ALGORITHMS["scaffold"].controls and not ALGORITHMS["scaffold"].keeps_mean
+
+
+@pytest.mark.parametrize("rank_of_mean", [0, 1, 2])
+def test_slots_that_the_mean_leaves_empty_learn_again(rank_of_mean):
+    stacked = adapters(4, seed=2)
+    pair = stacked["layers"]["q_proj"]
+    pair["a"] = np.broadcast_to(pair["a"][:1], pair["a"].shape).copy()
+    pair["b"][:, :, rank_of_mean:] = 0
+    mean = lora_average.product_mean(stacked, jnp.ones(4), KEY)
+    found = mean["layers"]["q_proj"]
+    expected = np.einsum("klir,klro->lio", pair["a"], pair["b"], dtype=np.float64) / 4
+    np.testing.assert_allclose(products(mean), expected, atol=2e-5)
+    fresh = np.asarray(found["a"][..., rank_of_mean:])
+    assert np.all(np.asarray(found["b"][:, rank_of_mean:]) == 0)
+    # Drawn as in `lora.init`, so a loss reaches every slot: its gradient to b is `a^T G`.
+    bound = 1 / np.sqrt(SHAPE[1])
+    assert np.abs(fresh).max() <= bound and 0.2 * bound < fresh.std() < bound
+    gradient = np.swapaxes(fresh, -1, -2) @ np.ones((SHAPE[0], SHAPE[1], SHAPE[2]))
+    assert np.all(np.linalg.norm(gradient, axis=-1) > 1e-3)
+    other = lora_average.product_mean(stacked, jnp.ones(4), jax.random.key(6))
+    assert not np.array_equal(fresh, other["layers"]["q_proj"]["a"][..., rank_of_mean:])
+
+
+def test_a_rank_above_the_sides_of_a_projection():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 1, 4, 6)), rng.normal(size=(2, 1, 6, 3))
+    stacked = {"layers": {"q_proj": {"a": jnp.float32(a), "b": jnp.float32(b)}}}
+    mean = lora_average.product_mean(stacked, jnp.ones(2), KEY)
+    assert mean["layers"]["q_proj"]["a"].shape == (1, 4, 6)
+    assert mean["layers"]["q_proj"]["b"].shape == (1, 6, 3)
+    np.testing.assert_allclose(products(mean), np.mean(a @ b, axis=0), atol=2e-5)

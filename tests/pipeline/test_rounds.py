@@ -108,6 +108,23 @@ def test_every_config_is_valid(name):
              "federated.client_ranks": (4, 16)},
             "do not go together",
         ),
+        (
+            {"federated.average": "product", "federated.server_learning_rate": 0.5},
+            "server_learning_rate=0.5: the basis of the factors changes every round; use fedavg or "
+            "fedprox with server_learning_rate=1",
+        ),
+        *(
+            ({"federated.average": "product", "algorithms": ("fedavg", name)}, f"algorithm {name}")
+            for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold")
+        ),
+        (
+            {"federated.average": "product", "federated.compression": "topk"},
+            "compression='topk' with its error feedback",
+        ),
+        (
+            {"federated.average": "product", "federated.stragglers": 0.5},
+            "does not go with stragglers=0.5",
+        ),
         ({"federated.dropout": 1.0}, "federated.dropout=1.0: expected a share between 0 and 0.99"),
         ({"warmup_rounds": 6}, "warmup_rounds=6: expected fewer than rounds=6"),
         ({"step_schedule": "cosin"}, "Did you mean 'cosine'?"),

@@ -79,11 +79,15 @@ class Algorithm(NamedTuple):
         `participation.WEIGHTINGS`.
       controls: whether clients send control variates. They are summed over the cohort, so they
         go neither with robust aggregation, nor with ranks that differ, nor with noise.
+      keeps_mean: whether the server's step, at a rate of 1, ends at the mean of the clients'
+        factors, and nothing in their basis lives on into the next round. Without, the algorithm
+        does not go with averages of products, which change the basis.
     """
 
     make: Callable
     weighting: str = "examples"
     controls: bool = False
+    keeps_mean: bool = False
 
 
 def server_step(

@@ -23,4 +23,4 @@ def make(
     return fedopt(training, optax.sgd(hyperparameters.server_learning_rate))
 
 
-FEDAVG = Algorithm(make)
+FEDAVG = Algorithm(make, keeps_mean=True)

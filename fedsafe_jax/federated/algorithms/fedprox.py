@@ -23,4 +23,4 @@ def make(
     return fedopt(training, optimizer, hyperparameters.prox_mu)
 
 
-FEDPROX = Algorithm(make)
+FEDPROX = Algorithm(make, keeps_mean=True)
