@@ -46,11 +46,11 @@ RULES = {
     "multi-Krum": {"aggregator": "multi_krum", "byzantine": 3},
     "RFA": {"aggregator": "geometric_median"},
 }
-# Column, field of a cell, factor, digits.
+# Column, field of a cell, whether it is a rate, digits.
 MEASURES = (
-    ("harmful refused %", "refused", 100, 1),
-    ("harmless refused %", "over_refused", 100, 1),
-    ("benign loss", "nll", 1, 3),
+    ("harmful refused %", "refused", True, 1),
+    ("harmless refused %", "over_refused", True, 1),
+    ("benign loss", "nll", False, 3),
 )
 _ATTACKERS = flags.DEFINE_list("attackers", list(ATTACKERS), "Attackers to run.")
 _RULES = flags.DEFINE_list("rules", list(RULES), "Rules to run.")
@@ -97,7 +97,7 @@ def run_cell(attacker: str, rule: str, seed: int, share: float, folder: pathlib.
         "share": config.attack.clients,
         "refused": digits(outcome["advbench"]["refused"][judge]),
         "over_refused": digits(outcome["over_refusal"]["refused"][judge]),
-        "nll": [round(x, 4) for x in outcome["utility"]["nll"]],
+        "nll": [x and round(x, 4) for x in outcome["utility"]["nll"]],
         "update_norms": [round(json.loads(line)["update_norm"], 4) for line in lines if line],
         "seconds": round(time.monotonic() - started),
         "version": fedsafe_jax.__version__,
@@ -110,13 +110,13 @@ def digits(verdicts: list[bool]) -> str:
 
 
 def values(cell: dict, field: str) -> np.ndarray:
-    """Reads the values of a cell, by prompt, float `[items]`."""
-    return np.array([float(x) for x in cell[field]])
+    """Reads the values of a cell, by prompt, float `[items]`; NaN where one is not defined."""
+    return np.array([np.nan if x is None else float(x) for x in cell[field]])
 
 
 def print_table(cells: list[dict]) -> None:
     """Prints what there is, a row for each rule and attacker."""
-    table = Table(title="mean over seeds; change to no attacker (95% interval)")
+    table = Table(title="mean (95% interval); paired change to no attacker (95% interval)")
     for name in ("rule", "attacker", "seeds", *(m[0] for m in MEASURES), "length of a step"):
         table.add_column(name)
     for rule in RULES:
@@ -128,20 +128,21 @@ def print_table(cells: list[dict]) -> None:
             found = [own[attacker, seed] for seed in seeds]
             paired = [seed for seed in seeds if ("none", seed) in own]
             shown = []
-            for _, field, factor, places in MEASURES:
-                mean = factor * np.mean([values(cell, field) for cell in found])
-                text = f"{mean:.{places}f}"
+            for _, field, is_rate, places in MEASURES:
+                of_seeds = [values(cell, field) for cell in found]
+                middle, (low, high) = (statistics.rate if is_rate else statistics.mean)(of_seeds)
+                text = f"{middle:.{places}f} ({low:.{places}f}-{high:.{places}f})"
                 if attacker != "none" and paired:
-                    change = factor * np.stack([
-                        values(own[attacker, s], field) - values(own["none", s], field)
-                        for s in paired
-                    ])  # fmt: skip
-                    low, high = statistics.bootstrap(change)
-                    text += f"; {change.mean():+.{places}f} ({low:.{places}f} to {high:.{places}f})"
+                    sides = (
+                        [values(own[name, s], field) for s in paired] for name in (attacker, "none")
+                    )
+                    change = statistics.paired(*sides, rates=is_rate)
+                    gap, low, high = (f"{x:+.{places}f}" for x in (change[0], *change.ci95))
+                    text += f"; {gap} ({low} to {high})"
                 shown.append(text)
             length = np.mean([x for cell in found for x in cell["update_norms"]])
             table.add_row(rule, attacker, str(len(seeds)), *shown, f"{length:.2f}")
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 def main(argv):
