@@ -57,3 +57,23 @@ def test_a_client_that_the_filter_empties_is_counted_and_the_run_goes_on(tmp_pat
         "harmful_share=0.0",
     )
     assert all(len(r["no_data"]) == 1 and len(r["clients"]) == 2 for r in rows(tmp_path))
+
+
+def test_a_client_whose_pairs_are_all_masked_weighs_nothing_and_is_named(tmp_path):
+    done = run(
+        tmp_path,
+        "arms=('fl+filter',)",
+        "num_clients=3",
+        "clients_per_round=3",
+        "filter.kind=simulated",
+        "filter.simulated_recall=1.0",
+        "filter.simulated_precision=1.0",
+        "filter.action=mask",
+        "attack.clients=0.34",
+        "examples_per_client=6",
+        "harmful_share=0.0",
+    )
+    assert all(len(r["no_data"]) == 1 and len(r["clients"]) == 2 for r in rows(tmp_path))
+    (masked,) = rows(tmp_path)[0]["no_data"]
+    line = f"filter: clients {masked} weigh 0, all of their pairs are masked"
+    assert line in done.stdout + done.stderr
