@@ -37,7 +37,6 @@ class Range(NamedTuple):
         )
 
 
-ANY = Range()
 COUNT, SIZE = Range(0), Range(1)
 POSITIVE = Range(0, above=True)
 LENGTH = Range(16)  # tokens; a shorter row holds no dialogue with its roles

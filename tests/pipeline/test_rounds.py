@@ -164,5 +164,5 @@ def test_the_delta_of_privacy_is_a_probability():
     c = default_config()
     c.federated.clip_norm = c.federated.noise_multiplier = 1.0
     c.federated.delta = 0.0
-    with pytest.raises(ConfigError, match="federated.delta=0.0: expected between 0 and 1"):
+    with pytest.raises(ConfigError, match="federated.delta=0.0: expected more than 0, less than 1"):
         validate(c)
