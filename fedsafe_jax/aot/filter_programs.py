@@ -25,7 +25,6 @@ from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.models import attention, encoder_hub, lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
-from fedsafe_jax.models.hub import read_json
 from fedsafe_jax.models.sharding import platform_of
 
 
@@ -152,9 +151,6 @@ def _encoder_config(run: Run, mesh: Mesh) -> EncoderConfig:
         return EncoderConfig(
             run.shape.vocab_size, max_length=c.max_length, platform=platform_of(mesh)
         )
-    from transformers import AutoConfig
-
-    raw = read_json(pathlib.Path(c.encoder) / "config.json")
-    shape = encoder_hub.from_hf(AutoConfig.for_model(**raw))
+    _, shape = encoder_hub.read_config(pathlib.Path(c.encoder))
     labels = shape.num_labels if c.unsafe_labels else 2
     return dataclasses.replace(shape, num_labels=labels, platform=platform_of(mesh))

@@ -291,8 +291,6 @@ def from_encoder(
     Raises:
       FilterError: none of the encoder's labels, or all of them, are named.
     """
-    from transformers import AutoTokenizer
-
     folder = pathlib.Path(folder)
     names = read_json(folder / "config.json").get("id2label", {})
     names = {int(i): name for i, name in names.items()}
@@ -307,7 +305,7 @@ def from_encoder(
     return ClassifierFilter(
         config,
         params,
-        AutoTokenizer.from_pretrained(folder),
+        encoder_hub.load_tokenizer(folder, config),
         max_length=min(max_length, config.max_length),
         unsafe_classes=classes,
     )

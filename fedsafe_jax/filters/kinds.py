@@ -83,12 +83,10 @@ def make_classifier(
         return classifier.from_encoder(spec.encoder, spec.max_length, labels), None
     start, tokenizer = None, spec.tokenizer
     if spec.encoder:
-        from transformers import AutoTokenizer
-
         folder = pathlib.Path(spec.encoder)
         config, params = encoder_hub.load_classifier(folder, num_labels=2, seed=spec.seed)
         start = dataclasses.replace(config, dropout=0.1), params
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = encoder_hub.load_tokenizer(folder, config)
     return classifier.train(
         pairs,
         tokenizer,

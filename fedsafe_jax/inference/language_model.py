@@ -317,12 +317,17 @@ def load_pretrained(
     config = dataclasses.replace(hub.read_config(folder, dtype), mesh=mesh)
     tokenizer = load_tokenizer(folder, chat_template, chat_template_kwargs, date)
     generation_file = folder / "generation_config.json"
+    hf_config = hub.read_json(folder / "config.json")
+    generation_config = hub.read_json(generation_file) if generation_file.is_file() else {}
+    hub_files.check_vocabulary(
+        tokenizer, config.vocab_size, where=folder, configs=(hf_config, generation_config)
+    )
     return LanguageModel(
         config,
         hub.load_params(folder, config, dtype, mesh, quantization),
         tokenizer,
-        hf_config=hub.read_json(folder / "config.json"),
-        generation_config=hub.read_json(generation_file) if generation_file.is_file() else {},
+        hf_config=hf_config,
+        generation_config=generation_config,
         name=path_or_hub_id,
     )
 
@@ -365,7 +370,10 @@ def save_pretrained(
     )
     if not writes(lm.params):
         return
-    hub.write_json(folder / "config.json", hub_files.config_for_all(lm.hf_config, dtype))
+    # A head of its own, whatever the base's file says: transformers 4 would tie it again.
+    untied = {} if lm.config.tie_embeddings else {"tie_word_embeddings": False}
+    hf_config = lm.hf_config | untied
+    hub.write_json(folder / "config.json", hub_files.config_for_all(hf_config, dtype))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(lm.tokenizer, name) for name in ids}
     generation_config = lm.generation_config or own

@@ -218,13 +218,9 @@ def _rope(parameters: dict) -> dict:
         fields["rope_local_theta"] = float(local["rope_theta"])
         parameters = parameters["full_attention"]
     fields["rope_theta"] = float(parameters["rope_theta"])
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", "default")  # of those that `config_fields` lets pass
     if kind == "llama3":
         fields["rope_scaling"] = tuple(float(parameters[name]) for name in LLAMA3_SCALING)
     elif kind == "linear":
         fields["rope_factor"] = float(parameters["factor"])
-    elif kind != "default":
-        raise ModelError(
-            f"rope scaling '{kind}' is not supported; expected default, linear or llama3."
-        )
     return fields

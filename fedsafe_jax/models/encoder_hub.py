@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax.models import config_fields
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
-from fedsafe_jax.models.hub import Tensors, read_json
+from fedsafe_jax.models.hub_files import check_vocabulary
+from fedsafe_jax.models.model_files import Tensors, read_json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "modernbert")
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -72,6 +74,7 @@ def from_hf(hf: "PretrainedConfig") -> EncoderConfig:
             f"encoder model_type '{family}' is not supported; supported are {', '.join(FAMILIES)}."
         )
     modern = family == "modernbert"
+    _check_values(hf)
     activation = hf.hidden_activation if modern else hf.hidden_act
     if activation not in ACTIVATIONS:
         raise ModelError(
@@ -124,6 +127,38 @@ def from_hf(hf: "PretrainedConfig") -> EncoderConfig:
     )
 
 
+def _check_values(hf: "PretrainedConfig") -> None:
+    """Checks sizes, and fields of ModernBERT that have to agree with others."""
+    sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
+    config_fields.check_numbers(hf, [*sizes.split(), "max_position_embeddings", "local_attention"])
+    config_fields.check_numbers(hf, ["layer_norm_eps", "norm_eps"], whole=False)
+    if hf.hidden_size % hf.num_attention_heads:
+        raise ModelError(
+            f"hidden_size={hf.hidden_size} is no multiple of {hf.num_attention_heads} heads."
+        )
+    if hf.model_type != "modernbert":
+        return
+    for name, other in (
+        ("mlp_bias", "attention_bias"),
+        ("classifier_activation", "hidden_activation"),
+    ):
+        if getattr(hf, name) != getattr(hf, other):
+            raise ModelError(
+                f"{name}={getattr(hf, name)!r} is not supported beside "
+                f"{other}={getattr(hf, other)!r}; expected the same."
+            )
+    kinds = config_fields.LAYER_TYPES
+    if len(hf.layer_types) != hf.num_hidden_layers or set(hf.layer_types) - set(kinds):
+        raise ModelError(
+            f"layer_types={hf.layer_types!r}; expected one of {', '.join(kinds)} for each of "
+            f"{hf.num_hidden_layers} layers."
+        )
+    for kind in kinds:
+        config_fields.check_rope(rope := hf.rope_parameters[kind])
+        if rope.get("rope_type", "default") != "default":
+            raise ModelError(f"rope scaling '{rope['rope_type']}' is not supported in encoders.")
+
+
 def load_classifier(
     folder: pathlib.Path, num_labels: int | None = None, seed: int = 0
 ) -> tuple[EncoderConfig, dict]:
@@ -140,19 +175,8 @@ def load_classifier(
     Raises:
       ModelError: an unsupported model, or a missing or wrong tensor.
     """
-    from transformers import AutoConfig
-
     folder = pathlib.Path(folder)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in FAMILIES:
-        raise ModelError(
-            f"{folder / 'config.json'}: encoder model_type '{raw.get('model_type')}' is not "
-            f"supported; supported are {', '.join(FAMILIES)}."
-        )
-    hf = AutoConfig.for_model(**raw)
-    if num_labels is not None:
-        hf.num_labels = num_labels
-    config = from_hf(hf)
+    hf, config = read_config(folder, num_labels)
     family = "roberta" if "roberta" in hf.model_type else hf.model_type
     modules, head = MODERN if family == "modernbert" else BERT, HEADS[family]
     tensors = Tensors(folder)
@@ -179,6 +203,7 @@ def load_classifier(
             if where[0] != "encoder":
                 return leaf
             raise ModelError(f"{folder}: tensor '{name}' is missing.")
+        tensors.check_dtype(name)
         value = tensors.read(name, (slice(None),) * len(tensors.shape(name)))
         value = value.astype(np.float32)
         if part[1] > 1 and family == "modernbert":
@@ -192,6 +217,50 @@ def load_classifier(
         return jnp.asarray(value)
 
     return config, jax.tree_util.tree_map_with_path(read, fresh)
+
+
+def load_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> "PreTrainedTokenizerBase":
+    """Reads an encoder's tokenizer.
+
+    Args:
+      folder: a Hugging Face folder.
+      config: the encoder's config, from `load_classifier`.
+
+    Raises:
+      ModelError: none that can be loaded, or one with tokens that the embedding has no row for.
+    """
+    from transformers import AutoTokenizer
+
+    folder = pathlib.Path(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
+        ) from error
+    check_vocabulary(tokenizer, config.vocab_size, where=folder)
+    return tokenizer
+
+
+def read_config(
+    folder: pathlib.Path, num_labels: int | None = None
+) -> tuple["PretrainedConfig", EncoderConfig]:
+    """Reads `config.json`; arguments and errors as in `load_classifier`.
+
+    Returns:
+      The config of transformers, and what the encoder needs of it.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    raw = read_json(path)
+    try:
+        config_fields.check_quantised(raw)
+        config_fields.check_fields(raw, config_fields.ENCODER_FIELDS)
+        hf = config_fields.complete(raw)
+        if num_labels is not None:
+            hf.num_labels = num_labels
+        return hf, from_hf(hf)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def _has_head(tensors: Tensors, stem: str, num_labels: int) -> bool:

@@ -4,8 +4,8 @@ Names are derived, not listed: the leaf `layers/self_attn/q_proj/kernel` of `dec
 is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, transposed.
 """
 
+import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
+from fedsafe_jax.models import config_fields
 from fedsafe_jax.models.decoder import param_shapes
-from fedsafe_jax.models.decoder_config import FAMILIES, DecoderConfig, ModelError, from_hf
+from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError, from_hf
+from fedsafe_jax.models.model_files import INDEX, SINGLE, Tensors, read_json, write_json
 from fedsafe_jax.models.quantize import Quantized, dequantize, quantize
 from fedsafe_jax.models.sharding import fetch, is_shared, leaf_sharding, share, writes
 from fedsafe_jax.models.tensor_files import save_file
@@ -25,12 +26,18 @@ from fedsafe_jax.models.tensor_files import save_file
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Pickled weights and remote code may run anything, so neither is downloaded.
 FETCHED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 # Weights that some models hold again in another layout: Mistral's consolidated.safetensors, and
 # what lies in subfolders, such as Meta's original/. Templates may lie in one.
 SECOND_COPIES = ["consolidated*", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPARED_ROWS = 4096  # rows of a head and an embedding that are compared at once
+# Ends of names that tensors of quantised checkpoints have, and no others.
+QUANTISED_SUFFIXES = (
+    "qweight", "qzeros", "weight_scale", "weight_scale_inv", "weight_packed", "input_scale",
+    "weight_scale_2", ".SCB", "absmax", "quant_map", "_blocks", "_scales", "g_idx",
+)  # fmt: skip
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Buffers of old checkpoints, which every loader computes itself.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -63,48 +70,62 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
         ) from error
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """Reads an object from a JSON file of a model folder.
-
-    Raises:
-      ModelError: no such file, or not JSON.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; a Hugging Face model folder holds a {path.name}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error}).") from error
-
-
 def hf_config(raw: dict) -> "PretrainedConfig":
     """Returns the transformers config of a `config.json`, with defaults for missing fields.
 
     Raises:
-      ModelError: a family that is not supported.
+      ModelError: quantised weights, a family that is not supported, or a field that is not.
     """
-    from transformers import AutoConfig
-
-    family = raw.get("model_type", "none given")
-    if family not in FAMILIES:
-        raise ModelError(
-            f"model_type '{family}' is not supported; supported are {', '.join(sorted(FAMILIES))}."
-        )
-    return AutoConfig.for_model(**raw)
+    config_fields.check_quantised(raw)
+    config_fields.check_fields(raw, config_fields.DECODER_FIELDS)
+    hf = config_fields.complete(raw)
+    config_fields.check_decoder(hf)
+    return hf
 
 
 def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
     """Reads `config.json`, in the spelling of transformers 4 or 5.
 
+    A flag `tie_word_embeddings` beside an `lm_head.weight` of other values than the embedding's is
+    taken back, as in transformers 5: such a folder comes from merging an adapter of the head.
+
     Raises:
       ModelError: no config, or a model that the decoder does not cover.
     """
-    path = pathlib.Path(folder) / "config.json"
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
     raw = read_json(path)
     try:
-        return from_hf(hf_config(raw), dtype)
+        config = from_hf(hf_config(raw), dtype)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
+    if config.tie_embeddings and has_own_head(folder):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    return config
+
+
+def has_own_head(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has an `lm_head.weight` that is not its embedding's.
+
+    Folders without weights have none. Both are read in parts, so that neither is held whole.
+
+    Raises:
+      ModelError: damaged files.
+    """
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    tensors = Tensors(folder)
+    if not {HEAD, EMBEDDING} <= tensors.names():
+        return False
+    if (shape := tensors.shape(HEAD)) != tensors.shape(EMBEDDING):
+        return True
+    for name in (HEAD, EMBEDDING):
+        tensors.check_dtype(name)
+    return any(
+        not np.array_equal(tensors.read(HEAD, rows), tensors.read(EMBEDDING, rows))
+        for start in range(0, shape[0], COMPARED_ROWS)
+        for rows in [(slice(start, start + COMPARED_ROWS), slice(None))]
+    )
 
 
 class Leaf(NamedTuple):
@@ -142,7 +163,7 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
             stem = ".".join((*path[1:-1], last))
             names = tuple(f"model.layers.{i}.{stem}" for i in range(config.num_layers))
         elif path == ("lm_head",):
-            names = ("lm_head.weight",)
+            names = (HEAD,)
         else:
             names = (".".join(("model", path[0], "weight")),)
         transposed = path[-1] in ("kernel", "lm_head")
@@ -150,76 +171,27 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
     return places
 
 
-class Tensors:
-    """Safetensors of a folder, single or sharded by an index, read lazily.
-
-    Args:
-      folder: a Hugging Face folder.
-
-    Raises:
-      ModelError: no safetensors, a missing or damaged file, or a tensor that is not in the file
-        that the index names.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = pathlib.Path(folder)
-        if (self.folder / INDEX).is_file():
-            self._file_of = read_json(self.folder / INDEX)["weight_map"]
-        elif (self.folder / SINGLE).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        else:
-            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
-            hint = (
-                f" It has {pickled[0]}: pickled weights are not loaded, as they may run code. "
-                "Convert them where you trust them: load the model in transformers and "
-                "save_pretrained it."
-                if pickled
-                else ""
-            )
-            raise ModelError(f"{self.folder}: no {SINGLE} and no {INDEX}.{hint}")
-        self._files = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
-        for name, file in self._file_of.items():
-            if name not in self._keys(file):
-                raise ModelError(f"{self.folder / INDEX}: '{name}' is not in {file}.")
-
-    def _open(self, name: str):
-        path = self.folder / name
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file, though {INDEX} names it; download it again.")
-        try:
-            return safe_open(path, framework="numpy")
-        except SafetensorError as error:
-            raise ModelError(f"{path}: damaged or cut off ({error}); download it again.") from error
-
-    def _keys(self, file: str) -> set[str]:
-        return set(self._files[file].keys())
-
-    def names(self) -> set[str]:
-        """Returns the names of all tensors."""
-        return set(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape."""
-        return tuple(self._view(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a part of a tensor; only the bytes of that part are read from disk."""
-        return self._view(name)[index]
-
-    def _view(self, name: str):
-        return self._files[self._file_of[name]].get_slice(name)
-
-
 def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
     """Checks that a folder has exactly the tensors of its config, in their shapes.
 
     Raises:
-      ModelError: tensors are missing, unknown or of another shape; the message names the first.
+      ModelError: tensors are missing, unknown, of another shape or type; the message names the
+        first.
     """
     expected = {name: leaf for leaf in leaves(config) for name in leaf.names}
-    ignored = IGNORED_SUFFIXES + (("lm_head.weight",) if config.tie_embeddings else ())
+    ignored = IGNORED_SUFFIXES + ((HEAD,) if config.tie_embeddings else ())
     extra = {n for n in tensors.names() if not n.endswith(ignored)} - set(expected)
     missing = set(expected) - tensors.names()
+    if codes := sorted(n for n in extra if n.endswith(QUANTISED_SUFFIXES)):
+        raise ModelError(
+            f"{tensors.folder}: the weights are quantised, which is not supported (tensor "
+            f"'{codes[0]}'); use the unquantised model."
+        )
+    if missing == {HEAD}:
+        raise ModelError(
+            f"{tensors.folder}: tensor '{HEAD}' is missing, and config.json does not tie it to "
+            "the embedding (tie_word_embeddings is false)."
+        )
     for what, names in (("missing", missing), ("not of this model", extra)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
@@ -233,6 +205,7 @@ def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
                 f"{tensors.folder}: tensor '{name}' has shape {list(shape)}, config.json "
                 f"asks for {list(leaf.tensor_shape)}."
             )
+        tensors.check_dtype(name)
 
 
 def load_params(
@@ -384,9 +357,3 @@ def save_params(
     if plan.is_sharded and here:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / INDEX, index)
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes indented JSON with a final newline."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    pathlib.Path(path).write_text(text, encoding="utf-8")

@@ -8,9 +8,11 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedsafe_jax.models.hub import read_json, write_json
+from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.model_files import read_json, write_json
 
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -25,6 +27,7 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 TEMPLATE_FILES = (TEMPLATE, "additional_chat_templates/*.jinja")
+SPECIAL_IDS = tuple(f"{name}_token_id" for name in "bos eos pad unk cls sep mask".split())
 # Whatever `tokenizer.json` says, by the name of transformers 5 alone, and by that of both.
 NEW_CLASS, FAST_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 # Notes of transformers 5 on how a tokenizer was loaded, which say nothing of the tokenizer.
@@ -65,6 +68,60 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
         path = folder / TOKENIZER_CONFIG
         content = read_json(path) if path.is_file() else {"tokenizer_class": FAST_CLASS}
         write_json(path, content | {"chat_template": tokenizer.chat_template})
+
+
+def check_vocabulary(
+    tokenizer: Any, rows: int, where: str | os.PathLike[str], configs: Sequence[Mapping] = ()
+) -> None:
+    """Checks that the embedding has a row for every token that a text can become.
+
+    Reading a row beyond the last one raises nothing in jax: it gives the last row. An embedding
+    that is padded beyond the tokenizer is fine, and so is a special token that no text becomes, as
+    it is not in the chat template (Gemma 3's tokenizer has one for images).
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      rows: rows of the embedding.
+      where: the model's folder, for the message.
+      configs: contents of `config.json` and `generation_config.json`, for their special tokens.
+
+    Raises:
+      ModelError: the first token without a row, with both sizes.
+    """
+    ids = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    unreachable = unreachable_tokens(tokenizer)
+    for token, i in sorted(ids.items(), key=lambda item: item[1]):
+        if token not in unreachable:
+            raise ModelError(
+                f"{where}: token '{token}' of the tokenizer has id {i}, but the embedding has "
+                f"{rows} rows ({len(tokenizer)} tokens); resize the embedding in transformers "
+                "(resize_token_embeddings), or use the tokenizer that the model was trained with."
+            )
+    own = {name: getattr(tokenizer, name, None) for name in SPECIAL_IDS}
+    for source in (own, *configs):
+        for name in SPECIAL_IDS:
+            given = source.get(name)
+            for i in given if isinstance(given, list) else [given]:
+                if isinstance(i, int) and i >= rows:
+                    raise ModelError(
+                        f"{where}: {name} is {i}, but the embedding has {rows} rows: the "
+                        "tokenizer and the model do not belong together."
+                    )
+
+
+def unreachable_tokens(tokenizer: Any) -> set[str]:
+    """Returns the special tokens that the chat template does not write; none without a template.
+
+    No text becomes one of them: control tokens in users' words are no control tokens here.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return set()
+    template = str(template)
+    named = {getattr(tokenizer, name.removesuffix("_id"), None) for name in SPECIAL_IDS}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {token.content for token in added if token.special}
+    return {token for token in special if token not in template} - named
 
 
 def _reloaded(source: pathlib.Path) -> Any:

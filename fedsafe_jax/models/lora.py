@@ -15,16 +15,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from fedsafe_jax.models import base_model as base_names
+from fedsafe_jax.models import peft_config
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig, ModelError
-from fedsafe_jax.models.hub import read_json, write_json
+from fedsafe_jax.models.model_files import FLOATS, write_json
 from fedsafe_jax.models.tensor_files import save_file
 
 PEFT_PREFIX = "base_model.model.model.layers"
 BLOCK_OF = {name: block for block, names in PROJECTIONS.items() for name in names}
+
+LAYERS_HINT = " An adapter of some layers alone (layers_to_transform of PEFT) is not supported."
 
 
 class LoraConfig(NamedTuple):
@@ -165,6 +167,7 @@ def check_base(adapter: Adapter, config: DecoderConfig) -> None:
                     f"the adapter belongs to another base{_named(adapter.base_model)}: its "
                     f"{block}.{name} has factors {shapes[0]} and {shapes[1]} (layers first), "
                     f"this model needs {expected[0]} and {expected[1]}."
+                    + (LAYERS_HINT if shapes[0][1:] == expected[0][1:] else "")
                 )
 
 
@@ -218,18 +221,6 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
     write_json(folder / "adapter_config.json", content)
 
 
-# Fields of adapter_config.json that change what the adapter computes, and the supported values.
-SUPPORTED = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-}
-
-
 def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Reads an adapter in PEFT's format.
 
@@ -255,38 +246,85 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     (1, 8, 2)
     """
     folder = pathlib.Path(folder)
-    raw, weights = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    for field, supported in SUPPORTED.items():
-        if raw.get(field) not in supported:
-            raise ModelError(
-                f"{folder / 'adapter_config.json'}: {field}={raw.get(field)!r} is not supported; "
-                f"expected {supported[0]!r} (a plain LoRA)."
-            )
-    if not weights.is_file():
-        raise ModelError(f"{weights}: no such file; pickled adapters (.bin) are not loaded.")
-    pattern = re.compile(rf"{re.escape(PEFT_PREFIX)}\.(\d+)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
-    by_factor: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise ModelError(f"{weights}: damaged or cut off ({error}).") from error
-    for key, tensor in tensors.items():
-        match = pattern.fullmatch(key)
-        if not match or BLOCK_OF.get(match[3]) != match[2]:
-            raise ModelError(f"{weights}: tensor '{key}' belongs to no known projection.")
-        path = (match[2], match[3], match[4].lower())
-        by_factor.setdefault(path, {})[int(match[1])] = tensor.T
+    given, path = peft_config.read(folder), folder / "adapter_model.safetensors"
+    by_factor = _read_factors(path, given.rank)
     factors: dict = {}
-    for (block, name, letter), by_layer in sorted(by_factor.items()):
-        if sorted(by_layer) != list(range(len(by_layer))):
-            raise ModelError(
-                f"{weights}: {name} is adapted in layers {sorted(by_layer)} only; expected all."
-            )
-        stacked = np.stack([by_layer[i] for i in range(len(by_layer))]).astype(np.float32)
+    for (block, name), by_letter in sorted(by_factor.items()):
         node = factors.setdefault("layers", {}).setdefault(block, {}).setdefault(name, {})
-        node[letter] = jnp.asarray(stacked)
+        for letter in ("A", "B"):
+            by_layer = by_letter.get(letter, {})
+            if other := sorted(set(by_letter.get("A", {})) ^ set(by_letter.get("B", {}))):
+                stem = f"{PEFT_PREFIX}.{other[0]}.{block}.{name}"
+                lacks = "B" if other[0] in by_letter.get("A", {}) else "A"
+                raise ModelError(f"{path}: tensor '{stem}.lora_{lacks}.weight' is missing.")
+            if sorted(by_layer) != list(range(len(by_layer))):
+                raise ModelError(
+                    f"{path}: {name} is adapted in layers {sorted(by_layer)} only "
+                    "(layers_to_transform of PEFT); expected all layers."
+                )
+            stacked = np.stack([by_layer[i] for i in range(len(by_layer))])
+            node[letter.lower()] = jnp.asarray(stacked)
+    counts = {name: len(by_letter["A"]) for (_, name), by_letter in by_factor.items()}
+    stems = {f"{block}.{name}": counts[name] for block, name in by_factor}
+    peft_config.check_targets(
+        given,
+        adapted={f"model.layers.{i}.{stem}" for stem, n in stems.items() for i in range(n)},
+        known={
+            f"model.layers.{i}.{block}.{name}"
+            for name, block in BLOCK_OF.items()
+            for i in range(max(counts.values()))
+        },
+        path=path,
+    )
+    names = tuple(name for name in BLOCK_OF if name in counts)
+    config = LoraConfig(given.rank, given.alpha, names, given.rank_stabilized)
+    return Adapter(factors, config, given.base_model)
+
+
+def _read_factors(
+    path: pathlib.Path, rank: int
+) -> dict[tuple[str, str], dict[str, dict[int, np.ndarray]]]:
+    """Reads the factors of a file as `{(block, projection): {"A": {layer: float32 [in, rank]}}}`.
+
+    Raises:
+      ModelError: damaged files, tensors that are no factors of projections, of another rank, of a
+        type that is not supported, or with numbers that are not finite.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; pickled adapters (.bin) are not loaded.")
+    pattern = re.compile(rf"{re.escape(PEFT_PREFIX)}\.(\d+)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
+    factors: dict = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for key in sorted(file.keys()):
+                match = pattern.fullmatch(key)
+                if not match or BLOCK_OF.get(match[3]) != match[2]:
+                    raise ModelError(f"{path}: tensor '{key}' belongs to no known projection.")
+                part = file.get_slice(key)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if dtype not in FLOATS:
+                    raise ModelError(
+                        f"{path}: tensor '{key}' has type {dtype}, which is not supported; "
+                        f"expected {', '.join(FLOATS)}."
+                    )
+                axis = 0 if match[4] == "A" else 1
+                if len(shape) != 2 or shape[axis] != rank:
+                    raise ModelError(
+                        f"{path}: tensor '{key}' has shape {list(shape)}, but "
+                        f"adapter_config.json says r={rank}."
+                    )
+                tensor = part[:].astype(np.float32)
+                if not np.isfinite(tensor).all():
+                    raise ModelError(f"{path}: tensor '{key}' has numbers that are not finite.")
+                by_letter = factors.setdefault((match[2], match[3]), {})
+                by_layer = by_letter.setdefault(match[4], {})
+                if by_layer and next(iter(by_layer.values())).shape != tensor.T.shape:
+                    raise ModelError(
+                        f"{path}: tensor '{key}' has another shape than other layers'."
+                    )
+                by_layer[int(match[1])] = tensor.T
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged or cut off ({error}).") from error
     if not factors:
-        raise ModelError(f"{weights}: holds no tensor.")
-    names = tuple(name for name in BLOCK_OF if any(path[1] == name for path in by_factor))
-    config = LoraConfig(raw["r"], raw["lora_alpha"], names, bool(raw.get("use_rslora")))
-    return Adapter(factors, config, raw.get("base_model_name_or_path") or "")
+        raise ModelError(f"{path}: holds no tensor.")
+    return factors
