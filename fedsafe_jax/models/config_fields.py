@@ -35,8 +35,8 @@ DECODER_FIELDS: dict[str, frozenset[str]] = {
     "qwen2": _DECODER | _QWEN,
     "qwen3": _DECODER | _QWEN | {"attention_bias"},
     "gemma2": _DECODER | _GEMMA,
-    "gemma3_text": _DECODER
-    | _GEMMA
+    # Its attention has no cap, though its class has the field; that of its logits works.
+    "gemma3_text": (_DECODER | _GEMMA) - {"attn_logit_softcapping"}
     | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
 }
 _BERT = frozenset(

@@ -102,6 +102,84 @@ def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
         load(tmp_path)
 
 
+def test_other_types_and_quantised_tensors_are_named(folder):
+    key = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda tensors: tensors.update({key: tensors[key].astype("float8_e4m3fn")}))
+    with pytest.raises(ModelError, match=rf"'{key}' has type F8_E4M3.* unquantised model"):
+        load(folder)
+
+
+def test_codes_of_quantised_weights_are_named(folder):
+    def scaled(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight_scale"] = np.ones(1, np.float32)
+
+    change(folder, scaled)
+    with pytest.raises(ModelError, match=r"quantised.*up_proj.weight_scale.*unquantised model"):
+        load(folder)
+
+
+@pytest.mark.parametrize("files", [None, [], {"a": 3}, {"a": "../model.safetensors"}])
+def test_an_index_that_is_none_is_one_line(folder, files):
+    hub.write_json(folder / hub.INDEX, {"weight_map": files})
+    with pytest.raises(ModelError, match=rf"{hub.INDEX}: "):
+        load(folder)
+
+
+def test_gguf_is_refused_by_name(tmp_path):
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"model-q4.gguf: GGUF is not read"):
+        load(tmp_path)
+
+
+def test_an_untied_model_without_a_head_is_named(folder):
+    config = tiny_config(tie_embeddings=False)
+    with pytest.raises(ModelError, match=r"'lm_head.weight' is missing.*tie_word_embeddings"):
+        hub.load_params(folder, config, "float32")
+
+
+@pytest.fixture
+def tied(tmp_path, packaged):
+    """The packaged model's folder, and its tensors."""
+    language_model.save_pretrained(packaged, tmp_path / "model")
+    return tmp_path / "model", load_file(tmp_path / "model" / hub.SINGLE)
+
+
+def test_an_equal_head_stays_tied(tied, packaged):
+    folder, tensors = tied
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / hub.SINGLE, metadata={"format": "pt"})
+    lm = language_model.load_pretrained(str(folder))
+    assert lm.config == packaged.config and "lm_head" not in lm.params
+
+
+def test_a_head_of_its_own_stays_one_through_export(tied, tmp_path, packaged):
+    """One number differs, in the last row: transformers 5 then does not tie either."""
+    folder, tensors = tied
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 5.0
+    save_file(tensors | {"lm_head.weight": head}, folder / hub.SINGLE, metadata={"format": "pt"})
+    lm = language_model.load_pretrained(str(folder))
+    assert not lm.config.tie_embeddings
+    tokens = np.array([[5, 6, 7, 8]])
+    logits = np.asarray(lm(tokens))
+    assert np.abs(logits - packaged(tokens)).max() > 0.01
+    language_model.save_pretrained(lm, tmp_path / "export")
+    assert (
+        json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"]
+        is False
+    )
+    again = language_model.load_pretrained(str(tmp_path / "export"))
+    np.testing.assert_array_equal(again(tokens), logits)
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    for path in (folder, tmp_path / "export"):
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
 PEAK = """
 import resource, sys
 import jax
