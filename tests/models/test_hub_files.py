@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from fedsafe_jax.inference.language_model import load_pretrained, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, hub_files, tensor_files
+from fedsafe_jax.models.decoder_config import ModelError
 
 PACKAGED = model_folder("package:model")
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
@@ -122,3 +123,49 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path):
         tensor_files.save_file({"a": "no array"}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     assert path.read_bytes() == before
+
+
+def with_tokens(*tokens, special=False):
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    else:
+        tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def test_the_first_token_without_a_row_is_named():
+    tokenizer = with_tokens("<|x|>", "<|y|>")
+    rows = len(tokenizer) - 2
+    with pytest.raises(
+        ModelError, match=rf"'<\|x\|>' of the tokenizer has id {rows}.*{rows} rows \({rows + 2} "
+    ):
+        hub_files.check_vocabulary(tokenizer, rows, where="model")
+    for padded in (rows + 2, rows + 50):
+        hub_files.check_vocabulary(tokenizer, padded, where="model")
+
+
+def test_a_special_token_that_no_text_becomes_needs_no_row():
+    """Gemma 3 of text alone has one for images; in the template, or as padding, it is refused."""
+    tokenizer = with_tokens("<image_soft_token>", special=True)
+    rows = len(tokenizer) - 1
+    hub_files.check_vocabulary(tokenizer, rows, where="model")
+    tokenizer.chat_template += "<image_soft_token>"
+    with pytest.raises(ModelError, match="<image_soft_token>"):
+        hub_files.check_vocabulary(tokenizer, rows, where="model")
+    tokenizer = with_tokens("<image_soft_token>", special=True)
+    tokenizer.chat_template = None  # as of an encoder
+    with pytest.raises(ModelError, match="<image_soft_token>"):
+        hub_files.check_vocabulary(tokenizer, rows, where="model")
+    tokenizer = with_tokens("<image_soft_token>", special=True)
+    tokenizer.pad_token = "<image_soft_token>"
+    with pytest.raises(ModelError, match="<image_soft_token>"):
+        hub_files.check_vocabulary(tokenizer, rows, where="model")
+
+
+@pytest.mark.parametrize("given", [5000, [2, 5000]])
+def test_end_tokens_without_a_row_are_named(given):
+    tokenizer = with_tokens()
+    with pytest.raises(ModelError, match=r"eos_token_id is 5000, but .* 4096 rows"):
+        hub_files.check_vocabulary(tokenizer, 4096, "model", [{}, {"eos_token_id": given}])
+    hub_files.check_vocabulary(tokenizer, 4096, "model", [{"pad_token_id": -1}])
