@@ -41,4 +41,5 @@ def get_config(algorithm="fedavg"):
     c.seq_len = 512
     c.lora_rank = 32
     c.lora_alpha = 64.0
+    c.lora_dropout = 0.05
     return c

@@ -72,6 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.step_schedule = "constant"  # decay over a round's local steps, on top
     c.lora_rank = 16  # rank of the adapter
     c.lora_alpha = 32.0  # alpha of the adapter, whose scale is alpha / rank
+    c.lora_dropout = 0.0  # share of the adapter's inputs that is dropped in clients' training
     c.lora_rank_stabilized = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
     # projections that the adapter changes; "all-linear" for all seven
     c.lora_targets = ("q_proj", "v_proj")

@@ -237,7 +237,8 @@ class ArmRun:
     @functools.cached_property
     def programs(self) -> Programs:
         """The jitted programs of a round, built when they are first needed."""
-        model = Decoder(self.inputs.lm.config, self.inputs.lora.scale)
+        lora_config = self.inputs.lora
+        model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
         return rounds.build(self.config, self.planned.algorithm, model, self.inputs.mesh)
 
     def run(self) -> tuple[dict, Any]:

@@ -30,6 +30,7 @@ def finetune(
     alpha: float = 16.0,
     targets: Sequence[str] | str = ("q_proj", "v_proj"),
     rank_stabilized: bool = False,
+    dropout: float = 0.0,
     algorithm: str = "fedavg",
     rounds: int = 5,
     clients_per_round: int | None = None,
@@ -49,6 +50,7 @@ def finetune(
       clients: (prompt, response) pairs of each client.
       rank, alpha, targets, rank_stabilized: shape of the adapter, as in `lora.LoraConfig`; targets
         may be "all-linear".
+      dropout: share of the adapter's inputs that is dropped in training, 0 to below 1.
       algorithm: a name in `federated.algorithms.ALGORITHMS`.
       rounds: rounds of training and aggregation.
       clients_per_round: clients sampled for each round; None for all.
@@ -66,7 +68,7 @@ def finetune(
     Raises:
       PartitionError: there is no client, a client has no pair that fits into `seq_len`, or what it
         holds are no pairs of texts.
-      ModelError: a number is too small, or a target unknown.
+      ModelError: a number is too small, a target unknown, or the dropout no share below 1.
       UnknownNameError: there is no such algorithm; the message has the nearest one.
 
     Examples:
@@ -87,7 +89,9 @@ def finetune(
     )
     _check_pairs(clients, clients_per_round)
     names = lora.expand_targets(targets)
-    config = LoraConfig(rank, alpha, names, rank_stabilized)
+    if not 0 <= dropout < 1:
+        raise lora.ModelError(f"dropout={dropout}; expected a share from 0 to below 1.")
+    config = LoraConfig(rank, alpha, names, rank_stabilized=rank_stabilized, dropout=dropout)
     data = [
         [chat.encode(lm.tokenizer, (("user", p),), r, seq_len) for p, r in pairs]
         for pairs in clients
@@ -96,7 +100,7 @@ def finetune(
     for i, encoded in enumerate(data):
         if not encoded:
             raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
-    model = Decoder(lm.config, config.scale)
+    model = Decoder(lm.config, config.scale, config.dropout)
 
     def loss_fn(factors, base, batch):
         return loss.packed_loss(model, factors, base, batch)
@@ -123,6 +127,7 @@ def finetune(
             local_steps=local_steps,
             batch_size=batch_size,
             seq=seq_len,
+            noise=bool(dropout),
         )
         key = jax.random.key(seed)  # only noise would be drawn from it, and there is none
         state, _ = simulation.run_round(

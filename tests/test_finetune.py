@@ -1,5 +1,8 @@
 """The Python interface: train on clients' pairs, then generate under the adapter."""
 
+import json
+
+import numpy as np
 import pytest
 
 import fedsafe_jax as fs
@@ -97,3 +100,30 @@ def test_wrong_prompts_and_options_are_named(packaged, prompts, options, message
         packaged.sample(prompts, n=2, **options)
     with pytest.raises(ModelError, match=message):
         packaged.generate_each(None, prompts, **options)
+
+
+def test_dropout_is_reproducible_saved_and_off_by_default(packaged, tmp_path):
+    options = {"rounds": 1, "local_steps": 2, "batch_size": 1, "seq_len": 32, "rank": 2}
+    options |= {"learning_rate": 1e-2}
+
+    def trained(**more):
+        adapter = fs.finetune(packaged, [PAIRS[:1], PAIRS[1:]], **options, **more)
+        return adapter, np.asarray(adapter.factors["layers"]["self_attn"]["q_proj"]["b"])
+
+    plain, off = trained()[1], trained(dropout=0.0)[1]
+    adapter, dropped = trained(dropout=0.5)
+    np.testing.assert_array_equal(plain, off)
+    np.testing.assert_array_equal(trained(dropout=0.5)[1], dropped)
+    # One client after the other, not the rows of both as one queue: the same is dropped.
+    alone = trained(dropout=0.5, clients_in_parallel=1)[1]
+    np.testing.assert_allclose(alone, dropped, atol=1e-3 * np.abs(dropped).max())
+    assert np.abs(dropped - plain).max() > 1e-2 * np.abs(plain).max() > 0
+    fs.save_adapter(adapter, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    assert fs.load_adapter(tmp_path).config.dropout == 0.5
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_no_share_is_named(packaged, dropout):
+    with pytest.raises(ModelError, match="dropout="):
+        fs.finetune(packaged, [PAIRS], dropout=dropout)

@@ -118,11 +118,12 @@ class Run:
             config.lora_rank,
             config.lora_alpha,
             lora.expand_targets(config.lora_targets),
-            config.lora_rank_stabilized,
+            rank_stabilized=config.lora_rank_stabilized,
+            dropout=config.lora_dropout,
         )
         self.base = base_shapes(self.shape, config)
         self.factors = jax.eval_shape(lambda: lora.init(jax.random.key(0), self.shape, self.lora))
-        self.model = Decoder(self.shape, self.lora.scale)
+        self.model = Decoder(self.shape, self.lora.scale, self.lora.dropout)
 
     def microbatches(self, batch: Batch, steps: int) -> int:
         """Returns the microbatches that a device computes in a step, all clients' together."""

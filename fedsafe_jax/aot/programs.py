@@ -54,6 +54,7 @@ def federated(run: Run) -> Iterator[Program]:
         batch_size=c.batch_size,
         seq=c.seq_len,
         accumulation=c.accumulation,
+        noise=bool(c.lora_dropout),
     )
     batch = batches.chunk(0, count)
     tokens, targets = int((batch.segment_ids > 0).sum()), int((batch.mask > 0).sum())

@@ -110,7 +110,8 @@ class Saved:
             self.config.lora_rank,
             self.config.lora_alpha,
             lora.expand_targets(self.config.lora_targets),
-            self.config.lora_rank_stabilized,
+            rank_stabilized=self.config.lora_rank_stabilized,
+            dropout=self.config.lora_dropout,
         )
         shape = hub.read_config(model_folder(self.config.model), self.config.dtype)
         self._like = jax.eval_shape(lambda: lora.init(jax.random.key(0), shape, self.lora))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.packing import Batch, assign_rows, bucket, fill
+from fedsafe_jax.data.packing import Batch, NoisyBatch, assign_rows, bucket, fill
+
+DROPOUT = 33  # number of the stream of random bits
 
 
 def _shuffled(size: int, seed: int, round_number: int, client: int, count: int) -> list[int]:
@@ -66,6 +68,7 @@ class RoundBatches:
       seq: tokens a row.
       accumulation: batches a step.
       order: how clients take their examples, a name in `ORDERS`.
+      noise: whether batches have the random bits of dropout, drawn from (seed, round, client).
 
     Attributes:
       rows: rows of a batch.
@@ -83,7 +86,9 @@ class RoundBatches:
         seq: int,
         accumulation: int = 1,
         order: str = "shuffle",
+        noise: bool = False,
     ):
+        self._noise = (seed, round_number, [int(i) for i in ids]) if noise else None
         self._seq, self._plans, most = seq, [], 1
         self._batches = local_steps * accumulation
         for client, done in zip(ids, steps, strict=True):
@@ -108,7 +113,7 @@ class RoundBatches:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def chunk(self, start: int, stop: int) -> Batch:
+    def chunk(self, start: int, stop: int) -> Batch | NoisyBatch:
         """Packs the batches of clients `start` to `stop` of the round.
 
         Returns:
@@ -125,4 +130,17 @@ class RoundBatches:
                     whole, fill(picked, rows, self.rows, self._seq), strict=True
                 ):
                     field[i, b] = packed
-        return whole
+        return (
+            whole
+            if self._noise is None
+            else NoisyBatch(**whole._asdict(), noise=self._drawn(start, shape))
+        )
+
+    def _drawn(self, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Draws the noise of the clients from `start` on, uint32 of `shape`."""
+        seed, round_number, ids = self._noise
+        noise = np.zeros(shape, np.uint32)
+        for client, drawn in zip(ids[start:], noise, strict=False):
+            place = np.random.SeedSequence(seed, spawn_key=(DROPOUT, round_number, client))
+            drawn[:] = np.random.default_rng(place).integers(2**32, size=shape[1:], dtype="uint32")
+        return noise

@@ -18,6 +18,17 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32, from 0 in each example
 
 
+class NoisyBatch(NamedTuple):
+    """A `Batch` with 32 random bits of each token, from which dropout is drawn."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    noise: np.ndarray  # uint32
+
+
 def assign_rows(lengths: Sequence[int], seq: int) -> list[list[int]]:
     """Assigns examples to rows by first-fit-decreasing bin packing.
 

@@ -149,7 +149,8 @@ class Site:
             )
         self.encoded, _ = encode(self.inputs.lm.tokenizer, pairs, config.seq_len, weights)
         note(f"client {settings.client}: {len(self.encoded)} pairs to train on")
-        model = Decoder(self.inputs.lm.config, self.inputs.lora.scale)
+        lora_config = self.inputs.lora
+        model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
         self.programs = rounds.build(config, self.algorithm, model, self.inputs.mesh)
 
     def describe(self) -> dict:

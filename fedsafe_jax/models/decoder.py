@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsafe_jax.models import attention, rotary
+from fedsafe_jax.models import attention, dropout, rotary
 from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.precision import own_precision
@@ -61,14 +61,18 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors."""
+    """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors.
+
+    With `dropout`, a `dropout.Dropout`, numbers of the `x` that factors see are dropped, as in
+    peft; every projection drops its own.
+    """
 
     features: int
     lora_scale: float
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout=None):
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")  # an array, or quantised
         else:
@@ -80,6 +84,8 @@ class Projection(nn.Module):
             y = y + bias.astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if dropout is not None:
+                x = dropout.apply(x, self.name)
             y = y + self.lora_scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
         return y
 
@@ -93,8 +99,10 @@ class Attention(nn.Module):
       rotation: rotary positions of `x`, all tables.
       masks_or_segments: what `attention.attention_inputs` returns, for queries by keys.
       cache: a `KVCache` to read and extend, or None.
-      key_value_source: `(states [batch, kv_len, hidden_size], their Rotation)`, which keys and
-        values are computed from; None for `x`. With it, `masks_or_segments` must be masks.
+      key_value_source: `(states [batch, kv_len, hidden_size], their Rotation, their Dropout)`,
+        which keys and values are computed from; None for `x`. With it, `masks_or_segments` must be
+        masks.
+      dropout: a `dropout.Dropout` of the adapter's inputs, for the tokens of `x`; None for none.
 
     Returns:
       `(out [batch, seq, hidden_size], cache)`.
@@ -105,30 +113,39 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, kind: LayerKind, rotation, masks_or_segments, cache, key_value_source=None
+        self,
+        x,
+        kind: LayerKind,
+        rotation,
+        masks_or_segments,
+        cache,
+        key_value_source=None,
+        dropout=None,
     ):
         config = self.config
         batch, seq, _ = x.shape
         query_rotation = rotation.table(kind.table)
-        key_value_states, key_rotation = x, query_rotation
+        key_value_states, key_rotation, key_dropout = x, query_rotation, dropout
         if key_value_source is not None:
-            key_value_states, key_rotation = key_value_source
+            key_value_states, key_rotation, key_dropout = key_value_source
             key_rotation = key_rotation.table(kind.table)
 
-        def project(name, heads, states):
+        def project(name, heads, states, dropout):
             width = heads * config.head_dim
-            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(states)
+            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(states, dropout)
             return y.reshape(batch, -1, heads, config.head_dim)
 
-        def project_and_rotate(name, heads, states, rotation):
-            y = project(f"{name}_proj", heads, states)
+        def project_and_rotate(name, heads, states, rotation, dropout):
+            y = project(f"{name}_proj", heads, states, dropout)
             if config.qk_norm:
                 y = RMSNorm(config.rms_norm_eps, config.norm_offset, name=f"{name}_norm")(y)
             return rotary.rotate(y, rotation)
 
-        query = project_and_rotate("q", config.num_heads, x, query_rotation)
-        key = project_and_rotate("k", config.num_kv_heads, key_value_states, key_rotation)
-        value = project("v_proj", config.num_kv_heads, key_value_states)
+        query = project_and_rotate("q", config.num_heads, x, query_rotation, dropout)
+        key = project_and_rotate(
+            "k", config.num_kv_heads, key_value_states, rotation=key_rotation, dropout=key_dropout
+        )
+        value = project("v_proj", config.num_kv_heads, key_value_states, key_dropout)
         scale, softcap = config.attention_scale, config.attention_softcap
         if cache is not None:
             cache, cached_keys, cached_values = write_cache(
@@ -154,7 +171,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
-        return o_proj(out), cache
+        return o_proj(out, dropout), cache
 
 
 class MLP(nn.Module):
@@ -164,11 +181,11 @@ class MLP(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout=None):
         config = self.config
 
         def project(name, features, y):
-            return Projection(features, self.lora_scale, config.mlp_bias, name=name)(y)
+            return Projection(features, self.lora_scale, config.mlp_bias, name=name)(y, dropout)
 
         gate = project("gate_proj", config.intermediate_size, x)
         up = project("up_proj", config.intermediate_size, x)
@@ -184,6 +201,8 @@ class Layer(nn.Module):
       carry: `(x [batch, seq, hidden_size], cache or None)`, as `nn.scan` passes it on.
       kind, rotation, masks_or_segments: as in `Attention`.
       key_value_source: as in `Attention`, but its states are not normed yet.
+      dropout: a `dropout.Dropout` of all layers, as in `Attention`; so is that of
+        `key_value_source`.
 
     Returns:
       `((x, cache), None)`.
@@ -193,8 +212,17 @@ class Layer(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, carry, kind: LayerKind, rotation, masks_or_segments, key_value_source=None):
+    def __call__(
+        self,
+        carry,
+        kind: LayerKind,
+        rotation,
+        masks_or_segments,
+        key_value_source=None,
+        dropout=None,
+    ):
         config = self.config
+        dropout = dropout and dropout.of_layer(kind.index)
         x, cache = carry
 
         def norm(name, y):
@@ -202,8 +230,9 @@ class Layer(nn.Module):
 
         input_norm = RMSNorm(config.rms_norm_eps, config.norm_offset, name="input_layernorm")
         if key_value_source is not None:
-            states, key_rotation = key_value_source
-            key_value_source = input_norm(states), key_rotation
+            states, key_rotation, key_dropout = key_value_source
+            key_dropout = key_dropout and key_dropout.of_layer(kind.index)
+            key_value_source = input_norm(states), key_rotation, key_dropout
         attended, cache = Attention(config, self.lora_scale, name="self_attn")(
             input_norm(x),
             kind,
@@ -211,15 +240,16 @@ class Layer(nn.Module):
             masks_or_segments=masks_or_segments,
             cache=cache,
             key_value_source=key_value_source,
+            dropout=dropout,
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:
             x = x + norm("post_attention_layernorm", attended)
-            out = mlp(norm("pre_feedforward_layernorm", x))
+            out = mlp(norm("pre_feedforward_layernorm", x), dropout)
             x = x + norm("post_feedforward_layernorm", out)
         else:
             x = x + attended
-            x = x + mlp(norm("post_attention_layernorm", x))
+            x = x + mlp(norm("post_attention_layernorm", x), dropout)
         return (x, cache), None
 
 
@@ -247,10 +277,12 @@ class Decoder(nn.Module):
     Attributes:
       config: the model's shape.
       lora_scale: factor of the products of the factors in the `lora` collection.
+      lora_dropout: rate of dropout of the factors' inputs, where `noise` is given.
     """
 
     config: DecoderConfig
     lora_scale: float = 1.0
+    lora_dropout: float = 0.0
 
     def setup(self):
         config = self.config
@@ -266,7 +298,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_layers,
         )(config, self.lora_scale)
         self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
@@ -279,6 +311,7 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         valid: jax.Array | None = None,
+        noise: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Computes hidden states after the final norm.
 
@@ -290,6 +323,8 @@ class Decoder(nn.Module):
           cache: a `KVCache` to read and extend, or None.
           valid: bool `[batch, seq]`, with a cache: which of `tokens` are real (left padding is
             not).
+          noise: uint32 `[batch, seq]`, from which dropout of the adapter's inputs is drawn while
+            it is trained, without a cache; None for no dropout.
 
         Returns:
           `(hidden [batch, seq, hidden_size], cache)`.
@@ -312,7 +347,8 @@ class Decoder(nn.Module):
             x, cache = self._unrolled(x, cache, kinds, rotation, masks_or_segments)
         else:
             kinds = jax.tree.map(jnp.asarray, kinds)
-            (x, cache), _ = self.layers((x, cache), kinds, rotation, masks_or_segments)
+            drop = dropout.of_noise(noise, self.lora_dropout)
+            (x, cache), _ = self.layers((x, cache), kinds, rotation, masks_or_segments, None, drop)
         if cache is not None:
             cache = cache._replace(length=cache.length + seq)
         return self.norm(x), cache

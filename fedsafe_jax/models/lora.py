@@ -40,6 +40,7 @@ class LoraConfig(NamedTuple):
       alpha: numerator of the scale.
       targets: names of the adapted projections, see `expand_targets`.
       rank_stabilized: whether the scale is rsLoRA's.
+      dropout: rate of dropout on the inputs of `a`, while it is trained on clients.
 
     >>> import fedsafe_jax as fs
     >>> fs.LoraConfig(rank=16, alpha=32.0, targets=("q_proj", "v_proj")).scale
@@ -52,6 +53,7 @@ class LoraConfig(NamedTuple):
     alpha: float
     targets: tuple[str, ...]
     rank_stabilized: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -212,7 +214,7 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted(lora.targets),
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -277,7 +279,13 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
         path=path,
     )
     names = tuple(name for name in BLOCK_OF if name in counts)
-    config = LoraConfig(given.rank, given.alpha, names, given.rank_stabilized)
+    config = LoraConfig(
+        given.rank,
+        given.alpha,
+        names,
+        rank_stabilized=given.rank_stabilized,
+        dropout=given.dropout,
+    )
     return Adapter(factors, config, given.base_model)
 
 

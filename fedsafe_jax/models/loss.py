@@ -202,7 +202,8 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
       model: the decoder.
       factors: LoRA factors.
       base: frozen base parameters.
-      batch: `data.packing.Batch` with fields `[rows, seq]`.
+      batch: `data.packing.Batch` with fields `[rows, seq]`; of a `NoisyBatch` the adapter's inputs
+        have dropout, at the model's `lora_dropout`.
 
     Returns:
       float32 scalar.
@@ -213,7 +214,11 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
         weights = batch.mask / jnp.maximum(count_on(batch.mask), 1)
         return weighted_nll(model, factors, base, batch=batch, weights=weights)
     hidden, _ = model.apply(
-        {"params": base, "lora": factors}, batch.tokens, batch.positions, batch.segment_ids
+        {"params": base, "lora": factors},
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        noise=getattr(batch, "noise", None),
     )
     nll = token_nll(model, base, hidden, batch.targets, batch.mask)
     return masked_mean(nll, batch.mask)

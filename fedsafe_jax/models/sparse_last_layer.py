@@ -16,6 +16,7 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models import attention, rotary
 from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
+from fedsafe_jax.models.dropout import Dropout, of_noise
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS
 from fedsafe_jax.models.rotary import Rotation
 from fedsafe_jax.models.visibility import Visibility
@@ -76,6 +77,7 @@ def _before_last_layer(model: Decoder, factors, base, batch, rotation: Rotation)
     visibility = Visibility.in_rows(batch.segment_ids)
     masks_or_segments = attention.attention_inputs(config, visibility)
     layer_fn = Layer(config, model.lora_scale, parent=None)
+    drop = _dropout(model, batch)
 
     def layer_step(states, inputs):
         kind, lora = inputs
@@ -85,7 +87,7 @@ def _before_last_layer(model: Decoder, factors, base, batch, rotation: Rotation)
         )
         variables = {"params": params, "lora": lora}
         (states, _), _ = layer_fn.apply(
-            variables, (states, None), kind, rotation, masks_or_segments
+            variables, (states, None), kind, rotation, masks_or_segments, dropout=drop
         )
         return states, None
 
@@ -100,6 +102,11 @@ def _before_last_layer(model: Decoder, factors, base, batch, rotation: Rotation)
     inputs = jax.tree.map(lambda x: jnp.asarray(x[: config.num_layers - 1]), inputs)
     states = model.apply({"params": base}, batch.tokens, method="embed")
     return jax.lax.scan(layer_step, states, inputs)[0]
+
+
+def _dropout(model: Decoder, batch) -> Dropout | None:
+    """Returns the dropout of a batch's tokens; None where the batch has no noise."""
+    return of_noise(getattr(batch, "noise", None), model.lora_dropout)
 
 
 # Cached, so that a model and chunk size have one function, whose traces jax can reuse.
@@ -133,6 +140,7 @@ def _chunk_nll(model: Decoder, factors, states, slots, weights, params, base, ro
     kind = jax.tree.map(lambda x: x[-1], layer_kinds(config))
     layer_fn = Layer(config, model.lora_scale, parent=None)
     norm = RMSNorm(config.rms_norm_eps, config.norm_offset, parent=None)
+    drop = _dropout(model, row.batch)
     chunk_rotation = Rotation(*(r[:, :, slots] for r in row.rotation))
     segment_ids = row.batch.segment_ids
     masks = attention.masks(config, Visibility(segment_ids[:, slots], segment_ids, slots))
@@ -142,7 +150,8 @@ def _chunk_nll(model: Decoder, factors, states, slots, weights, params, base, ro
         kind,
         chunk_rotation,
         masks,
-        key_value_source=(states, row.rotation),
+        key_value_source=(states, row.rotation, drop),
+        dropout=drop and drop.at(slots),
     )
     hidden = norm.apply({"params": base["norm"]}, hidden[0])
     return jnp.sum(weights * target_nll(model, base, hidden, row.batch.targets[0, slots]))

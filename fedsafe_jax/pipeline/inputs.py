@@ -143,7 +143,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
         config.lora_rank,
         config.lora_alpha,
         lora.expand_targets(config.lora_targets),
-        config.lora_rank_stabilized,
+        rank_stabilized=config.lora_rank_stabilized,
+        dropout=config.lora_dropout,
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     hub.read_config(model_folder(config.model), config.dtype)

@@ -139,6 +139,7 @@ def local_batches(
         seq=config.seq_len,
         accumulation=config.accumulation,
         order=SAMPLINGS[config.federated.sampling].example_order,
+        noise=bool(config.lora_dropout),
     )
 
 

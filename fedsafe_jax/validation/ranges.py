@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     "warmup_rounds": COUNT,
     "lora_rank": SIZE,
     "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE_BELOW_ONE,
     "clients_in_parallel": COUNT,
     "chunk_clients": COUNT,
     "checkpoint_every": SIZE,

@@ -23,7 +23,9 @@ def test_fresh_adapter_changes_nothing_and_merging_equals_applying(tmp_path, pac
     tokens = np.random.default_rng(0).integers(0, packaged.config.vocab_size, (1, 20))
     plain = np.asarray(packaged(tokens))
     for stabilized in (False, True):
-        config = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"), stabilized)
+        config = lora.LoraConfig(
+            4, 8.0, lora.expand_targets("all-linear"), rank_stabilized=stabilized
+        )
         assert config.scale == (4.0 if stabilized else 2.0)
         fresh = lora.Adapter(lora.init(jax.random.key(0), packaged.config, config), config)
         np.testing.assert_array_equal(packaged.with_adapter(fresh)(tokens), plain)
