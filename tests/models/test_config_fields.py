@@ -174,7 +174,8 @@ def test_fields_of_decoders_are_computed_ignored_as_there_or_refused(tmp_path, f
     assert sum(x == "equal" for x in outcomes.values()) > 25
     for name in ("attention_multiplier", "logits_scaling", "some_new_field", "qk_layernorm"):
         assert outcomes[name, 0] == "refused"
-    assert outcomes["rope_parameters", 1] == outcomes["partial_rotary_factor", 0] == "refused"
+    if family != "gemma3_text":  # whose fields are by kind of layer: these are read by no one
+        assert outcomes["rope_parameters", 1] == outcomes["partial_rotary_factor", 0] == "refused"
 
 
 ENCODER = {
