@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_run import BORDER, fails_today, small_config
+from small_run import BORDER, small_config
 from tiny_llama import PACKAGED, make, with_template
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
