@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from fedsafe_jax.data import chat
 from fedsafe_jax.inference.language_model import load_pretrained, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, hub_files, tensor_files
 from fedsafe_jax.models.decoder_config import ModelError
@@ -169,3 +170,14 @@ def test_end_tokens_without_a_row_are_named(given):
     with pytest.raises(ModelError, match=r"eos_token_id is 5000, but .* 4096 rows"):
         hub_files.check_vocabulary(tokenizer, 4096, "model", [{}, {"eos_token_id": given}])
     hub_files.check_vocabulary(tokenizer, 4096, "model", [{"pad_token_id": -1}])
+
+
+def test_users_words_become_no_token_without_a_row(tmp_path):
+    """What lets a special token beyond the embedding pass: no prompt and no answer has it."""
+    save_pretrained(load_pretrained("package:model"), tmp_path)
+    with_tokens("<image_soft_token>", special=True).save_pretrained(tmp_path)
+    lm = load_pretrained(str(tmp_path))
+    assert len(lm.tokenizer) > lm.config.vocab_size
+    turns, answer = (("user", "see <image_soft_token> here"),), "no <image_soft_token>"
+    assert max(chat.render(lm.tokenizer, turns, True)) < lm.config.vocab_size
+    assert chat.encode(lm.tokenizer, turns, answer, 64).ids.max() < lm.config.vocab_size
