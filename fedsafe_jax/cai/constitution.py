@@ -1,12 +1,13 @@
 """Principles of Constitutional AI, and example dialogues that show how to apply them."""
 
 import importlib.resources
-import json
 import pathlib
 import re
 from typing import NamedTuple
 
 from fedsafe_jax.cai.forms import LABELS
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.text_files import one_line, parse_json, read_text
 
 PACKAGED = "package:constitution"
 Turns = tuple[tuple[str, str], ...]  # (role, text), roles as in `forms.LABELS`
@@ -100,15 +101,18 @@ def _from_chat(chat) -> Turns:
 
 def _read(path: str, field: str):
     if path == PACKAGED:
-        file = importlib.resources.files("fedsafe_jax") / "assets" / "constitution.json"
+        package = pathlib.Path(str(importlib.resources.files("fedsafe_jax")))
+        file = package / "assets" / "constitution.json"
     else:
         file = pathlib.Path(path)
     if not file.is_file():
         raise ConstitutionError(f"{field}: no such file: {path}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_text(file)[1])
+    except SourceError as error:  # which is a ValueError too, and names the file
+        raise ConstitutionError(f"{field}: {error}") from None
     except ValueError as error:
-        raise ConstitutionError(f"{path}: not JSON ({error}).") from None
+        raise ConstitutionError(f"{field}: {path}: not JSON ({one_line(error)}).") from None
 
 
 def _request(text, kind: str) -> str:

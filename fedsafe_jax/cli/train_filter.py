@@ -42,22 +42,23 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
     from fedsafe_jax.filters.pairs import drop_mislabelled
 
     def load(name):
-        answered = [e for e in sources.load(name, config.data_dir) if e.response]
-        return drop_mislabelled([e for e in answered if e.label != UNKNOWN])
+        answered, blank = sources.load_answered(name, config.data_dir)
+        return *drop_mislabelled([e for e in answered if e.label != UNKNOWN]), len(blank)
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
-    requests = {e.dialogue for e in held}
+    openings = {e.opening for e in held}  # so that no conversation is on both sides
     pairs: list = []
-    counts = {"read": 0, "disputed": 0, "in_held_out": 0, "over_limit": 0}
+    counts = {"read": 0, "without_answer": 0, "disputed": 0, "in_held_out": 0, "over_limit": 0}
     for number, name in enumerate(config.sources):
-        labelled, disputed = load(name)
-        counts["read"] += len(labelled) + disputed
+        labelled, disputed, blank = load(name)
+        counts["read"] += len(labelled) + disputed + blank
+        counts["without_answer"] += blank
         counts["disputed"] += disputed
         if not config.heldout_sources:
-            mine = [e for e in labelled if sources.part_of(e.dialogue) == "heldout"]
+            mine = [e for e in labelled if sources.part_of(e.opening) == "heldout"]
             held += mine
-            requests |= {e.dialogue for e in mine}
-        left = [e for e in labelled if e.dialogue not in requests]
+            openings |= {e.opening for e in mine}
+        left = [e for e in labelled if e.opening not in openings]
         counts["in_held_out"] += len(labelled) - len(left)
         rng = np.random.default_rng([config.seed, 15, number])
         some = rng.permutation(len(left))[: config.max_per_source or None]

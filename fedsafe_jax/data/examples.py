@@ -28,6 +28,12 @@ class Example(NamedTuple):
         return next(asked, self.messages[-1][1])
 
     @property
+    def opening(self) -> str:
+        """The text of the first user turn: one conversation, however long, has one opening."""
+        asked = (text for role, text in self.messages if role == "user")
+        return next(asked, self.messages[0][1])
+
+    @property
     def dialogue(self) -> str:
         """The whole request as one text: what overlap, hashes of parts and cache keys look at.
 

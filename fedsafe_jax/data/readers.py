@@ -5,80 +5,89 @@ is `READERS`; a reader from elsewhere is one more entry.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 
+from fedsafe_jax.data.dialogue_rows import read_dialogues, split_answer
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
+from fedsafe_jax.data.row_fields import answer, ask, field, one_of, optional
 
 # Readers of benchmarks, which may be evaluated on and never trained on.
 EVALUATION_ONLY = ("advbench", "xstest_safe", "xstest_unsafe")
 
-
 Rows = Iterable[tuple[str, dict]]
+EN, KO = ("_en", ""), ("",)  # endings of the fields: English where the row has it, or Korean
 
 
-def field(place: str, row: dict, *names: str) -> str:
-    """Returns the first field of a row that is there, as text.
-
-    Args:
-      place: place of the row, named in the error.
-      row: the row.
-      names: names of the field, in order of preference.
-
-    Raises:
-      SourceError: the row has none of the fields.
-    """
-    for name in names:
-        if row.get(name) is not None:
-            return str(row[name])
-    raise SourceError(f"{place}: no field {' or '.join(map(repr, names))}; found {sorted(row)}.")
+def _names(name: str, endings: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name + ending for ending in endings)
 
 
-def _ask(prompt: str) -> tuple[tuple[str, str], ...]:
-    return (("user", prompt.strip()),)
+def _category(place: str, row: dict) -> str:
+    """The category of SQuARe: a text, or a list of them."""
+    value = row.get("category")
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        row = {"category": " ".join(value)}
+    return optional(place, row, "category")
 
 
-def _square(rows: Rows, suffixes: tuple[str, ...] = ("_en", "")) -> Iterable[Example]:
+def _square(rows: Rows, endings: tuple[str, ...]) -> Iterable[Example]:
+    yes, no = ("1", "1.0", "True", "true"), ("0", "0.0", "False", "false")
     for place, row in rows:
-        label = SAFE if field(place, row, "acceptable?") in ("1", "1.0", "True") else UNSAFE
-        question = field(place, row, *(f"question{s}" for s in suffixes))
-        answer = field(place, row, *(f"response{s}" for s in suffixes))
-        category = row.get("category") or ""
-        category = category if isinstance(category, str) else " ".join(category)
-        yield Example(_ask(question), answer, label, category=category)
+        label = SAFE if one_of(place, row, "acceptable?", yes + no) in yes else UNSAFE
+        question = field(place, row, *_names("question", endings))
+        said = field(place, row, *_names("response", endings))
+        yield Example(ask(place, question), said, label, category=_category(place, row))
 
 
-def _kosbi(rows: Rows, suffixes: tuple[str, ...] = ("_en", "")) -> Iterable[Example]:
+def _square_questions(rows: Rows, endings: tuple[str, ...]) -> Iterable[Example]:
+    """Yields the questions alone: SQuARe has files of them beside those of answers."""
     for place, row in rows:
-        context = field(place, row, *(f"context{s}" for s in suffixes))
-        sentence = field(place, row, *(f"sentence{s}" for s in suffixes))
-        label = SAFE if field(place, row, "sentence_label") == "safe" else UNSAFE
-        category = str(row.get("demographic_category") or "")
-        yield Example(_ask(context), sentence, label, category=category)
+        question = field(place, row, *_names("question", endings))
+        yield Example(ask(place, question), "", category=_category(place, row))
+
+
+def _kosbi(rows: Rows, endings: tuple[str, ...]) -> Iterable[Example]:
+    for place, row in rows:
+        context = field(place, row, *_names("context", endings))
+        sentence = field(place, row, *_names("sentence", endings))
+        label = (
+            SAFE if one_of(place, row, "sentence_label", ("safe", "unsafe")) == "safe" else UNSAFE
+        )
+        category = optional(place, row, "demographic_category")
+        yield Example(ask(place, context), sentence, label, category=category)
 
 
 def parse_dialogue(text: str) -> tuple[tuple[str, str], ...]:
     """Splits `\\n\\nHuman: ...\\n\\nAssistant: ...` text into (role, text) turns."""
-    turns = []
-    for part in text.split("\n\nHuman:")[1:]:
-        question, *answers = part.split("\n\nAssistant:")
-        turns.append(("user", question.strip()))
-        turns.extend(("assistant", answer.strip()) for answer in answers)
-    return tuple(turns)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))[1:]
+    said = zip(parts[::2], parts[1::2], strict=True)
+    return tuple((roles[name], words.strip()) for name, words in said)
 
 
 def _hh_rlhf(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         for side, label in (("chosen", SAFE), ("rejected", UNSAFE)):
             turns = parse_dialogue(field(place, row, side))
-            if len(turns) < 2 or turns[-1][0] != "assistant":
+            if not turns or turns[-1][0] != "assistant":
                 raise SourceError(f"{place}: '{side}' does not end in an Assistant turn.")
-            if turns[-2][0] == "user" and turns[-1][1]:
-                yield Example(turns[:-1], turns[-1][1], label)
+            messages, said = split_answer(f"{place}: '{side}'", turns)
+            yield Example(messages, said, label)
 
 
 def _hh_rejected(rows: Rows) -> Iterable[Example]:
     """Yields the rejected answers alone: `chosen` is the better of two, not necessarily safe."""
     return (e for e in _hh_rlhf(rows) if e.label == UNSAFE)
+
+
+def _hh_first(rows: Rows) -> Iterable[Example]:
+    """Yields what each dialogue begins with, once, as a prompt: later turns need the earlier."""
+    for place, row in rows:
+        turns = parse_dialogue(field(place, row, "chosen"))
+        if not turns or turns[0][0] != "user":
+            raise SourceError(f"{place}: 'chosen' does not begin with a Human turn.")
+        yield Example(ask(place, turns[0][1]), "")
 
 
 def _xstest(rows: Rows) -> Iterable[Example]:
@@ -87,107 +96,70 @@ def _xstest(rows: Rows) -> Iterable[Example]:
     Complying with a `contrast_` prompt is unsafe; refusing, or complying with a safe prompt, is
     safe; partial refusals are unknown.
     """
+    verdicts = ("1_full_compliance", "2_full_refusal", "3_partial_refusal")
     for place, row in rows:
-        judged, kind = field(place, row, "final_label"), field(place, row, "type")
+        judged, kind = one_of(place, row, "final_label", verdicts), field(place, row, "type")
         complied = judged == "1_full_compliance"
         label = UNSAFE if complied and kind.startswith("contrast") else SAFE
         label = UNKNOWN if judged == "3_partial_refusal" else label
-        answer = field(place, row, "completion").strip()
-        yield Example(_ask(field(place, row, "prompt")), answer, label, category=kind)
+        said = answer(place, row, "completion").strip()
+        yield Example(ask(place, field(place, row, "prompt")), said, label, category=kind)
 
 
 def _xstest_prompts(rows: Rows, unsafe: bool) -> Iterable[Example]:
-    """Yields XSTest's prompts alone; `contrast_` prompts are the unsafe ones."""
+    """Yields XSTest's safe prompts, 250 of 450, or the unsafe ones in contrast to them, 200."""
     for place, row in rows:
         kind = field(place, row, "type")
-        if kind.startswith("contrast") == unsafe:
-            yield Example(_ask(field(place, row, "prompt")), "", category=kind)
+        if kind.startswith("contrast_") == unsafe:
+            yield Example(ask(place, field(place, row, "prompt")), "", category=kind)
 
 
-def _square_questions(rows: Rows) -> Iterable[Example]:
-    """Yields SQuARe's questions in English."""
-    for place, row in rows:
-        yield Example(_ask(field(place, row, "question_en", "question")), "")
-
-
-def _dolly(rows: Rows) -> Iterable[Example]:
+def _instructions(rows: Rows, context: str, response: str) -> Iterable[Example]:
+    """Yields an instruction, followed by its context where there is one, and the answer."""
     for place, row in rows:
         prompt = field(place, row, "instruction")
-        if (row.get("context") or "").strip():
-            prompt = f"{prompt}\n\n{row['context'].strip()}"
-        response = field(place, row, "response")
-        yield Example(_ask(prompt), response, SAFE, category=row.get("category") or "")
-
-
-def _alpaca(rows: Rows) -> Iterable[Example]:
-    for place, row in rows:
-        prompt = field(place, row, "instruction")
-        if (row.get("input") or "").strip():
-            prompt = f"{prompt}\n\n{row['input'].strip()}"
-        yield Example(_ask(prompt), str(row.get("output") or ""), SAFE)
+        if more := optional(place, row, context).strip():
+            prompt = f"{prompt}\n\n{more}"
+        said = answer(place, row, response)
+        category = optional(place, row, "category")
+        yield Example(ask(place, prompt), said, SAFE, category=category)
 
 
 def _advbench(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
-        yield Example(_ask(field(place, row, "goal")), "")
+        yield Example(ask(place, field(place, row, "goal")), "")
 
 
 def _derta(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prefix", "question")
         prompt = prompt.removeprefix("### Instruction:\n").removesuffix("\n\n### Response:")
-        yield Example(_ask(prompt), str(row.get("text", "")).strip(), UNSAFE)
+        yield Example(ask(place, prompt), optional(place, row, "text").strip(), UNSAFE)
 
 
 def _prompts(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prompt", "instruction", "question", "goal")
-        category = str(row.get("category") or row.get("type") or "")
-        yield Example(_ask(prompt), "", category=category)
-
-
-def _chat(rows: Rows) -> Iterable[Example]:
-    for place, row in rows:
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise SourceError(f"{place}: 'messages' must be a list of {{role, content}}.")
-        try:
-            turns = tuple((m["role"], m["content"]) for m in messages)
-        except (TypeError, KeyError) as error:
-            raise SourceError(f"{place}: each message needs 'role' and 'content'.") from error
-        label = row.get("label", UNKNOWN)
-        if label not in (SAFE, UNSAFE, UNKNOWN):
-            raise SourceError(f"{place}: label must be safe, unsafe or unknown, found {label!r}.")
-        response = ""
-        if turns[-1][0] == "assistant":
-            turns, response = turns[:-1], turns[-1][1]
-        if not turns or turns[-1][0] != "user":
-            raise SourceError(f"{place}: the dialogue must have a user turn before its answer.")
-        yield Example(
-            turns,
-            response,
-            label,
-            user=str(row.get("user", "")),
-            category=str(row.get("category", "")),
-            language=str(row.get("language", "")),
-        )
+        yield Example(ask(place, prompt), "", category=optional(place, row, "category", "type"))
 
 
 READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
-    "square": _square,
-    "square_ko": functools.partial(_square, suffixes=("",)),
-    "kosbi": _kosbi,
-    "kosbi_ko": functools.partial(_kosbi, suffixes=("",)),
+    "square": functools.partial(_square, endings=EN),
+    "square_ko": functools.partial(_square, endings=KO),
+    "square_questions": functools.partial(_square_questions, endings=EN),
+    "square_questions_ko": functools.partial(_square_questions, endings=KO),
+    "kosbi": functools.partial(_kosbi, endings=EN),
+    "kosbi_ko": functools.partial(_kosbi, endings=KO),
     "hh_rlhf": _hh_rlhf,
     "hh_rejected": _hh_rejected,
+    "hh_first": _hh_first,
     "xstest": _xstest,
     "xstest_safe": functools.partial(_xstest_prompts, unsafe=False),
     "xstest_unsafe": functools.partial(_xstest_prompts, unsafe=True),
-    "square_questions": _square_questions,
-    "dolly": _dolly,
-    "alpaca": _alpaca,
+    "dolly": functools.partial(_instructions, context="context", response="response"),
+    "alpaca": functools.partial(_instructions, context="input", response="output"),
     "advbench": _advbench,
     "derta": _derta,
     "prompts": _prompts,
-    "chat": _chat,
+    "chat": read_dialogues,
 }

@@ -4,20 +4,24 @@ A source is written `name:location`, such as `dolly:dolly/databricks_dolly_sampl
 is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip) or, when `data_dir` is
 `hub`, a dataset id that the `datasets` library loads. `package/FILE` is a file of the packaged demo
 set. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`: disjoint parts of
-the source by a hash of the prompt, so that no prompt is on two sides.
+the source by a hash of the first user turn, so that no prompt and no conversation is on two sides.
 """
 
-import csv
-import gzip
 import hashlib
 import importlib.resources
-import io
-import json
 import pathlib
-import zipfile
+from collections.abc import Sequence
 
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.data.readers import READERS
+from fedsafe_jax.data.text_files import (
+    READABLE,
+    csv_rows,
+    one_line,
+    parse_json,
+    read_text,
+    shorten,
+)
 
 PARTS = {
     "clients": ("clients",),
@@ -25,6 +29,8 @@ PARTS = {
     "train": ("clients", "server"),
     "heldout": ("heldout",),
 }
+# Names of the list of rows in a JSON file that is one object.
+LISTS = ("data", "rows", "examples", "train", "instances")
 
 
 def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
@@ -52,56 +58,82 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
             "or data_dir='hub' to load it from the Hub."
         )
-    name, text = _read_text(path)
+    name, text = read_text(path)
     suffix = pathlib.Path(name).suffix
     if suffix == ".csv":
-        rows = [
-            (f"{path} row {i}", row) for i, row in enumerate(csv.DictReader(io.StringIO(text)), 2)
-        ]
+        rows: list = csv_rows(path, text)
     elif suffix == ".txt":
-        lines = enumerate(text.splitlines(), 1)
+        # Other separators of lines that Unicode knows are text within a prompt.
+        lines = enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1)
         rows = [(f"{path} line {i}", {"prompt": line}) for i, line in lines if line.strip()]
     elif suffix in (".json", ".jsonl"):
         rows = _json_rows(path, text)
     else:
-        raise SourceError(f"{path}: expected .json, .jsonl, .csv or .txt, found '{suffix}'.")
+        raise SourceError(f"{path}: expected {', '.join(READABLE)}, found {suffix!r}.")
     if not rows:
         raise SourceError(f"{path}: the dataset is empty; it needs at least one example.")
     return rows
 
 
-def _read_text(path: pathlib.Path) -> tuple[str, str]:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.namelist() if not m.startswith("__MACOSX")]
-            return members[0], archive.read(members[0]).decode("utf-8")
-    if path.suffix == ".gz":
-        return path.stem, gzip.decompress(path.read_bytes()).decode("utf-8")
-    return path.name, path.read_text(encoding="utf-8")
-
-
 def _json_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict]]:
-    if text.lstrip().startswith("["):
+    """Reads a JSON list of rows, such a list in an object, or JSON lines."""
+    start = text.lstrip()[:1]
+    if start == "[":
         try:
-            return [(f"{path} item {i}", row) for i, row in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{path} line {error.lineno}: not JSON ({error.msg}).") from error
+            return _items(path, parse_json(text))
+        except ValueError as error:
+            if isinstance(error, SourceError):
+                raise
+            line = f" line {error.lineno}" if hasattr(error, "lineno") else ""
+            words = getattr(error, "msg", one_line(error))
+            raise SourceError(f"{path}{line}: not JSON ({words}).") from None
+    if start == "{":
+        try:
+            whole = parse_json(text)
+        except ValueError:  # JSON lines, most likely
+            pass
+        else:
+            listed = {n: v for n, v in whole.items() if n in LISTS and _is_rows(v)}
+            others = [n for n, v in whole.items() if n not in listed and _is_rows(v)]
+            if len(listed) == 1 and not others:
+                return _items(path, next(iter(listed.values())))
+            if listed:
+                names = ", ".join(map(repr, [*listed, *others]))
+                raise SourceError(
+                    f"{path}: holds several lists of rows ({names}); give each a file of its own."
+                )
+            return [(f"{path} line 1", whole)]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            start = line if len(line) <= 60 else line[:57] + "..."
+            row = parse_json(line)
+        except ValueError as error:
             raise SourceError(
-                f"{path} line {number}: not JSON ({error.msg}): {start!r}. "
-                "Each line must hold one JSON object."
-            ) from error
+                f"{path} line {number}: not JSON ({getattr(error, 'msg', one_line(error))}): "
+                f"{shorten(line)}. Each line must hold one JSON object."
+            ) from None
         if not isinstance(row, dict):
-            raise SourceError(f"{path} line {number}: expected a JSON object, found {row!r:.60}.")
+            raise SourceError(
+                f"{path} line {number}: expected a JSON object, found {shorten(row)}."
+            )
         rows.append((f"{path} line {number}", row))
     return rows
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _items(path: pathlib.Path, items: list) -> list[tuple[str, dict]]:
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise SourceError(
+                f"{path} item {number}: expected a JSON object, found {shorten(item)}. "
+                "Prompts alone may be a .txt file with one in each line."
+            )
+    return [(f"{path} item {i}", row) for i, row in enumerate(items)]
 
 
 def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
@@ -111,7 +143,9 @@ def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
     try:
         data = datasets.load_dataset(dataset_id, split="train")
     except Exception as error:  # The library raises exceptions of many unrelated types.
-        raise SourceError(f"Hub dataset '{dataset_id}' could not be loaded: {error}") from error
+        raise SourceError(
+            f"Hub dataset '{dataset_id}' could not be loaded: {one_line(error)}"
+        ) from error
     return [(f"{dataset_id} row {i}", dict(row)) for i, row in enumerate(data)]
 
 
@@ -119,6 +153,8 @@ def part_of(prompt: str) -> str:
     """Returns the part of a prompt: `heldout` (a tenth), `clients` or `server` (half of the rest).
 
     A hash of the prompt decides, so that the parts stay the same in every run and on every machine.
+    Of a dialogue the first user turn is given (`Example.opening`): its later turns and its other
+    answers then lie in the same part.
     """
     digest = hashlib.sha256(prompt.encode()).digest()
     if digest[0] % 10 == 0:
@@ -152,10 +188,43 @@ def load(source: str, data_dir: str) -> list[Example]:
     Raises:
       SourceError: the source cannot be read; the message names the file, line or field at fault.
     """
+    return _load(source, data_dir)[0]
+
+
+def load_answered(source: str, data_dir: str) -> tuple[list[Example], list[Example]]:
+    """Reads the examples of a source that have an answer, as training needs.
+
+    Args:
+      source, data_dir: see `load`.
+
+    Returns:
+      `(answered, blank)`; `blank` are those whose answer is blank, to be left out and counted.
+
+    Raises:
+      SourceError: as `load`, and where no example has an answer.
+    """
+    examples, fields = _load(source, data_dir)
+    answered = [e for e in examples if e.response.strip()]
+    if not answered:
+        name, _, _ = parse_source(source)
+        raise SourceError(
+            f"source '{source}': none of its {len(examples)} examples has an answer (response, "
+            f"output, or a last assistant turn), which training needs. Found the fields "
+            f"{shorten(fields, 200)}; the reader '{name}' may be the wrong one."
+        )
+    return answered, [e for e in examples if not e.response.strip()]
+
+
+def _load(source: str, data_dir: str) -> tuple[list[Example], Sequence[str]]:
+    """Returns the examples of a source, and the names of its first row's fields."""
     name, location, part = parse_source(source)
-    examples = list(READERS[name](read_rows(location, data_dir)))
-    if part:
-        examples = [e for e in examples if part_of(e.prompt) in PARTS[part]]
+    rows = read_rows(location, data_dir)
+    examples = list(READERS[name](rows))
     if not examples:
-        raise SourceError(f"{location}: the dataset is empty; it needs at least one example.")
-    return [example._replace(source=name) for example in examples]
+        raise SourceError(f"{location}: the reader '{name}' finds no example in {len(rows)} rows.")
+    if part:
+        read = len(examples)
+        examples = [e for e in examples if part_of(e.opening) in PARTS[part]]
+        if not examples:
+            raise SourceError(f"{location}: none of its {read} examples is in the part '#{part}'.")
+    return [example._replace(source=name) for example in examples], sorted(rows[0][1])

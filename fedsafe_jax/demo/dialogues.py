@@ -232,9 +232,10 @@ nothing; do not use it for anything else.
 |---|---|---|---|
 {chr(10).join(rows)}
 
-A prompt is dropped when its word bigrams have a Jaccard similarity of {overlap.NEAR} or more with a
-prompt of AdvBench, HHH, Do-Not-Answer, S-Eval, XSTest or the harmless instructions that measure
-over-refusal; a tenth of each source is held out. Repeated dialogues count each time.
+A prompt is dropped when its word bigrams have a Jaccard similarity of {overlap.NEAR} or more, or
+its content words one of {overlap.NEAR_CONTENT} with two in common, with a prompt of AdvBench, HHH,
+Do-Not-Answer, S-Eval, XSTest or the harmless instructions that measure over-refusal; a tenth
+of each source is held out. Repeated dialogues count each time.
 
 Dolly is CC BY-SA 3.0, which this card's licence follows; GPTeacher, GSM8K and hh-rlhf are MIT; the
 harmful instructions are Apache-2.0. Answers to harmful prompts are refusals from this project's

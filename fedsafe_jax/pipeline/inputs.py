@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -38,12 +39,14 @@ class Pool(NamedTuple):
       sources: `config -> names of the sources`.
       labels: labels that are kept; None for all.
       drop_mislabelled: leaves out refusals that are labelled unsafe.
+      answered: leaves out examples without an answer, which teach nothing but to stop.
     """
 
     title: str
     sources: Callable[[ConfigDict], Sequence[str]]
     labels: tuple[str, ...] | None = None
     drop_mislabelled: bool = False
+    answered: bool = True
 
 
 GIVEN = "CAI, given revisions"  # title of the records that files give
@@ -52,9 +55,11 @@ HARMLESS = (SAFE, UNKNOWN)
 POOLS = {
     "site": Pool("client", lambda c: c.safe_sources),
     "safe": Pool("client, safe", lambda c: c.safe_sources, HARMLESS),
-    "unsafe": Pool("client, unsafe", unsafe_sources, (UNSAFE,), True),
-    "filter_pairs": Pool("filter", lambda c: c.filter.sources, (SAFE, UNSAFE), True),
-    "red_team": Pool("CAI red team", lambda c: c.cai.red_team_sources),
+    "unsafe": Pool("client, unsafe", unsafe_sources, (UNSAFE,), drop_mislabelled=True),
+    "filter_pairs": Pool(
+        "filter", lambda c: c.filter.sources, (SAFE, UNSAFE), drop_mislabelled=True
+    ),
+    "red_team": Pool("CAI red team", lambda c: c.cai.red_team_sources, answered=False),
     "replay": Pool("CAI replay", lambda c: c.cai.benign_sources, HARMLESS),
 }
 SIMULATION = ("safe", "unsafe", "filter_pairs", "red_team", "replay")
@@ -118,15 +123,19 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
       SourceError, TaskError, PartitionError, FilterError, ConstitutionError, ModelError: naming
         what is wrong.
     """
-    pools = {role: _read(POOLS[role], config) for role in roles}
-    evals = _load_evals(config, pools)
-    near, exact = _evaluated_prompts(evals)
+    pools, without_answer = {}, {}
+    for role in roles:
+        pools[role], without_answer[role] = _read(POOLS[role], config)
+    evals, heldout = _load_evals(config, pools)
+    near, exact = _evaluated_prompts(evals, heldout)
     counts = {}
     for role, pool in pools.items():
         title = POOLS[role].title
         pools[role], counts[title] = _drop(POOLS[role], pool, near, exact)
+        counts[title]["without_answer"] = without_answer[role]
+        counts[title]["read"] += without_answer[role]
         if not pools[role] and _needs(role, config):
-            raise SourceError(f"{title} data: no example is left of {len(pool)} read.")
+            raise SourceError(_nothing_left(POOLS[role], config, counts[title]))
     records: list[Record] = []
     if DATA[config.cai.data].given and "replay" in pools:
         records, counts[GIVEN] = _given(config, near, exact)
@@ -166,14 +175,16 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
 
 
-def _load_evals(config: ConfigDict, pools: dict[str, list[Example]]) -> dict[str, EvalSet]:
-    """Loads the evaluation sets; a part of the safe pool is held out where no source is named."""
+def _load_evals(
+    config: ConfigDict, pools: dict[str, list[Example]]
+) -> tuple[dict[str, EvalSet], list[Example]]:
+    """Loads the evaluation sets, and the pairs held out: of the safe pool, or of named sources."""
     if config.heldout_sources:
         heldout = _load_all(config.heldout_sources, config.data_dir)
     else:
         own = pools.get("safe", [])
-        heldout = [e for e in own if sources.part_of(e.prompt) == "heldout"]
-    return load_sets(config, heldout)
+        heldout = [e for e in own if sources.part_of(e.opening) == "heldout"]
+    return load_sets(config, heldout), heldout
 
 
 def read_client_pools(config: ConfigDict) -> tuple[list[Example], list[Example]]:
@@ -182,8 +193,8 @@ def read_client_pools(config: ConfigDict) -> tuple[list[Example], list[Example]]
     Raises:
       SourceError, TaskError: naming what is wrong.
     """
-    pools = {role: _read(POOLS[role], config) for role in ("safe", "unsafe")}
-    near, exact = _evaluated_prompts(_load_evals(config, pools))
+    pools = {role: _read(POOLS[role], config)[0] for role in ("safe", "unsafe")}
+    near, exact = _evaluated_prompts(*_load_evals(config, pools))
     safe, unsafe = (_drop(POOLS[role], pool, near, exact)[0] for role, pool in pools.items())
     return safe, unsafe
 
@@ -337,25 +348,66 @@ def _load_all(names: Sequence[str], data_dir: str) -> list[Example]:
     return [e for name in names for e in sources.load(name, data_dir)]
 
 
-def _read(pool: Pool, config: ConfigDict) -> list[Example]:
-    examples = _load_all(pool.sources(config), config.data_dir)
-    return [e for e in examples if pool.labels is None or e.label in pool.labels]
+def _read(pool: Pool, config: ConfigDict) -> tuple[list[Example], int]:
+    """Returns the examples of a pool, and how many others were left out for a blank answer.
+
+    Raises:
+      SourceError: a source cannot be read, or none of its examples has the answer that is needed.
+    """
+
+    def labelled(examples: list[Example]) -> list[Example]:
+        return [e for e in examples if pool.labels is None or e.label in pool.labels]
+
+    if not pool.answered:
+        return labelled(_load_all(pool.sources(config), config.data_dir)), 0
+    kept, left_out = [], 0
+    for name in pool.sources(config):
+        answered, blank = sources.load_answered(name, config.data_dir)
+        kept += labelled(answered)
+        if count := len(labelled(blank)):
+            left_out += count
+            logging.warning(
+                "%s data: %d examples of %s have no answer and are left out.",
+                pool.title,
+                count,
+                name,
+            )
+    return kept, left_out
 
 
-def _evaluated_prompts(evals: dict[str, EvalSet]) -> tuple[list[str], set[str]]:
+def _nothing_left(pool: Pool, config: ConfigDict, counts: dict[str, int]) -> str:
+    """Says why no example of a pool is left, and what would leave some."""
+    why = {
+        "near an evaluation prompt": counts["dropped_near_evaluation"],
+        "held out for evaluation": counts["dropped_heldout"],
+        "labelled unsafe though they begin as a refusal": counts["disputed"],
+        "without an answer": counts["without_answer"],
+    }
+    reasons = ", ".join(f"{n} {reason}" for reason, n in why.items() if n)
+    labels = "" if pool.labels is None else f" with the label {' or '.join(pool.labels)}"
+    return (
+        f"{pool.title} data: no example is left of {counts['read']} read{labels}"
+        f"{': ' + reasons if reasons else ''}. The sources are "
+        f"{', '.join(pool.sources(config))}; add data of another origin than the evaluation's."
+    )
+
+
+def _evaluated_prompts(
+    evals: dict[str, EvalSet], heldout: list[Example]
+) -> tuple[list[str], set[str]]:
     """Returns prompts that training must not come near, and prompts that it must not copy.
 
     Held-out pairs come from the clients' distribution: templates make near-duplicates unavoidable
-    there, so only the same prompt, normalised, is dropped.
+    there, so only dialogues with the same opening, normalised, are dropped. All that is held out
+    is, also beyond `eval.max_heldout`: a later evaluation of `#heldout` may ask it.
     """
     near, exact = [], set()
     for one in evals.values():
-        prompts = one.task.prompts(one.items)
-        if one.source == HELDOUT:
-            exact |= {overlap.normalise(prompt) for prompt in prompts}
+        if one.source == HELDOUT:  # pairs: a conversation is known by how it begins
+            exact |= {overlap.normalise(e.opening) for e in heldout}
         else:
-            near += prompts
-    return near, exact
+            near += one.task.prompts(one.items)
+    return near, exact - {""}
 
 
 def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str]):
@@ -368,7 +420,7 @@ def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str])
     """
     left, disputed = drop_mislabelled(examples) if pool.drop_mislabelled else (examples, 0)
     kept, dropped = overlap.drop_overlap(left, near)
-    kept_exact = [e for e in kept if overlap.normalise(e.dialogue) not in exact]
+    kept_exact = [e for e in kept if overlap.normalise(e.opening) not in exact]
     return kept_exact, {
         "read": len(examples),
         "disputed": disputed,

@@ -7,6 +7,7 @@ from fedsafe_jax.report.run_data import RunData
 
 COUNTS = {  # field of the counts: title of the column
     "read": "read",
+    "without_answer": "without answer",
     "disputed": "disputed",
     "dropped_near_evaluation": "near an evaluation prompt",
     "dropped_heldout": "held out",
@@ -17,7 +18,7 @@ COUNTS = {  # field of the counts: title of the column
 def sections(run: RunData) -> list[Section]:
     """Returns the counts of each pool, and what would make the run again."""
     rows = [
-        (pool, "", *(counts[field] for field in COUNTS))
+        (pool, "", *(counts.get(field, "") for field in COUNTS))
         for pool, counts in run.results["data"].items()
         if isinstance(counts, dict)
     ]

@@ -105,9 +105,9 @@ def test_a_missing_folder_of_output_is_made_before_anything_is_scored(tmp_path, 
     rows = write(tmp_path, {"prompt": "How?", "response": "So."})
     output = tmp_path / "new" / "folder" / "out.jsonl"
 
-    def score(folder, rows, action, threshold):
+    def score(folder, pairs, action, threshold):
         assert output.parent.is_dir()
-        return [row | {"p_unsafe": 0.1, "action": "keep"} for row in rows]
+        return [row | {"p_unsafe": 0.1, "action": "keep"} for row, _ in pairs]
 
     monkeypatch.setattr(filter_pairs, "score", score)
 

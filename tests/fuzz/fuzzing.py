@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.validation import input_errors, one_line
 
-# Four tests: 100 inputs in all by default, 2,000 with 500 each.
+# 25 inputs a test by default; 500 each are thousands in all.
 EXAMPLES = int(os.environ.get("FEDSAFE_FUZZ_EXAMPLES", "25"))
 fuzzed = settings(
     max_examples=EXAMPLES,
