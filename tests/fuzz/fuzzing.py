@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.validation import input_errors, one_line
 
-# 25 inputs a test by default; 500 each are thousands in all.
+# 25 inputs a test by default, more than 100 in all; with 500 they are more than 2,000.
 EXAMPLES = int(os.environ.get("FEDSAFE_FUZZ_EXAMPLES", "25"))
 fuzzed = settings(
     max_examples=EXAMPLES,
