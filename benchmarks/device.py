@@ -370,7 +370,7 @@ def measure_cai(results):
     lm = lm.with_adapter(lora.Adapter(lora.init(jax.random.key(0), lm.config, shape), shape))
     red_team = sources.load("chat:package/cai_red_team.jsonl", "")[:count]
     session = ChatSession(lm, 64)
-    generate = make_generate_fn(48, (0,), session, 0.0)
+    generate = make_generate_fn(48, (0,), session, temperature=0.0)
     started = time.perf_counter()
     records = revise(
         [e.messages for e in red_team], constitution.load("package:constitution"), generate,

@@ -76,7 +76,7 @@ def main(argv):
         nonlocal talk
         if call == 0:
             talk = ChatSession(lm, _BATCH.value)
-        return make_generate_fn(_NEW.value, [0], talk, 0.0)(threads, call)
+        return make_generate_fn(_NEW.value, (0,), talk, temperature=0.0)(threads, call)
 
     talk = None
     theirs = torch_speaker(model_folder(_MODEL.value))

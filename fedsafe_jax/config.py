@@ -107,6 +107,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.byzantine = 1  # malicious clients that krum and multi_krum expect in a cohort
     c.federated.clip_norm = 0.0  # longest update that counts in full; 0 for no limit
     c.federated.noise_multiplier = 0.0  # noise of differential privacy over clip_norm; 0 for none
+    # rounds whose noise is correlated, so that less adds up (needs sampling poisson, and the extra
+    # privacy): a client takes part in every such round at most; 1: each round's noise is its own
+    c.federated.noise_bands = 1
     c.federated.delta = 1e-5  # delta of differential privacy
     c.federated.compression = ""  # code of the updates that clients send; "" for none
     c.federated.topk_share = 0.05  # share of the numbers that topk sends

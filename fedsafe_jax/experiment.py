@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax import whole_files
+from fedsafe_jax import random_streams, whole_files
 from fedsafe_jax.cai.revise import to_row
 from fedsafe_jax.evals import comparison
 from fedsafe_jax.federated import simulation
@@ -32,9 +32,11 @@ from fedsafe_jax.pipeline.arms import PlannedArm, any_filter, planned_arms, refe
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
 from fedsafe_jax.pipeline.read_files import files_of
+from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import (
+    arm_secret,
     checkpoint,
     fingerprints,
     multihost,
@@ -87,6 +89,7 @@ def train_simulated(
         data=members.filtered if arm_run.planned.arm.filter else members.plain,
         seed=arm_run.seed,
         t=t,
+        secret=arm_run.secret,
         keep_update=arm_run.update_writer(state, t),
     )
 
@@ -100,6 +103,7 @@ def run(
     workdir: str,
     inputs: RunInputs | None = None,
     federation: Federation = SIMULATED,
+    draw_secret: Callable[[], int] = arm_secret.draw,
 ) -> dict:
     """Runs or resumes everything the config asks for.
 
@@ -108,6 +112,8 @@ def run(
       workdir: folder of everything the run writes.
       inputs: what the run reads; None to read it.
       federation: where clients train.
+      draw_secret: draws what the noise of an arm comes from, see `runtime.arm_secret`; only a test
+        gives another than the operating system's entropy.
 
     Returns:
       What `results.json` holds; {} in all processes but the first.
@@ -124,7 +130,9 @@ def run(
     # Before the model loads: whether the folder can be written to, and no other run does.
     multihost.first(lambda: run_files.check_config(folder, config.to_dict()))
     with owned(folder) as owner:
-        return _run(config, folder, inputs, federation, owner)
+        return _run(
+            config, folder, inputs, federation=federation, owner=owner, draw_secret=draw_secret
+        )
 
 
 def _run(
@@ -133,6 +141,7 @@ def _run(
     inputs: RunInputs | None,
     federation: Federation,
     owner: Owner | None,
+    draw_secret: Callable[[], int],
 ) -> dict:
     """Does what `run` says in a workdir that is this run's, `owner` being None in other hosts."""
     started = time.monotonic()
@@ -147,6 +156,8 @@ def _run(
         # Where reading fails, nothing is claimed: the config may be put right in the same workdir.
         multihost.first(lambda: fingerprints.check(workdir, files_of(config)))
         multihost.first(lambda: run_files.claim_workdir(workdir, config.to_dict()))
+    if private := rounds.privacy_of(config):
+        progress.note(private["statement"])
     outcomes: dict[str, list[dict]] = {}
     final_factors: dict[str, Any] = {}
     filter_quality: list[dict] = []
@@ -166,6 +177,7 @@ def _run(
                 progress=progress,
                 seed=seed,
                 planned=planned,
+                draw_secret=draw_secret,
             )
             outcome, factors = arm_run.run()
             outcomes.setdefault(planned.id, []).append(outcome)
@@ -222,6 +234,7 @@ class ArmRun:
       clients: clients of the seed.
       seed: seed of this arm.
       planned: the arm and its algorithm.
+      draw_secret: see `run`.
     """
 
     config: ConfigDict
@@ -233,6 +246,14 @@ class ArmRun:
     progress: Progress
     seed: int
     planned: PlannedArm
+    draw_secret: Callable[[], int] = arm_secret.draw
+
+    @functools.cached_property
+    def secret(self) -> int | None:
+        """What noise and cohorts of differential privacy are drawn from; None without it."""
+        if not self.config.federated.noise_multiplier:
+            return None
+        return arm_secret.of_arm(self._checkpoints, self.draw_secret)
 
     @functools.cached_property
     def programs(self) -> Programs:
@@ -278,6 +299,7 @@ class ArmRun:
         config, stage = self.config, self._constitutional_stage()
         saved = checkpoint.RoundCheckpoints(self._checkpoints, config.checkpoint_keep)
         state, done = self._restored(saved)
+        _ = self.secret  # drawn before there is a checkpoint that needs it
         self._updates.keep(saved.rounds())
         self.progress.resumed(done)
         try:
@@ -387,7 +409,8 @@ class ArmRun:
 
     def _restored(self, saved: checkpoint.RoundCheckpoints) -> tuple[FederatedState, int]:
         """Returns the newest state that was saved, or the first one, and the rounds done."""
-        factors = lora.init(jax.random.key(self.seed), self.inputs.lm.config, self.inputs.lora)
+        key = random_streams.key(Purpose.ADAPTER, self.seed)
+        factors = lora.init(key, self.inputs.lm.config, self.inputs.lora)
         first = simulation.initial_state(self.programs, factors, self.config.num_clients)
         state, done = saved.restore(first)
         server = simulation.replicate(state.server, self.inputs.mesh)
@@ -481,6 +504,8 @@ def summarise(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions() | {"tasks": task_versions},
     }
+    if private := rounds.privacy_of(config):
+        results["privacy"] = private
     if filter_quality:
         names = ("accuracy", "precision", "recall", "hmean", "auroc")
         mean = {n: _mean_of_defined([q[n] for q in filter_quality]) for n in names}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
@@ -20,6 +21,7 @@ from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.lora import Adapter, LoraConfig
+from fedsafe_jax.random_streams import Purpose
 
 
 def finetune(
@@ -110,7 +112,7 @@ def finetune(
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=model.config.platform)
     method = entry.make(training, len(clients), Hyperparameters())
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
-    factors = lora.init(jax.random.key(seed), lm.config, config)
+    factors = lora.init(random_streams.key(Purpose.ADAPTER, seed), lm.config, config)
     state = simulation.initial_state(programs, factors, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
     chunk = simulation.chunk_size(count, mesh)
@@ -129,7 +131,6 @@ def finetune(
             seq=seq_len,
             noise=bool(dropout),
         )
-        key = jax.random.key(seed)  # only noise would be drawn from it, and there is none
         state, _ = simulation.run_round(
             programs,
             state,
@@ -137,7 +138,6 @@ def finetune(
             batches=batches.chunk,
             cohort=cohort,
             rates=rates,
-            key=key,
             chunk=chunk,
         )
     return Adapter(jax.device_get(state.server.factors), config, lm.name)

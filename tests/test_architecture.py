@@ -5,6 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "fedsafe_jax"
 TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config", "whole_files"}
+LEAVES = {"random_streams"}  # files at the top that import nothing, and that every room may import
 # Lowest first: a room (a package, or a file at the top) and what it may import beside itself.
 BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
@@ -79,17 +80,17 @@ def imported(path):
 
 
 def test_few_files_stay_on_top_and_every_room_is_governed():
-    assert {path.stem for path in ROOT.glob("*.py")} == TOP
-    assert {room for room, _, _ in modules()} == set(MAY_IMPORT)
+    assert {path.stem for path in ROOT.glob("*.py")} == TOP | LEAVES
+    assert {room for room, _, _ in modules()} == set(MAY_IMPORT) | LEAVES
 
 
 def test_no_import_points_up():
     for room, module, path in modules():
-        allowed = MAY_IMPORT[room]
+        allowed = set() if room in LEAVES else MAY_IMPORT[room]
         for target in imported(path):
             first = target.partition(".")[0]
             if allowed is not None and first != room:
-                assert first in allowed, f"{module} imports {target}"
+                assert first in allowed | LEAVES, f"{module} imports {target}"
 
 
 def test_steps_of_the_paper_import_earlier_ones_alone():

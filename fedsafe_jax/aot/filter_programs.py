@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.aot.program import (
     Program,
     Run,
@@ -26,6 +27,7 @@ from fedsafe_jax.models import attention, encoder_hub, lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.sharding import platform_of
+from fedsafe_jax.random_streams import Purpose
 
 
 def filters(run: Run) -> Iterator[Program]:
@@ -59,7 +61,9 @@ def _guard(run: Run) -> Iterator[Program]:
         c.filter.lora_rank, 2.0 * c.filter.lora_rank, lora.expand_targets(c.lora_targets)
     )
     base, model = base_shapes(shape, c), Decoder(shape, shape_of.scale)
-    factors = jax.eval_shape(lambda: lora.init(jax.random.key(0), shape, shape_of))
+    factors = jax.eval_shape(
+        lambda: lora.init(random_streams.key(Purpose.SHAPES, 0), shape, shape_of)
+    )
     rows, width, tokens, seen = _widths(run)
     batch = guard.RowBatch(np.zeros((rows, width), np.int32), np.zeros(rows, np.int32))
     data = (batch, np.zeros(rows, np.int32)), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
@@ -67,7 +71,7 @@ def _guard(run: Run) -> Iterator[Program]:
     step = training.make_step(functools.partial(guard.verdict_loss, model), optimizer)
     laid, data = on(factors, mesh), on(data, mesh)
     state = on(jax.eval_shape(optimizer.init, factors), mesh)
-    key = on(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    key = on(jax.eval_shape(lambda: random_streams.key(Purpose.SHAPES, 0)), mesh)
     backend = attention.choose_backend(shape, width, width)
     yield Program(
         "filter_train",
@@ -108,7 +112,9 @@ def _classifier(run: Run) -> Iterator[Program]:
         return classifier.PairBatch(empty, empty, empty.astype(bool))
 
     params = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), *map(jnp.asarray, batch_of(1)))["params"]
+        lambda: model.init(random_streams.key(Purpose.SHAPES, 0), *map(jnp.asarray, batch_of(1)))[
+            "params"
+        ]
     )
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(params) if len(x.shape) > 1)
     weights -= config.vocab_size * config.hidden_size  # a lookup, not a product
@@ -123,7 +129,13 @@ def _classifier(run: Run) -> Iterator[Program]:
         yield Program(
             "filter_train",
             step,
-            (params, state, (), data, on(jax.eval_shape(lambda: jax.random.key(0)), mesh)),
+            (
+                params,
+                state,
+                (),
+                data,
+                on(jax.eval_shape(lambda: random_streams.key(Purpose.SHAPES, 0)), mesh),
+            ),
             kinds={"base": params, "optimizer": state, "batch": data},
             mesh=mesh,
             tokens=tokens,

@@ -9,6 +9,7 @@ from scipy.special import ndtri
 
 from fedsafe_jax.aot.targets import TargetError
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.random_streams import Purpose, generator
 
 # Of the Dolly data set with a chat template: logarithms of the tokens of prompts and of responses
 # are about normal, with these means and deviations.
@@ -38,7 +39,7 @@ def default() -> Lengths:
     def draw(mean: float, deviation: float, seed: int) -> np.ndarray:
         quantiles = (np.arange(COUNT) + 0.5) / COUNT
         lengths = np.exp(mean + deviation * ndtri(quantiles)).round().astype(int)
-        return np.random.default_rng(seed).permutation(np.maximum(lengths, 1))
+        return generator(Purpose.LENGTHS, seed).permutation(np.maximum(lengths, 1))
 
     return Lengths(draw(*DOLLY_PROMPT, seed=0), draw(*DOLLY_RESPONSE, seed=1))
 

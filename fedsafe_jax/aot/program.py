@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.aot.lengths import Lengths
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.mesh import make_mesh
@@ -21,6 +22,7 @@ from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 from fedsafe_jax.models.known import KNOWN
 from fedsafe_jax.models.quantize import quantize
 from fedsafe_jax.models.sharding import CLIENTS, MODEL, leaf_spec
+from fedsafe_jax.random_streams import Purpose
 
 WHOLE = PartitionSpec()
 PROJECTION_NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
@@ -122,7 +124,9 @@ class Run:
             dropout=config.lora_dropout,
         )
         self.base = base_shapes(self.shape, config)
-        self.factors = jax.eval_shape(lambda: lora.init(jax.random.key(0), self.shape, self.lora))
+        self.factors = jax.eval_shape(
+            lambda: lora.init(random_streams.key(Purpose.SHAPES, 0), self.shape, self.lora)
+        )
         self.model = Decoder(self.shape, self.lora.scale, self.lora.dropout)
 
     def microbatches(self, batch: Batch, steps: int) -> int:

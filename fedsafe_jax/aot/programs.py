@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.aot.program import (
     Program,
     Run,
@@ -34,6 +35,7 @@ from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS
 from fedsafe_jax.models.sharding import CLIENTS, MODEL
 from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.constitutional import read_recipe
+from fedsafe_jax.random_streams import Purpose
 
 
 def federated(run: Run) -> Iterator[Program]:
@@ -117,11 +119,13 @@ def federated(run: Run) -> Iterator[Program]:
             kinds={"adapters": (gathered, sent)},
             mesh=mesh,
         )
-    key = on(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    key, row = on(jax.eval_shape(lambda: random_streams.key(Purpose.SHAPES, 0)), mesh), None
+    if run.config.federated.noise_bands > 1:
+        row = on(jax.ShapeDtypeStruct((run.config.rounds,), jnp.float32), mesh)
     yield Program(
         "server",
         programs.finish,
-        (server, gathered, key),
+        (server, gathered, key, row),
         kinds={"adapters": (server, gathered)},
         mesh=mesh,
     )
@@ -179,7 +183,11 @@ def generation(run: Run) -> Iterator[Program]:
         on(jax.ShapeDtypeStruct((1, rows), bool), mesh, groups),
         cache,
     )
-    keys = on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, rows))), mesh, groups)
+    keys = on(
+        jax.eval_shape(lambda: jax.random.split(random_streams.key(Purpose.SHAPES, 0), (1, rows))),
+        mesh,
+        groups,
+    )
     base = run.base
     if unrolls(run.shape):  # as `decoding.decoding_params` does
         base = on(jax.eval_shape(lambda x: unstack(x, run.shape.num_layers), base), mesh)

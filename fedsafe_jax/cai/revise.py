@@ -13,6 +13,7 @@ from fedsafe_jax.cai.forms import clean
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.fitting import Messages, system_turns
+from fedsafe_jax.random_streams import Purpose, generator
 
 
 class Record(NamedTuple):
@@ -146,6 +147,7 @@ def revise(
     rules: Rules | None = None,
     judge: Judge | None = None,
     only_wrong: bool = False,
+    purpose: Purpose = Purpose.CAI_PRINCIPLES,
 ) -> list[Record]:
     """Generates answers, criticises and revises them, and checks the revisions.
 
@@ -158,12 +160,13 @@ def revise(
         and revision.
       answer: gives the initial answers; the roles of a thread are those of `forms.LABELS`.
       reviser: gives critiques and revisions.
-      seed: seed of the principles drawn, such as (seed, round).
+      seed: seed of the principles drawn and their place, such as (seed, round).
       rounds: number of rounds of critique and revision.
       num_few_shots: number of the constitution's examples that stand before each dialogue, behind
         its system prompt.
       rules, judge: checks; both may be given.
       only_wrong: whether answers that are right by every check given are left as they are.
+      purpose: stream of the principles drawn.
 
     Returns:
       One record per dialogue. Dropped are revisions that are "empty", "cut", "unchanged" from the
@@ -177,7 +180,7 @@ def revise(
     checks = [check for check in (rules, judge) if check is not None]
     if only_wrong and not checks:
         raise ValueError("only_wrong: no check says what is wrong; give rules or judge.")
-    drawn = np.random.default_rng(seed).integers(
+    drawn = generator(purpose, *seed).integers(
         len(constitution.principles), size=(rounds, len(dialogues))
     )
     before = [turn for shot in constitution.few_shots[:num_few_shots] for turn in shot]

@@ -18,6 +18,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll
 from fedsafe_jax.models.microbatch import compiler_options, value_and_grad_in_microbatches
 from fedsafe_jax.models.sharding import beside
+from fedsafe_jax.random_streams import Purpose, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -251,10 +252,10 @@ def steps(
       imitation: encoded dialogues to imitate, at least one.
       triples: answers that were mended: (prompt, worse, better); may be empty.
       encode: encodes a dialogue and a response; None where nothing of it is left to learn.
-      seed: seed of the order.
+      seed: seed of the order and its place, such as (seed, round).
       tokenizer, refusal: tokenizer and refusal token, for losses that make rows of their own.
     """
-    rng = np.random.default_rng(seed)
+    rng = generator(Purpose.CAI_STEPS, *seed)
     order = draw(len(imitation), count * recipe.batch_size, rng)
     chosen = draw(len(triples), count * recipe.pairs_per_step, rng)
     data = []

@@ -84,6 +84,7 @@ class Saved:
     """
 
     def __init__(self, workdir: str, arm: str, seed: int | None):
+        from fedsafe_jax import random_streams
         from fedsafe_jax.inference.language_model import model_folder
         from fedsafe_jax.models import hub, lora
         from fedsafe_jax.pipeline.arms import planned_arms
@@ -114,7 +115,11 @@ class Saved:
             dropout=self.config.lora_dropout,
         )
         shape = hub.read_config(model_folder(self.config.model), self.config.dtype)
-        self._like = jax.eval_shape(lambda: lora.init(jax.random.key(0), shape, self.lora))
+        self._like = jax.eval_shape(
+            lambda: lora.init(
+                random_streams.key(random_streams.Purpose.SHAPES, 0), shape, self.lora
+            )
+        )
 
     def _has(self, planned: Any, seed: int) -> bool:
         from fedsafe_jax.runtime import checkpoint, run_files

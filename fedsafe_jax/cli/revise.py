@@ -54,7 +54,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "temperature", 0.0, "Temperature of the initial answers.", lower_bound=0.0, **here
     )
     whole("batch_size", 32, "Rows generated at once.", lower_bound=1, **here)
-    whole("seed", 0, "Seed of principles and samples.", **here)
+    whole("seed", 0, "Seed of principles and samples.", lower_bound=0, **here)
 
 
 def make_checks(count: int, check: str, filter_folder: str | None) -> dict:
@@ -92,6 +92,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
+    from fedsafe_jax.random_streams import Purpose
     from fedsafe_jax.runtime import devices
 
     prompts = read_prompts(values.prompts, values.column)
@@ -116,7 +117,12 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
 
     def speak(temperature: float):
         return make_generate_fn(
-            values.max_new_tokens, [values.seed, 17], talk, temperature, not dialogue
+            values.max_new_tokens,
+            (values.seed,),
+            talk,
+            temperature=temperature,
+            chat_form=not dialogue,
+            purpose=Purpose.REVISE_SAMPLES,
         )
 
     records = revise.revise(
@@ -124,7 +130,8 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
         constitution,
         speak(values.temperature),
         reviser=speak(0.0),
-        seed=[values.seed, 18],
+        seed=(values.seed,),
+        purpose=Purpose.REVISE_PRINCIPLES,
         rounds=values.rounds,
         num_few_shots=values.few_shots,
         **make_checks(len(prompts), values.check, values.filter),

@@ -36,10 +36,10 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
     Refusals that are labelled unsafe are left out, see `filters.pairs.drop_mislabelled`. At most
     `max_per_source` pairs of each source are trained on.
     """
-    import numpy as np
 
     from fedsafe_jax.data import sources
     from fedsafe_jax.filters.pairs import drop_mislabelled
+    from fedsafe_jax.random_streams import Purpose, generator
 
     def load(name):
         answered, blank = sources.load_answered(name, config.data_dir)
@@ -60,7 +60,7 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
             openings |= {e.opening for e in mine}
         left = [e for e in labelled if e.opening not in openings]
         counts["in_held_out"] += len(labelled) - len(left)
-        rng = np.random.default_rng([config.seed, 15, number])
+        rng = generator(Purpose.FILTER_LIMIT, config.seed, number)
         some = rng.permutation(len(left))[: config.max_per_source or None]
         counts["over_limit"] += len(left) - len(some)
         pairs += [left[i] for i in sorted(some)]

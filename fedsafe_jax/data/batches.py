@@ -7,13 +7,12 @@ import numpy as np
 
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, NoisyBatch, assign_rows, bucket, fill
-
-DROPOUT = 33  # number of the stream of random bits
+from fedsafe_jax.random_streams import Purpose, generator
 
 
 def _shuffled(size: int, seed: int, round_number: int, client: int, count: int) -> list[int]:
     """Walks through shuffles of all examples, a new one when one ends."""
-    rng = np.random.default_rng([seed, round_number, 1, client])
+    rng = generator(Purpose.EXAMPLES, seed, round_number, client)
     indices: list[int] = []
     while len(indices) < count:
         indices.extend(rng.permutation(size).tolist())
@@ -141,6 +140,6 @@ class RoundBatches:
         seed, round_number, ids = self._noise
         noise = np.zeros(shape, np.uint32)
         for client, drawn in zip(ids[start:], noise, strict=False):
-            place = np.random.SeedSequence(seed, spawn_key=(DROPOUT, round_number, client))
-            drawn[:] = np.random.default_rng(place).integers(2**32, size=shape[1:], dtype="uint32")
+            rng = generator(Purpose.ADAPTER_DROPOUT, seed, round_number, client)
+            drawn[:] = rng.integers(2**32, size=shape[1:], dtype="uint32")
         return noise

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data import chat, packing
 from fedsafe_jax.demo.dialogues import Dialogue, build_dialogues, model_card
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
@@ -22,6 +23,7 @@ from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf
 from fedsafe_jax.models.loss import token_nll
+from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,7 +155,7 @@ def run(
       output: folder of the model, written every `save_every` steps.
       report: takes a line about the data, and one every 50 steps.
     """
-    rng = np.random.default_rng(config.seed)
+    rng = random_streams.generator(Purpose.PRETRAIN_DATA, config.seed)
     dialogues, counts = build_dialogues(config, rng)
     report(f"data: {json.dumps(counts)}")
     stages = []
@@ -168,7 +170,8 @@ def run(
         hf_config = new_hf_config(config, tokenizer)
         blank = jnp.zeros((1, 8), jnp.int32)
         shape = from_hf(hub.hf_config(hf_config))
-        params = Decoder(shape).init(jax.random.key(config.seed), blank, blank, blank)["params"]
+        key = random_streams.key(Purpose.PRETRAIN_START, config.seed)
+        params = Decoder(shape).init(key, blank, blank, blank)["params"]
     decoder_config = from_hf(hub.hf_config(hf_config), config.compute_dtype)
     rows = build_rows(tokenizer, dialogues, config.seq_len, rng)
     useful = float((rows.segment_ids > 0).mean())

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from fedsafe_jax.random_streams import Purpose, generator
+
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -36,7 +38,11 @@ def bootstrap(values: ArrayLike) -> tuple[float, float]:
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     bounds = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, rng=0
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        rng=generator(Purpose.BOOTSTRAP, 0),
     ).confidence_interval
     return float(bounds.low), float(bounds.high)
 

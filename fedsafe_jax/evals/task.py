@@ -8,9 +8,8 @@ loop, `results.json`, the table, figures, report, model card, dry run and `fedsa
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.random_streams import Purpose, generator
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
 HELDOUT = "heldout"  # source of the pairs that a run holds out from its clients' data
@@ -229,9 +228,15 @@ def request_texts(requests: Iterable[Example]) -> list[str]:
     return texts
 
 
-def subset(items: list, count: int) -> list:
-    """Returns at most `count` items (0: all), drawn by a fixed seed and kept in order."""
+def subset(items: list, count: int, purpose: Purpose = Purpose.EVALUATION) -> list:
+    """Returns at most `count` items (0: all), drawn by a fixed seed and kept in order.
+
+    Args:
+      items: items to draw from.
+      count: most items.
+      purpose: stream of the draw.
+    """
     if not count or len(items) <= count:
         return items
-    order = np.random.default_rng(SUBSET_SEED).permutation(len(items))[:count]
+    order = generator(purpose, SUBSET_SEED).permutation(len(items))[:count]
     return [items[i] for i in sorted(order)]

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedsafe_jax import random_streams
+from fedsafe_jax.random_streams import Purpose
+
 PROBES = 8  # columns of X in `project_products`
 # Singular values below this share of the largest are rounding: float32 keeps about 1e-7 of it.
 RANK_TOLERANCE = 1e-6
@@ -115,7 +118,7 @@ def project_products(factors: Any) -> jax.Array:
     pairs, _ = jax.tree.flatten(factors, is_leaf=_is_pair)
     projections = []
     for i, pair in enumerate(pairs):
-        key = jax.random.fold_in(jax.random.key(0), i)
+        key = random_streams.key(Purpose.PRODUCTS, 0, i)
         x = jax.random.rademacher(key, (*pair["a"].shape[:-1], PROBES), jnp.float32)
         projections.append((x.swapaxes(-1, -2) @ pair["a"] @ pair["b"]).ravel())
     return jnp.concatenate(projections)

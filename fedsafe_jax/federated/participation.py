@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedsafe_jax.random_streams import Purpose, generator
+
 
 class Cohort(NamedTuple):
     """The clients of a round that send an update.
@@ -29,8 +31,8 @@ class Sampling(NamedTuple):
     """A way to sample the clients of a round.
 
     Attributes:
-      draw: `(seed, round_number, sizes, count) -> (sorted ids int32 [clients], times drawn)`; it
-        depends on nothing else.
+      draw: `(seed, round_number, sizes, count, groups) -> (sorted ids int32 [clients], times
+        drawn)`; it depends on nothing else.
       weigh_by_draws: whether clients weigh in the aggregation as often as they were drawn, in place
         of their weighting.
       example_order: how the sampled clients take their examples, a name in `data.batches.ORDERS`.
@@ -41,42 +43,44 @@ class Sampling(NamedTuple):
     example_order: str = "shuffle"
 
 
-def _generator(seed: int, round_number: int) -> np.random.Generator:
-    return np.random.default_rng([seed, round_number, 0])
-
-
 def _once(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids.astype(np.int32), np.ones(len(ids), np.int64)
 
 
-def _uniform(seed: int, round_number: int, sizes: Sequence[float], count: int):
+def _uniform(seed: int, round_number: int, sizes: Sequence[float], count: int, groups: int):
     """Draws `count` clients without replacement."""
-    rng = _generator(seed, round_number)
+    del groups
+    rng = generator(Purpose.COHORT, seed, round_number)
     return _once(np.sort(rng.choice(len(sizes), count, replace=False)))
 
 
-def _weighted(seed: int, round_number: int, sizes: Sequence[float], count: int):
+def _weighted(seed: int, round_number: int, sizes: Sequence[float], count: int, groups: int):
     """Draws with replacement, in proportion to size (Li et al., 2020, arXiv 1907.02189, Scheme I).
 
     Clients with more data are drawn more often, so that every draw weighs the same.
     """
+    del groups
     if not sum(sizes):
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
     share = np.asarray(sizes, np.float64) / sum(sizes)
-    draws = _generator(seed, round_number).choice(len(sizes), count, p=share)
+    draws = generator(Purpose.COHORT, seed, round_number).choice(len(sizes), count, p=share)
     ids, times = np.unique(draws, return_counts=True)
     return ids.astype(np.int32), times
 
 
-def _poisson(seed: int, round_number: int, sizes: Sequence[float], count: int):
-    """Draws each client independently, `count` in expectation; its privacy bound is tightest."""
-    rng = _generator(seed, round_number)
-    return _once(np.flatnonzero(rng.random(len(sizes)) < count / len(sizes)))
+def _poisson(seed: int, round_number: int, sizes: Sequence[float], count: int, groups: int):
+    """Draws each client independently, `count` in expectation; its privacy bound is tightest.
+
+    With several groups, a client's number modulo their number, the groups take turns.
+    """
+    rng = generator(Purpose.COHORT, seed, round_number)
+    drawn = rng.random(len(sizes)) < count / (len(sizes) // groups)
+    return _once(np.flatnonzero(drawn & (np.arange(len(sizes)) % groups == round_number % groups)))
 
 
-def _openfedllm(seed: int, round_number: int, sizes: Sequence[float], count: int):
+def _openfedllm(seed: int, round_number: int, sizes: Sequence[float], count: int, groups: int):
     """Draws as OpenFedLLM does (Ye et al., 2024, arXiv 2402.06954): from the round number alone."""
-    del seed
+    del seed, groups
     chosen = random.Random(round_number).sample(range(len(sizes)), min(count, len(sizes)))
     return _once(np.sort(np.array(chosen, np.int32)))
 
@@ -96,7 +100,12 @@ WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def sample_ids(
-    seed: int, round_number: int, sizes: Sequence[float], count: int, sampling: str = "uniform"
+    seed: int,
+    round_number: int,
+    sizes: Sequence[float],
+    count: int,
+    sampling: str = "uniform",
+    groups: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a round's clients.
 
@@ -106,11 +115,12 @@ def sample_ids(
         all weigh 1.
       count: clients a round; under `poisson` their expected number.
       sampling: a name in `SAMPLINGS`.
+      groups: groups of clients that are sampled in turn, under `poisson`.
 
     Returns:
       Sorted ids int32 `[clients]`, and how often each was drawn.
     """
-    return SAMPLINGS[sampling].draw(seed, round_number, sizes, count)
+    return SAMPLINGS[sampling].draw(seed, round_number, sizes, count, groups)
 
 
 def draw_cohort(
@@ -123,6 +133,7 @@ def draw_cohort(
     weighting: str = "examples",
     dropout: float = 0.0,
     stragglers: float = 0.0,
+    groups: int = 1,
 ) -> Cohort:
     """Draws a round's cohort.
 
@@ -132,12 +143,15 @@ def draw_cohort(
       weighting: a name in `WEIGHTINGS`. Samplings that weigh by draws do not read it.
       dropout: probability that a sampled client never answers.
       stragglers: probability that a client gets only 1 to `local_steps - 1` steps done.
+      groups: see `sample_ids`.
     """
-    ids, times = sample_ids(seed, round_number, sizes, count, sampling)
+    ids, times = sample_ids(
+        seed, round_number, sizes, count=count, sampling=sampling, groups=groups
+    )
     held = np.array([sizes[i] for i in ids], np.float32)
     weights = times if SAMPLINGS[sampling].weigh_by_draws else WEIGHTINGS[weighting](held)
     weights = weights.astype(np.float32)
-    rng = np.random.default_rng([seed, round_number, 6])
+    rng = generator(Purpose.ABSENCE, seed, round_number)
     gone = rng.random(len(ids)) < dropout
     slow = rng.random(len(ids)) < stragglers
     fewer = rng.integers(1, max(local_steps, 2), len(ids))
@@ -155,6 +169,6 @@ def draw_cohort(
 
 def malicious_clients(seed: int, num_clients: int, share: float) -> tuple[int, ...]:
     """Returns the ids of the clients that are malicious in a run, the same in every round."""
-    rng = np.random.default_rng([seed, 8])
+    rng = generator(Purpose.MALICIOUS, seed)
     count = round(share * num_clients)
     return tuple(sorted(rng.choice(num_clients, count, replace=False).tolist()))

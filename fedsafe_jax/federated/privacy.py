@@ -4,6 +4,10 @@ Every update is clipped to `clip_norm`, all weigh the same, and the sum is divid
 cohort, not by the actual one ("Learning Differentially Private Recurrent Language Models", McMahan
 et al., 2018, arXiv 1710.06963). Noise of standard deviation `noise_multiplier * clip_norm` is added
 to the sum.
+
+With `bands` above 1 the noise of a round undoes part of the noise of the rounds before it, so that
+less of it adds up in the model at the same epsilon (banded matrix factorisation, Choquette-Choo et
+al., 2023, arXiv 2306.08153). A client may then take part in every `bands`-th round at most.
 """
 
 import functools
@@ -12,22 +16,78 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+# What has no epsilon, said wherever one is printed.
+NOT_PRIVATE = (
+    "What the run records of single clients is not private, and must not be published with it: "
+    "losses, update lengths, cosines and who took part (metrics.jsonl, the report, logs), counts "
+    "of their pairs (results.json), updates/, and the secret beside the checkpoints."
+)
 
 
-def add_noise(
-    mean: jax.Array, key: jax.Array, noise_multiplier: float, clip_norm: float, cohort: int
-) -> jax.Array:
+def add_noise(mean: jax.Array, key: jax.Array, deviation: float) -> jax.Array:
     """Adds Gaussian noise to a flat mean, float32 `[params]`.
 
     Args:
-      mean: sum of the clipped updates, divided by `cohort`.
+      mean: sum of the clipped updates, divided by the expected number of clients.
       key: random key of the round.
-      noise_multiplier: standard deviation of the noise on the sum, over `clip_norm`.
-      clip_norm: greatest length of an update.
-      cohort: expected number of clients.
+      deviation: standard deviation of the noise of each number: `noise_multiplier * clip_norm` over
+        the expected number of clients.
     """
-    deviation = noise_multiplier * clip_norm / cohort
     return mean + deviation * jax.random.normal(key, mean.shape, jnp.float32)
+
+
+@functools.cache
+def noising_row(rounds: int, bands: int, t: int) -> np.ndarray:
+    """Returns the weights of all rounds' draws in the noise of round `t`, float32 `[rounds]`.
+
+    It is row `t` of the inverse of a lower triangular Toeplitz matrix of `bands` diagonals and
+    columns of length 1 at most, which `jax_privacy` optimises for the mean error of the model over
+    all rounds.
+
+    Args:
+      rounds: rounds of the run.
+      bands: diagonals; 1 draws each round's noise on its own.
+      t: the round, from 0.
+    """
+    from jax_privacy.matrix_factorization import toeplitz
+
+    if (rounds, bands) not in _INVERSES:
+        coefficients = np.asarray(toeplitz.optimize_banded_toeplitz(rounds, bands), np.float64)
+        # Columns are to be no longer than 1, also by what float32 rounds.
+        coefficients /= np.linalg.norm(coefficients)
+        column = np.zeros(rounds)
+        column[:bands] = coefficients
+        matrix = scipy.linalg.toeplitz(column, np.zeros(rounds))
+        unit = np.eye(rounds)[0]
+        _INVERSES[rounds, bands] = scipy.linalg.solve_triangular(matrix, unit, lower=True)
+    row = np.zeros(rounds, np.float32)
+    row[: t + 1] = _INVERSES[rounds, bands][t::-1]
+    return row
+
+
+def add_correlated_noise(
+    mean: jax.Array, key: jax.Array, row: jax.Array, deviation: float
+) -> jax.Array:
+    """Adds Gaussian noise that is correlated over the rounds to a flat mean, float32 `[params]`.
+
+    Args:
+      mean: see `add_noise`.
+      key: random key of the arm, the same in every round: the draws of earlier rounds are made
+        again from it, so that nothing has to be kept.
+      row: weights of the rounds' draws, from `noising_row`.
+      deviation: as in `add_noise`, of the draws.
+    """
+
+    def add(t, total):
+        return total + row[t] * jax.random.normal(jax.random.fold_in(key, t), mean.shape)
+
+    # In the jitted step the row is traced, and jax_privacy's own adder takes constants alone.
+    rounds = jnp.max(jnp.where(row != 0, jnp.arange(len(row)) + 1, 0))
+    noise = jax.lax.fori_loop(0, rounds, add, jnp.zeros_like(mean))
+    return mean + deviation * noise
 
 
 def _uniform(num_clients: int, clients_per_round: int, noise_multiplier: float) -> tuple[Any, Any]:
@@ -46,6 +106,10 @@ def _uniform(num_clients: int, clients_per_round: int, noise_multiplier: float) 
     return accountant, dp_event.SampledWithoutReplacementDpEvent(
         num_clients, clients_per_round, dp_event.GaussianDpEvent(noise_multiplier / 2)
     )
+
+
+# First column of the inverse by (rounds, bands), which takes jax_privacy a second to find.
+_INVERSES: dict[tuple[int, int], np.ndarray] = {}
 
 
 def _poisson(num_clients: int, clients_per_round: int, noise_multiplier: float) -> tuple[Any, Any]:
@@ -77,6 +141,7 @@ def epsilon(
     noise_multiplier: float,
     delta: float,
     sampling: str,
+    bands: int = 1,
 ) -> float:
     """Returns the epsilon spent after `rounds`, by the `dp_accounting` library.
 
@@ -86,7 +151,11 @@ def epsilon(
       noise_multiplier: standard deviation of the noise on the sum, over `clip_norm`.
       delta: the delta of (epsilon, delta)-differential privacy.
       sampling: a name in `ACCOUNTANTS`.
+      bands: diagonals of correlated noise, with `sampling="poisson"`: each client belongs to one
+        of as many groups, which are sampled in turn. The epsilon is that of independent noise in
+        the rounds of one group (arXiv 2306.08153, Theorem 4).
     """
-    accountant, event = ACCOUNTANTS[sampling](num_clients, clients_per_round, noise_multiplier)
-    accountant.compose(event, rounds)
+    group = num_clients // bands
+    accountant, event = ACCOUNTANTS[sampling](group, clients_per_round, noise_multiplier)
+    accountant.compose(event, -(-rounds // bands))
     return float(accountant.get_epsilon(delta))

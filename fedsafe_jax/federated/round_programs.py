@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import aggregation, compression, lora_average, privacy
 from fedsafe_jax.federated.aggregation import Aggregator
@@ -20,6 +21,7 @@ from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
 from fedsafe_jax.federated.compression import Compression
 from fedsafe_jax.models.microbatch import compiler_options
 from fedsafe_jax.models.sharding import CLIENTS, manual_axes, platform_of
+from fedsafe_jax.random_streams import Purpose
 
 SKETCH = 4096  # numbers kept of an update, for its angle to the mean
 
@@ -134,9 +136,9 @@ class Programs(NamedTuple):
       train: `(server, base, ChunkInputs, rates [steps]) -> (ClientUpdates, states, residuals,
         ClientMetrics)`; the number of clients is a multiple of the mesh axis `clients`.
       collect: `(PartialSum or None, ClientUpdates) -> PartialSum`, for linear aggregation.
-      finish: `(server, PartialSum or [ClientUpdates, ...], key) -> (server, RoundMetrics)`. Where
-        no client counts the server stays as it was. The key is that of noise, and of slots that
-        begin anew.
+      finish: `(server, PartialSum or [ClientUpdates, ...], key, noising_row) -> (server,
+        RoundMetrics)`. Where no client counts the server stays as it was. The key is that of noise,
+        and of slots that begin anew; None without either. The row is that of correlated noise.
       attack: `(server, [ClientUpdates, ...], [ClientMetrics, ...], malicious bool [clients]) ->
         (ClientUpdates, ClientMetrics)` of all chunks together, after `spec.collude`; None without.
     """
@@ -157,7 +159,8 @@ def sketch(update: jax.Array) -> jax.Array:
     2002). Inner products of sketches are those of the updates within about 1.6% of the product of
     their lengths, and exact up to 4096 numbers.
     """
-    signs = jax.random.rademacher(jax.random.key(0), update.shape, jnp.float32)
+    key = random_streams.key(Purpose.SKETCH, 0)
+    signs = jax.random.rademacher(key, update.shape, jnp.float32)
     return jnp.pad(update * signs, (0, -update.size % SKETCH)).reshape(-1, SKETCH).sum(0)
 
 
@@ -215,7 +218,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         return new if so_far is None else jax.tree.map(jnp.add, so_far, new)
 
     @jax.default_matmul_precision("float32")
-    def finish(server: ServerState, gathered, key):
+    def finish(server: ServerState, gathered, key, noising_row=None):
         current, unravel = ravel_pytree(server.factors)
         if isinstance(gathered, PartialSum):
             sums = gathered
@@ -231,9 +234,12 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         if spec.noise_multiplier:
             # All clients weigh the same, and the denominator is the expected cohort: the actual
             # number depends on who took part, which is to stay private.
-            mean = privacy.add_noise(
-                sums.total / spec.cohort, key, spec.noise_multiplier, spec.clip_norm, spec.cohort
-            )
+            mean, deviation = sums.total / spec.cohort, spec.noise_multiplier * spec.clip_norm
+            deviation /= spec.cohort
+            if noising_row is None:
+                mean = privacy.add_noise(mean, key, deviation)
+            else:
+                mean = privacy.add_correlated_noise(mean, key, noising_row, deviation=deviation)
         stepped = spec.algorithm.server_update(server, unravel(mean), sums.controls)
         moves = (sums.clients > 0) | (spec.noise_multiplier > 0)
         stepped = jax.tree.map(lambda new, old: jnp.where(moves, new, old), stepped, server)

@@ -147,8 +147,9 @@ def run_round(
     batches: Callable[[int, int], Batch],
     cohort: Cohort,
     rates: Sequence[float],
-    key: jax.Array,
     chunk: int,
+    key: jax.Array | None = None,
+    noising_row: np.ndarray | None = None,
     update_scales: np.ndarray | None = None,
     ranks: np.ndarray | None = None,
     malicious: np.ndarray | None = None,
@@ -164,8 +165,11 @@ def run_round(
         `[stop - start, steps * accumulation, rows, seq]`.
       cohort: clients that take part.
       rates: learning rate of each local step.
-      key: random key of the noise, and of slots that begin anew (`lora_average.product_mean`).
       chunk: clients a call, a multiple of the mesh axis `clients`.
+      key: random key of the noise, and of slots that begin anew (`lora_average.product_mean`); None
+        where there is neither.
+      noising_row: float32 `[rounds]`, weights of the rounds' draws from the key in this round's
+        noise, see `privacy.noising_row`; None for noise of its own, from a key of its own.
       update_scales: float32 `[clients]`, factor on each client's update; None for 1.
       ranks: int32 `[clients]`, rank of each client's factors; None for the full rank.
       malicious: bool `[clients]`, those that collude where the spec says how; None for nobody.
@@ -176,8 +180,13 @@ def run_round(
 
     Returns:
       The state after the round, and a report.
+
+    Raises:
+      ValueError: something is to be drawn, and no key is given.
     """
     spec, mesh = programs.spec, programs.mesh
+    if (spec.noise_multiplier or spec.product) and key is None:
+        raise ValueError("noise, and the mean of products, need a key from `random_streams.key`.")
     count = len(cohort.ids)
     if update_scales is None:
         update_scales = np.ones(count, np.float32)
@@ -235,7 +244,7 @@ def run_round(
         gathered, figures = programs.collect(None, sent) if spec.linear else [sent], [metrics]
         if keep_update is not None:
             _hand_over(spec, sent, cohort.ids, len(rates), keep_update)
-    server, step = programs.finish(state.server, gathered, key)
+    server, step = programs.finish(state.server, gathered, key, noising_row)
     wait(step)
     chunks = [jax.device_get(metrics) for metrics in figures]
     metrics = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *chunks)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.fitting import shares, system_turns
 from fedsafe_jax.filters import stream, training
@@ -27,6 +28,7 @@ from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub import read_json
 from fedsafe_jax.models.hub_files import save_tokenizer
 from fedsafe_jax.models.tensor_files import save_file
+from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,7 +262,8 @@ def train(
     if start is None:
         config = EncoderConfig(len(tokenizer), max_length=max_length)
         batch = _batch(rows[:1], max_length, 1)
-        params = Classifier(config).init(jax.random.key(seed), *batch)["params"]
+        key = random_streams.key(Purpose.FILTER_START, seed)
+        params = Classifier(config).init(key, *batch)["params"]
     else:
         config, params = start
     network = training.Network(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
@@ -24,6 +25,7 @@ from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,7 +186,7 @@ def train(
     template = template_of(tokenizer, max_length)
     rows = render_pairs(tokenizer, pairs, max_length, template)
     model = Decoder(base.config, lora_config.scale)
-    factors = lora.init(jax.random.key(seed), base.config, lora_config)
+    factors = lora.init(random_streams.key(Purpose.FILTER_START, seed), base.config, lora_config)
     tails = [[verdicts[u]] for u in unsafe]
     if replies is not None:
         known = [r for e, r in zip(examples, replies, strict=True) if e.label in (SAFE, UNSAFE)]

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
+from fedsafe_jax.random_streams import Purpose, generator
 
 
 def drop_mislabelled(pairs: Sequence[Example]) -> tuple[list[Example], int]:
@@ -33,7 +32,7 @@ def hard_negatives(pairs: Sequence[Example], share: float, seed: int) -> list[Ex
       The twins alone. Their answers are refusals drawn from the pairs, or the refusal of
       `data.refusals` where the pairs hold none.
     """
-    rng = np.random.default_rng([seed, 19])
+    rng = generator(Purpose.FILTER_HARD_NEGATIVES, seed)
     refusals = sorted({p.response for p in pairs if p.label == SAFE and start_refusal(p.response)})
     refusals = refusals or [REFUSAL]
     unsafe = [p for p in pairs if p.label == UNSAFE]

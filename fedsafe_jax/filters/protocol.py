@@ -9,6 +9,7 @@ import numpy as np
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.data.fitting import Messages
 from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.random_streams import Purpose, generator
 
 
 class FilterError(ValueError):
@@ -60,7 +61,7 @@ def split(pairs: Sequence[Example], seed: int, share: float) -> tuple[list[int],
       Indices of the pairs for training, and of those for validation.
     """
     prompts = sorted({e.dialogue for e in pairs})
-    rng = np.random.default_rng([seed, 12])
+    rng = generator(Purpose.FILTER_SPLIT, seed)
     order = rng.permutation(len(prompts))
     held = {prompts[i] for i in order[: round(share * len(prompts))]}
     sides = [e.dialogue in held for e in pairs]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
+from fedsafe_jax.random_streams import Purpose, generator
+
 
 class FilterQuality(NamedTuple):
     """Detection rates of unsafe pairs in percent, and the confusion counts behind them.
@@ -111,7 +113,7 @@ def resample(unsafe: Sequence[bool], share: float, seed: int) -> np.ndarray:
     paper's is 30%.
     """
     unsafe = np.asarray(unsafe, bool)
-    rng = np.random.default_rng([seed, 11])
+    rng = generator(Purpose.FILTER_RESAMPLE, seed)
     bad, good = rng.permutation(np.flatnonzero(unsafe)), rng.permutation(np.flatnonzero(~unsafe))
     total = min(len(bad) / share, len(good) / (1 - share))
     taken = bad[: round(share * total)], good[: round((1 - share) * total)]

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedsafe_jax.data.examples import UNSAFE, Example
+from fedsafe_jax.random_streams import Purpose, generator
 
 
-def simulate(
-    examples: Sequence[Example], recall: float, precision: float, seed: Sequence[int]
-) -> np.ndarray:
+def simulate(examples: Sequence[Example], recall: float, precision: float, seed: int) -> np.ndarray:
     """Draws the verdicts of a filter with a given recall and precision.
 
     One draw per pair is compared with the rate of its label, so a larger recall flags the same
@@ -25,7 +24,7 @@ def simulate(
       Probabilities 0 or 1, float32 `[n]`.
     """
     unsafe = np.array([e.label == UNSAFE for e in examples], bool)
-    draws = np.random.default_rng(seed).random(len(examples))
+    draws = generator(Purpose.FILTER_VERDICTS, seed).random(len(examples))
     false_alarms = recall * unsafe.sum() * (1 - precision) / max(precision, 1e-9)
     rate = min(false_alarms / max((~unsafe).sum(), 1), 1.0)
     return (draws < np.where(unsafe, recall, rate)).astype(np.float32)

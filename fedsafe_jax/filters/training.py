@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import optax
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.packing import round_up
 from fedsafe_jax.filters import decision, protocol, quality
 from fedsafe_jax.models.sharding import beside
+from fedsafe_jax.random_streams import Purpose
 
 BUCKET = 8  # batches that are sorted by length together
 
@@ -106,7 +108,8 @@ def train(
     balance = (len(learned) / (2 * np.bincount(unsafe[learned]))).astype(np.float32)
     optimizer = make_optimizer(options, steps_per_epoch=-(-len(learned) // options.batch_size))
     params = beside(network.frozen, params)
-    state, key = beside(params, optimizer.init(params)), jax.random.key(seed)
+    state = beside(params, optimizer.init(params))
+    key = random_streams.key(Purpose.FILTER_DROPOUT, seed)
     # The loss alone: what jit may keep must not hold the network's base.
     step = make_step(network.loss_fn, optimizer)
     best_loss, best_params, best = np.inf, params, -1
@@ -193,7 +196,7 @@ def _epoch(
     indices: np.ndarray, lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> Iterator[np.ndarray]:
     """Shuffled batches whose rows are of similar length."""
-    rng = np.random.default_rng([seed, epoch])
+    rng = random_streams.generator(Purpose.FILTER_ORDER, seed, epoch)
     order = indices[rng.permutation(len(indices))]
     batches: list[np.ndarray] = []
     for start in range(0, len(order), batch_size * BUCKET):

@@ -205,7 +205,8 @@ class Sites:
         """
         del members
         config, seed, programs = self.config, arm_run.seed, arm_run.programs
-        cohort = rounds.draw_cohort(config, arm_run.planned.algorithm, self.sizes, seed, t)
+        algorithm, secret = arm_run.planned.algorithm, arm_run.secret
+        cohort = rounds.draw_cohort(config, algorithm, self.sizes, seed=seed, t=t, secret=secret)
         missing, useful = [], 0
 
         def train(server, base, inputs, rates):
@@ -245,7 +246,15 @@ class Sites:
 
         remote = programs._replace(train=train)
         state, report = rounds.step(
-            config, remote, state, base=None, packed=numbers, cohort=cohort, seed=seed, t=t
+            config,
+            remote,
+            state,
+            base=None,
+            packed=numbers,
+            cohort=cohort,
+            seed=seed,
+            t=t,
+            secret=secret,
         )
         row = rounds.figures(config, cohort, report, useful=useful, seed=seed, t=t)
         return state, row | {"no_answer": missing}

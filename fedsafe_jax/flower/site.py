@@ -14,6 +14,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
@@ -31,6 +32,7 @@ from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
+from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.validation import validate
 from fedsafe_jax.whole_files import WorkdirError, make_folder, storage
 
@@ -169,7 +171,9 @@ class Site:
     def template(self) -> dict:
         """Shapes of the server's message: `{"adapter": LoRA factors, "control": SCAFFOLD's}`."""
         factors = jax.eval_shape(
-            lambda: lora.init(jax.random.key(0), self.inputs.lm.config, self.inputs.lora)
+            lambda: lora.init(
+                random_streams.key(Purpose.SHAPES, 0), self.inputs.lm.config, self.inputs.lora
+            )
         )
         server = jax.eval_shape(self.programs.spec.algorithm.init, factors)
         return {"adapter": server.factors, "control": server.control}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.prompt_packing import Packed, cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import GREEDY, Sampling
@@ -15,6 +16,7 @@ from fedsafe_jax.models.cache import KVCache
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.sharding import CLIENTS, fetch
+from fedsafe_jax.random_streams import Purpose
 
 
 class Generated(NamedTuple):
@@ -209,7 +211,8 @@ class Engine:
         places = np.zeros(size, np.uint32)
         for i, row in row_of.items():
             places[row] = i
-        return _row_keys(jax.random.key(seed), np.arange(self.groups, dtype=np.uint32), places)
+        root = random_streams.key(Purpose.SAMPLES, seed)
+        return _row_keys(root, np.arange(self.groups, dtype=np.uint32), places)
 
     def prefill(self, packed: Packed) -> tuple[jax.Array, KVCache]:
         """Reads prompts into a new cache: `(logits [groups, rows, vocab], cache)`."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.models import attention, dropout, rotary
 from fedsafe_jax.models.cache import KVCache, write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
@@ -23,6 +24,7 @@ from fedsafe_jax.models.precision import own_precision
 from fedsafe_jax.models.quantize import matmul
 from fedsafe_jax.models.rotary import Rotation
 from fedsafe_jax.models.visibility import Visibility
+from fedsafe_jax.random_streams import Purpose
 
 
 class LayerKind(NamedTuple):
@@ -415,7 +417,9 @@ def target_nll(model: Decoder, params: dict, hidden: jax.Array, targets: jax.Arr
 def param_shapes(config: DecoderConfig) -> dict:
     """Returns the pytree of base parameters as `jax.ShapeDtypeStruct`s, float32."""
     blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), blank, blank, blank)["params"]
+    return jax.eval_shape(
+        Decoder(config).init, random_streams.key(Purpose.SHAPES, 0), blank, blank, blank
+    )["params"]
 
 
 def num_parameters(config: DecoderConfig) -> int:

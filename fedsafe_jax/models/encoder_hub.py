@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.models import config_fields
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub_files import check_vocabulary
 from fedsafe_jax.models.model_files import Tensors, read_json
+from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -182,7 +184,7 @@ def load_classifier(
     tensors = Tensors(folder)
     prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in tensors.names())), "")
     blank = jnp.zeros((1, 8), jnp.int32)
-    key = jax.random.key(seed)
+    key = random_streams.key(Purpose.FILTER_START, seed)
     fresh = Classifier(config).init(key, blank, blank, blank == 0)["params"]
     has_head = _has_head(tensors, head["head"], config.num_labels)
 

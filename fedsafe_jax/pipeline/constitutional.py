@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.cai import derta, forms, given
 from fedsafe_jax.cai.revise import (
     CHECKS,
@@ -38,6 +39,7 @@ from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.pipeline.rounds import learning_rates
+from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime import multihost, run_files
 from fedsafe_jax.runtime.progress import PhaseTimer
 
@@ -77,7 +79,7 @@ class ConstitutionalStage:
         self.red_team, self.given, self.probe_prompts = inputs.red_team, inputs.given, []
         if self.schedule.steps_after_probe:
             # The estimate must not be of prompts that were trained on.
-            probes = subset(inputs.red_team, config.cai.probe_prompts)
+            probes = subset(inputs.red_team, config.cai.probe_prompts, Purpose.PROBE)
             self.probe_prompts = [e.messages for e in probes]
             probed = {e.dialogue for e in probes}
             self.red_team = [e for e in inputs.red_team if e.dialogue not in probed]
@@ -111,7 +113,7 @@ class ConstitutionalStage:
         counts = {"schedule": c.schedule, "kept": 0, "steps": 0}
         factors, records = current.factors, []
         if num_steps:
-            rng = np.random.default_rng([self.seed, t, 2])
+            rng = generator(Purpose.CAI_PROMPTS, self.seed, t)
             earlier = self._earlier(t) if DATA[c.data].reuses else []
             ready = self._given(amount, t) if DATA[c.data].given else []
             if DATA[c.data].renews or not (earlier or DATA[c.data].given):
@@ -165,7 +167,7 @@ class ConstitutionalStage:
             self.given,
             self._rows_a_round(),
             t,
-            generator=lambda epoch: np.random.default_rng([self.seed, epoch, 15]),
+            generator=lambda epoch: generator(Purpose.CAI_GIVEN, self.seed, epoch),
         )
 
     def _rows_a_round(self) -> int:
@@ -214,13 +216,13 @@ class ConstitutionalStage:
         session = ChatSession(current, BATCH)
         # One session for both where the model is the same: its cache holds what was read before.
         revising = ChatSession(base, BATCH) if c.reviser == "base" else session
-        seed = [self.seed, t, 3]
+        seed = (self.seed, t)
         return revise(
             harmful + benign,
             self.inputs.constitution,
-            make_generate_fn(c.max_new_tokens, seed, session, c.temperature),
-            reviser=make_generate_fn(c.max_new_tokens, seed, revising, 0.0),
-            seed=(self.seed, t, 4),
+            make_generate_fn(c.max_new_tokens, seed, session, temperature=c.temperature),
+            reviser=make_generate_fn(c.max_new_tokens, seed, revising, temperature=0.0),
+            seed=seed,
             rounds=c.revision_rounds,
             num_few_shots=c.few_shots,
             **checks,
@@ -301,7 +303,7 @@ class ConstitutionalStage:
             imitation,
             triples=triples,
             encode=self._encode,
-            seed=(self.seed, t, 5),
+            seed=(self.seed, t),
             tokenizer=self.tokenizer,
             refusal=refusal,
         )
@@ -361,21 +363,24 @@ def make_generate_fn(
     session: ChatSession,
     temperature: float,
     chat_form: bool = True,
+    purpose: Purpose = Purpose.CAI_SAMPLES,
 ) -> Generate:
     """Builds the function by which a model answers threads in `cai.revise.revise`.
 
     Args:
       max_new_tokens: most tokens of an answer, critique or revision.
-      seed: seed of the samples, which also depend on the number of the call.
+      seed: seed of the samples and their place, such as (seed, round); they also depend on the
+        number of the call.
       session: session with a chat model, or with one whose template is `forms.DIALOGUE`.
       temperature: temperature of sampling; 0 for greedy.
       chat_form: whether threads become chats of user and assistant.
+      purpose: stream of the samples.
     """
 
     def generate(
         threads: Sequence[Sequence[tuple[str, str]]], call: int
     ) -> tuple[list[str], np.ndarray]:
-        call_seed = int(np.random.default_rng([*seed, call]).integers(2**31))
+        call_seed = random_streams.seed(purpose, *seed, call)
         return session.answer_dialogues(
             [forms.as_chat(thread) if chat_form else thread for thread in threads],
             max_new_tokens,

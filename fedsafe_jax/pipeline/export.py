@@ -13,7 +13,7 @@ from fedsafe_jax import whole_files
 from fedsafe_jax.config import ConfigError, unsafe_sources
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, lora
-from fedsafe_jax.pipeline import evaluation
+from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.report import model_card
@@ -116,7 +116,7 @@ def export_arm(
                     summary=results["arms"][planned.id],
                     sets=inputs.evals,
                     license_fields=base_license(config.model),
-                    note=_seeds_note(config),
+                    note=_with_privacy(config, _seeds_note(config)),
                     harmful_share=held_share(results, list(config.seeds)[0]),
                 )
             export(inputs.lm, adapter, workdir / "export", card)
@@ -129,6 +129,10 @@ def _seeds_note(config: ConfigDict) -> str:
     if len(seeds) == 1:
         return ""
     return f"This is the adapter of seed {seeds[0]}; the figures are over the seeds {seeds}."
+
+
+def _with_privacy(config: ConfigDict, note: str) -> str:
+    return "\n\n".join(filter(None, (note, rounds.privacy_of(config).get("statement"))))
 
 
 def card_of_seed(
@@ -148,13 +152,15 @@ def card_of_seed(
     outcome = {} if note else whole_files.read_json(path, rename=False) or {}
     sets = {k: one for k, one in evaluation.chosen_sets(config).items() if k in outcome}
     written = whole_files.read_json(workdir / "results.json", rename=False) or {}
+    if not note and not outcome:
+        note = "The run had not evaluated it when this was written."
     return model_card.text(
         planned.id,
         _settings(config),
         summary=evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
         sets=sets,
         license_fields=base_license(config.model),
-        note=note or ("" if outcome else "The run had not evaluated it when this was written."),
+        note=_with_privacy(config, note),
         harmful_share=held_share(written, seed),
     )
 

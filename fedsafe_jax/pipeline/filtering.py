@@ -37,6 +37,7 @@ from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
 from fedsafe_jax.pipeline.clients import Clients, encode, learned
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.progress import Progress
 
@@ -222,7 +223,7 @@ def score_pairs(
     kind = FILTER_KINDS[section.kind]
     if kind.simulate:
         probability = kind.simulate(
-            pairs, section.simulated_recall, section.simulated_precision, [seed, 13]
+            pairs, section.simulated_recall, section.simulated_precision, seed
         )
         return Verdicts(probability, 0.5, None)
 
@@ -361,7 +362,8 @@ def revise_answers(
         constitution,
         given_answers,
         reviser=reviser,
-        seed=[seed, 14],
+        seed=(seed,),
+        purpose=Purpose.FILTER_PRINCIPLES,
         rules=Rules([True] * len(pairs), start_refusal),
     )
     return ["" if r.dropped else r.revision for r in records]

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,6 +26,7 @@ from fedsafe_jax.inference.tokenizer import PROBE, load_tokenizer
 from fedsafe_jax.models import attention, hub, lora
 from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.evaluation import load_sets
+from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.devices import announce
 
@@ -259,7 +259,7 @@ def deal(
     Raises:
       PartitionError: the pools cannot be dealt out as the config asks.
     """
-    rng = np.random.default_rng([seed, 7])
+    rng = generator(Purpose.DEAL, seed)
     malicious = participation.malicious_clients(seed, config.num_clients, config.attack.clients)
     shares = [
         config.attack.harmful_share if i in malicious else config.harmful_share

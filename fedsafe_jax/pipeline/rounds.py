@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch
@@ -28,7 +28,10 @@ from fedsafe_jax.federated.schedules import LearningRates, step_rates
 from fedsafe_jax.federated.simulation import FederatedState, RoundReport
 from fedsafe_jax.models import loss
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.pipeline.clients import learned, roles
+from fedsafe_jax.random_streams import Purpose
+from fedsafe_jax.runtime import multihost
 
 
 def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Programs:
@@ -82,7 +85,12 @@ def learning_rates(config: ConfigDict) -> LearningRates:
 
 
 def draw_cohort(
-    config: ConfigDict, algorithm: str, sizes: Sequence[float], seed: int, t: int
+    config: ConfigDict,
+    algorithm: str,
+    sizes: Sequence[float],
+    seed: int,
+    t: int,
+    secret: int | None = None,
 ) -> Cohort:
     """Draws the clients of round `t`, with their weights and steps.
 
@@ -91,6 +99,8 @@ def draw_cohort(
       algorithm: a name in `algorithms.ALGORITHMS`.
       sizes: what every client learns from, see `clients.learned`.
       seed, t: seed of the run and number of the round, from 0; the draw depends on nothing else.
+      secret: under differential privacy the arm's secret, which then takes the seed's place:
+        epsilon counts on nobody knowing who is in a cohort.
     """
     f = config.federated
     weighting = f.weighting
@@ -99,7 +109,7 @@ def draw_cohort(
         own = algorithms.ALGORITHMS[algorithm].weighting
         weighting = "uniform" if f.noise_multiplier else own
     return participation.draw_cohort(
-        seed,
+        seed if secret is None else secret,
         t,
         sizes,
         count=config.clients_per_round,
@@ -108,6 +118,7 @@ def draw_cohort(
         weighting=weighting,
         dropout=f.dropout,
         stragglers=f.stragglers,
+        groups=f.noise_bands,
     )
 
 
@@ -152,6 +163,7 @@ def run(
     data: Sequence[Sequence[Encoded]],
     seed: int,
     t: int,
+    secret: int | None = None,
     keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, dict]:
     """Runs one round.
@@ -162,14 +174,16 @@ def run(
       state: state before the round.
       base: frozen base parameters.
       data: encoded examples of every client.
-      seed, t: seed of the run and number of the round, from 0; sampling, order and noise depend on
-        nothing else.
+      seed, t: seed of the run and number of the round, from 0; what is drawn depends on these and
+        the secret alone.
+      secret: see `step`.
       keep_update: takes each client's update, see `simulation.run_round`.
 
     Returns:
       The state after the round, and its figures, a line of `metrics.jsonl`.
     """
-    cohort = draw_cohort(config, algorithm, list(map(learned, data)), seed, t)
+    sizes = list(map(learned, data))
+    cohort = draw_cohort(config, algorithm, sizes, seed=seed, t=t, secret=secret)
     batches = local_batches(config, data, seed, t=t, ids=cohort.ids, steps=cohort.steps)
     useful = 0
 
@@ -188,6 +202,7 @@ def run(
         cohort=cohort,
         seed=seed,
         t=t,
+        secret=secret,
         keep_update=keep_update,
     )
     return state, figures(config, cohort, report, useful=useful, seed=seed, t=t)
@@ -202,6 +217,7 @@ def step(
     cohort: Cohort,
     seed: int,
     t: int,
+    secret: int | None = None,
     keep_update: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
@@ -214,11 +230,21 @@ def step(
       packed: `(start, stop) -> Batch` of that part of the cohort, see `simulation.run_round`.
       cohort: clients of the round.
       seed, t: seed of the run and number of the round, from 0.
+      secret: secret of the arm, from which its noise is drawn; None without differential privacy.
       keep_update: takes each client's update, see `simulation.run_round`.
     """
-    who = roles(config, seed)
+    who, row = roles(config, seed), None
     malicious = np.isin(cohort.ids, who.malicious)
     factor = ATTACKERS[config.attack.kind].factor(config.attack.boost)
+    if secret is None:
+        key = random_streams.key(Purpose.FRESH_SLOTS, seed, t)
+    elif config.federated.noise_bands == 1:
+        key = random_streams.key(Purpose.NOISE, secret, t)
+    else:
+        key = random_streams.key(Purpose.NOISE, secret)
+        # What an optimiser finds may differ in its last bits from host to host.
+        row = privacy.noising_row(config.rounds, config.federated.noise_bands, t)
+        row = multihost.broadcast(row)
     return simulation.run_round(
         programs,
         state,
@@ -226,9 +252,10 @@ def step(
         batches=packed,
         cohort=cohort,
         rates=step_rates(learning_rates(config), t),
-        key=jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), t), 9),
         chunk=simulation.chunk_size(config.clients_per_round, programs.mesh, config.chunk_clients),
         update_scales=np.where(malicious, factor, 1.0).astype(np.float32),
+        key=key,
+        noising_row=row,
         ranks=who.ranks[cohort.ids],
         malicious=malicious,
         keep_update=keep_update,
@@ -271,12 +298,46 @@ def figures(
     if config.attack.clients:
         row["malicious"] = [i for i in cohort.ids.tolist() if i in who.malicious]
     if f.noise_multiplier:
-        row["epsilon"] = privacy.epsilon(
-            t + 1,
-            config.num_clients,
-            config.clients_per_round,
-            noise_multiplier=f.noise_multiplier,
-            delta=f.delta,
-            sampling=f.sampling,
-        )
+        row["epsilon"] = _epsilon(config, t + 1)
     return row
+
+
+def _epsilon(config: ConfigDict, rounds: int | None = None, runs: int = 1) -> float:
+    f = config.federated
+    groups = -(-(rounds or config.rounds) // f.noise_bands)  # rounds of a client's group
+    return privacy.epsilon(
+        groups * f.noise_bands * runs,
+        config.num_clients,
+        config.clients_per_round,
+        noise_multiplier=f.noise_multiplier,
+        delta=f.delta,
+        sampling=f.sampling,
+        bands=f.noise_bands,
+    )
+
+
+def privacy_of(config: ConfigDict) -> dict:
+    """Returns what a run may say of its differential privacy; {} where it has none.
+
+    Args:
+      config: config of the run.
+
+    Returns:
+      `epsilon` of each arm and seed, `runs`, their number, `epsilon_of_all` of them together,
+      `delta`, and the `statement` that stands wherever epsilon does.
+    """
+    if not config.federated.noise_multiplier:
+        return {}
+    runs = len(config.seeds) * sum(planned.arm.trains for planned in planned_arms(config))
+    one, together = _epsilon(config), _epsilon(config, runs=runs)
+    delta = config.federated.delta
+    # Each run draws its own cohorts and noise, so all of them are one run of as many rounds.
+    composed = f"; the {runs} of this run together have {together:.2f}" if runs > 1 else ""
+    return {
+        "epsilon": one,
+        "epsilon_of_all": together,
+        "runs": runs,
+        "delta": delta,
+        "statement": f"Differential privacy of each client: epsilon {one:.2f} at delta {delta:g} "
+        f"for the adapter of one arm and seed{composed}. {privacy.NOT_PRIVATE}",
+    }

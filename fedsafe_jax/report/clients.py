@@ -23,6 +23,8 @@ def sections(run: RunData) -> list[Section]:
         Table(*_longest(run.rows)),
         Table(*_totals(run.rows)),
     ]
+    if "privacy" in run.results:
+        blocks.append(Text(run.results["privacy"]["statement"]))
     return [Section("Clients", blocks)]
 
 
@@ -94,4 +96,4 @@ def _totals(rows: list[dict]) -> tuple[tuple, list]:
         skipped = sum(row["skipped"] for row in mine)
         table.append((arm, f"{up:.1f}", f"{down:.1f}", *left_out, skipped, gap, epsilon))
     header = ("arm", "MiB up", "MiB down", "not finite", "dropped out", "without data")
-    return (*header, "rounds skipped", "product gap, %", "epsilon"), table
+    return (*header, "rounds skipped", "product gap, %", "epsilon (of the arm)"), table

@@ -72,8 +72,8 @@ def _difference(column: Column, gap: Mapping, full: bool) -> str:
 
 
 def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
-    """Prints the arms and their differences with 95% intervals, and the filter's quality if there
-    is one."""
+    """Prints the arms and their differences with 95% intervals, and the filter's quality and
+    epsilon, if there are."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_table("mean (95% interval)", *table_rows(results, sets)))
     header, rows = difference_rows(results, sets)
@@ -86,6 +86,8 @@ def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
             f"filter: accuracy {shown(f['accuracy'])}, precision {shown(f['precision'])}, "
             f"recall {shown(f['recall'])}, harmonic mean {shown(f['hmean'])}"
         )
+    if "privacy" in results:
+        console.print(results["privacy"]["statement"])
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:

@@ -238,11 +238,16 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
         make_optimizer(c.optimizer, c.gradient_clip)
     except OptimizerError as error:
         raise ConfigError(f"optimizer: {error}") from None
+    if f.noise_bands > 1 and not f.noise_multiplier:
+        raise ConfigError(
+            f"federated.noise_bands={f.noise_bands} without noise_multiplier: there is no noise."
+        )
     if f.noise_multiplier:
         if importlib.util.find_spec("dp_accounting") is None:
             raise ConfigError(
                 "federated.noise_multiplier: epsilon needs dp-accounting; pip install -e .[dp]"
             )
+        _validate_bands(c)
         if not f.clip_norm:
             raise ConfigError(
                 f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "
@@ -298,6 +303,27 @@ def _validate_product_average(c: ml_collections.ConfigDict) -> None:
             f"federated.average='product' does not go with {', '.join(reasons)}: the basis of the "
             f"factors changes every round; use {works} with server_learning_rate=1, without "
             "compression and stragglers, or average='factors'."
+        )
+
+
+def _validate_bands(c: ml_collections.ConfigDict) -> None:
+    """Checks that the epsilon of correlated noise is that of the run."""
+    f = c.federated
+    if f.noise_bands == 1:
+        return
+    where = f"federated.noise_bands={f.noise_bands}"
+    if importlib.util.find_spec("jax_privacy") is None:
+        raise ConfigError(f"{where}: correlated noise needs jax_privacy; pip install -e .[privacy]")
+    if f.sampling != "poisson":
+        raise ConfigError(
+            f"{where}: epsilon is known for sampling='poisson' alone, not '{f.sampling}'."
+        )
+    if f.noise_bands > c.rounds:
+        raise ConfigError(f"{where}: expected at most rounds={c.rounds}.")
+    if f.noise_bands * c.clients_per_round > c.num_clients:
+        raise ConfigError(
+            f"{where}: groups of {c.num_clients // f.noise_bands} of num_clients={c.num_clients} "
+            f"take turns, and cannot give clients_per_round={c.clients_per_round}; lower either."
         )
 
 

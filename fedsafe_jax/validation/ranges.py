@@ -69,6 +69,7 @@ RANGES: dict[str, Range] = {
     "chunk_clients": COUNT,
     "checkpoint_every": SIZE,
     "checkpoint_keep": COUNT,
+    "federated.noise_bands": SIZE,
     "federated.dropout": Range(0, 0.99),
     "federated.stragglers": SHARE,
     "federated.prox_mu": COUNT,

@@ -11,7 +11,7 @@ SIZES = [10, 20, 30, 0, 40, 5, 5, 10]
 
 def test_openfedllm_draws_its_clients_and_rows():
     def clients(t, n, m):
-        return sample_ids(0, t, [1] * n, m, "openfedllm")[0].tolist()
+        return sample_ids(0, t, [1] * n, count=m, sampling="openfedllm")[0].tolist()
 
     assert [clients(t, 20, 2) for t in range(6)] == [
         [12, 13], [4, 18], [1, 2], [7, 18], [7, 9], [8, 19]
@@ -43,7 +43,7 @@ def test_sampling_has_the_rates_it_names(sampling):
     count, rounds = 3, 4000
     found = np.zeros(len(SIZES))
     for t in range(rounds):
-        ids, times = sample_ids(7, t, SIZES, count, sampling)
+        ids, times = sample_ids(7, t, SIZES, count=count, sampling=sampling)
         assert np.all(np.diff(ids) > 0)
         assert sampling == "poisson" or times.sum() == count
         found[ids] += times
