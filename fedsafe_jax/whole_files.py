@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -128,14 +129,28 @@ def to_json(content: Any, indent: int | None = None) -> bytes:
     """Encodes JSON in UTF-8, whatever its texts hold.
 
     Half a surrogate pair, which UTF-8 cannot say, becomes JSON's escape of it: a model's tokens may
-    end in the middle of a character.
+    end in the middle of a character. Numbers that are not finite become null: JSON has none, and a
+    model that diverged has losses that are none.
 
     Args:
       content: what `json` can encode.
       indent: spaces of a level; None for one line.
     """
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = _finite(content)
+        text = json.dumps(finite, indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", errors="backslashreplace")  # "\ud800", which is JSON's form too
+
+
+def _finite(content: Any) -> Any:
+    """Returns JSON-ready content with None in place of numbers that are not finite."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def to_json_lines(rows: Iterable[dict]) -> bytes:

@@ -20,7 +20,11 @@ TEXT = st.text(CHARACTERS).map(lambda text: text.encode("utf-16", "surrogatepass
     lambda code: code.decode("utf-16", "surrogatepass")
 )  # fmt: skip
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
@@ -49,6 +53,28 @@ def test_any_content_is_json(tmp_path_factory, content):
     path = epath.Path(tmp_path_factory.mktemp("content")) / "a" / "content.json"
     run_files.write_json(path, content)
     assert json.loads(path.read_text(encoding="utf-8")) == content == whole_files.read_json(path)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """JSON has none, and parsers other than Python's refuse a file that holds one."""
+    path, lines = epath.Path(tmp_path) / "content.json", epath.Path(tmp_path) / "rows.jsonl"
+    wrong = {"a": [float("nan"), (1.5, float("inf"))], "b": {"c": -float("inf")}, "d": "NaN"}
+    right = {"a": [None, [1.5, None]], "b": {"c": None}, "d": "NaN"}
+    run_files.write_json(path, wrong)
+    run_files.replace_lines(lines, lambda row: False, [wrong, wrong])
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    assert json.loads(path.read_bytes(), parse_constant=refuse) == right
+    rows = [json.loads(row, parse_constant=refuse) for row in lines.read_bytes().splitlines()]
+    assert rows == [right, right]
+
+
+def test_a_config_with_infinity_is_the_same_after_it_was_written(tmp_path):
+    config = {"chat_template_kwargs": {"most": float("inf")}, "seeds": (0,)}
+    assert not run_files.claim_workdir(epath.Path(tmp_path), config)
+    assert run_files.claim_workdir(epath.Path(tmp_path), config)
 
 
 def test_a_cut_last_line_is_left_out_and_kept(tmp_path, caplog):

@@ -1,6 +1,6 @@
 """Intervals of rates and means over items and seeds, and paired differences between two models.
 
-Values are `[seeds, items]`, the same items in every row; NaN is a value that is not there. With
+Values are `[seeds, items]`, the same items in every row; one that is not finite is not there. With
 several seeds both sources of variation count: seeds are few, so their part of an interval takes
 Student's t; items are many, so theirs is Wilson's or the bootstrap's.
 """
@@ -31,8 +31,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def bootstrap(values: ArrayLike) -> tuple[float, float]:
     """Returns the 95% interval of the mean of values `[items]`, by the bootstrap.
 
-    It is bias-corrected and accelerated (Efron, 1987): losses of answers are skewed. Values that
-    are all the same give an interval of width zero.
+    It is bias-corrected and accelerated (Efron, 1987): losses of answers are skewed. Its distances
+    from the mean are lengthened as Student's t lengthens the normal's: resamples of few items vary
+    too little. Values that are all the same give an interval of width zero.
     """
     values = np.asarray(values, np.float64)
     if np.ptp(values) == 0:
@@ -44,7 +45,24 @@ def bootstrap(values: ArrayLike) -> tuple[float, float]:
         confidence_level=LEVEL,
         rng=generator(Purpose.BOOTSTRAP, 0),
     ).confidence_interval
-    return float(bounds.low), float(bounds.high)
+    if not np.isfinite(bounds).all():  # as for values that differ by rounding alone
+        return float(values.min()), float(values.max())
+    n, middle = len(values), float(values.mean())
+    quantiles = stats.t.ppf((1 + LEVEL) / 2, n - 1) / stats.norm.ppf((1 + LEVEL) / 2)
+    longer = float(quantiles * math.sqrt(n / (n - 1)))
+    return middle - longer * (middle - bounds.low), middle + longer * (bounds.high - middle)
+
+
+def changes(values: np.ndarray) -> tuple[float, float]:
+    """Returns the 95% interval of the mean of changes `[items]`, each from -1 to 1.
+
+    It is the normal interval with one more item that rose and one that fell (Bonett and Price,
+    2012, for paired proportions): where few items differ, the bootstrap never draws what was not
+    seen, and an interval of one change ends at 0.
+    """
+    both = np.append(values, [1.0, -1.0])
+    half = stats.norm.ppf((1 + LEVEL) / 2) * both.std() / math.sqrt(len(both))
+    return max(-1.0, float(both.mean() - half)), min(1.0, float(both.mean() + half))
 
 
 def seeds_half_width(values: np.ndarray) -> float:
@@ -113,7 +131,7 @@ def widened(middle: float, low: float, high: float, half_width: float) -> tuple[
 def complete(values: ArrayLike) -> np.ndarray:
     """Returns float64 `[seeds, items]` with the items alone that have a value in every seed."""
     values = np.atleast_2d(np.asarray(values, np.float64))  # None becomes NaN
-    return values[:, ~np.isnan(values).any(axis=0)]
+    return values[:, np.isfinite(values).all(axis=0)]
 
 
 class Difference(NamedTuple):
@@ -143,8 +161,8 @@ def paired(ours: ArrayLike, reference: ArrayLike, rates: bool = True) -> Differe
     """Compares two models on the same items.
 
     Both answer the same prompts, so the interval of the difference is much narrower than those of
-    the two figures. It is the bootstrap's over the items and Student's t over the seeds, as in
-    `mean`. Rates that differ on no item get Wilson's bound on a rate of 0.
+    the two figures. Over the items it is the bootstrap's, or for rates that of `changes`; over the
+    seeds Student's t, as in `mean`. Rates that differ on no item get Wilson's bound on a rate of 0.
 
     Args:
       ours, reference: `[seeds, items]`, the same items and seeds in both.
@@ -152,15 +170,18 @@ def paired(ours: ArrayLike, reference: ArrayLike, rates: bool = True) -> Differe
         points, with the exact test.
     """
     sides = [np.atleast_2d(np.asarray(side, np.float64)) for side in (ours, reference)]
-    gaps = complete(sides[0] - sides[1])
+    with np.errstate(invalid="ignore"):  # two infinities are no number, and left out as they are
+        gaps = complete(sides[0] - sides[1])
     if not gaps.size:
         return Difference(None, [None, None], n=0, per_seed=[])
     scale, by_item, middle = 100.0 if rates else 1.0, gaps.mean(axis=0), float(gaps.mean())
-    low, high = bootstrap(by_item)
-    if rates and low == high:
-        room = wilson(0, gaps.shape[1])[1]
-        low, high = max(-1.0, middle - room), min(1.0, middle + room)
+    if rates and not by_item.any():
+        low, high = -wilson(0, gaps.shape[1])[1], wilson(0, gaps.shape[1])[1]
+    else:
+        low, high = changes(by_item) if rates else bootstrap(by_item)
     low, high = widened(middle, low, high, seeds_half_width(gaps))
+    if rates:
+        low, high = max(-1.0, low), min(1.0, high)
     gap = Difference(
         scale * middle,
         [scale * low, scale * high],

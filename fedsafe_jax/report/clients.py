@@ -32,10 +32,11 @@ def _points(rows: list[dict]):
     """Yields `(arm, client, length / median, cosine, malicious)` of each client and round."""
     for row in rows:
         bad = set(row.get("malicious", ()))
-        middle = statistics.median(row["delta_norms"] or [0]) or 1.0
-        for client, norm, cosine in zip(
-            row["clients"], row["delta_norms"], row["cosines"], strict=True
-        ):
+        points = zip(row["clients"], row["delta_norms"], row["cosines"], strict=True)
+        # Figures that were not finite are null.
+        defined = [point for point in points if None not in point]
+        middle = statistics.median([norm for _, norm, _ in defined] or [0]) or 1.0
+        for client, norm, cosine in defined:
             yield row["arm"], client, norm / middle, cosine, client in bad
 
 

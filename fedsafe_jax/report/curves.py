@@ -39,5 +39,6 @@ def _draw(plt, rows: list[dict], value: Callable, label: str):
     axis.set_xlabel("round")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(label)
-    axis.legend(fontsize=8)
+    if series:  # no line where no figure is a number
+        axis.legend(fontsize=8)
     return drawing

@@ -31,4 +31,5 @@ def _add(writer, row: dict) -> None:
         if row[name] is not None:
             writer.add_scalar(name, row[name], row["round"])
     for name, value in row.get("eval", {}).items():
-        writer.add_scalar(f"eval/{name}", value, row["round"])
+        if value is not None:
+            writer.add_scalar(f"eval/{name}", value, row["round"])

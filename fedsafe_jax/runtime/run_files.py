@@ -125,7 +125,7 @@ def check_config(workdir: epath.Path, config: dict) -> bool:
             "another --workdir; or, if it is sure that this command began the run, delete that "
             "file."
         ) from None
-    config = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
     old, new = _flat(stored), _flat(config)
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     if changed:

@@ -10,7 +10,7 @@ import pytest
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.refusals import start_refusal
-from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, judges
+from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, comparison, judges
 from fedsafe_jax.evals.task import HELDOUT, TaskError, select
 from fedsafe_jax.evals.tasks import hhh, mt_bench
 from fedsafe_jax.pipeline import evaluation
@@ -112,6 +112,30 @@ def test_win_rate_joins_the_utility_summary(server, packaged):
     # The fake judge always prefers the second answer here, in both orders: ties.
     assert outcome["utility"]["wins"] == [0.5, 0.5, 0.5]
     assert evaluation.summarise(sets, [outcome], options)["utility"]["win_rate"] == 50
+
+
+def test_losses_of_a_model_that_diverged_are_left_out_and_counted():
+    outcomes = [{"nll": [1.0, float("nan"), 3.0]}, {"nll": [2.0, 5.0, float("inf")]}]
+    summary = TASKS["utility"].summarise(outcomes, EvalOptions())
+    assert (summary["nll"], summary["n"], summary["undefined"]) == (1.5, 1, 2)
+    assert summary["per_seed"] == [1.0, 2.0]
+    nothing = TASKS["utility"].summarise([{"nll": [float("nan")]}], EvalOptions())
+    assert nothing["nll"] is None and nothing["per_seed"] == [None]
+    assert TASKS["utility"].columns[0].cell(nothing) == "n/a"
+
+
+def test_ratings_missing_in_one_arm_are_compared_where_both_have_one():
+    sets = {"mt_bench": EvalSet(TASKS["mt_bench"], "questions", ())}
+    outcomes = {
+        "ours": [{"mt_bench": {"ratings": [5.0, None, 7.0]}}],
+        "base": [{"mt_bench": {"ratings": [4.0, 3.0, None]}}],
+        "none": [{"mt_bench": {"ratings": [None, None, None]}}],
+    }
+    references = {"ours": ["base", "none"]}
+    first, second = comparison.differences(sets, outcomes, references, EvalOptions())
+    assert (first["difference"], first["n"], first["per_seed"]) == (1.0, 1, [1.0])
+    assert (second["difference"], second["ci95"], second["n"]) == (None, [None, None], 0)
+    assert TASKS["mt_bench"].columns[0].difference(second) == "n/a"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_sections_in_order_and_no_markup_from_data(run):
     assert "{{" not in report and (workdir / "figures/advbench_by_round.png").is_file()
 
 
+def test_figures_that_are_null_leave_gaps(run):
+    """Those of a round whose model diverged."""
+    workdir, config, results, outcomes, sets = run
+    wrong = row(
+        2, loss=None, update_norm=None, delta_norms=[None, 1.0], cosines=[None, 0.5],
+        eval={"advbench": None, "utility": None},
+    )  # fmt: skip
+    with (workdir / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps(wrong) + "\n")
+    results["arms"]["fedavg/fl"]["utility"] = {"nll": None, "ci95": [None, None]}
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    report = (workdir / "report.html").read_text()
+    assert "n/a" in report and "None" not in report.split("<h2>Config")[0]
+
+
 def test_records_and_cuts_of_dialogues_are_shown(run):
     workdir, config, results, outcomes, sets = run
     turns = [{"role": "user", "content": "I tie a knot."}, {"role": "user", "content": "How long?"}]
