@@ -203,7 +203,14 @@ def main(values: flags.FlagValues) -> None:
         factors = saved.client_factors(rounds_done, values.client)
         note = f"What client {values.client} sent in round {rounds_done}. It was not evaluated."
     check_output(values.output)
-    card = export.card_of_seed(config, saved.workdir, saved.planned, seed=saved.seed, note=note)
+    card = export.card_of_seed(
+        config,
+        saved.workdir,
+        saved.planned,
+        seed=saved.seed,
+        note=note,
+        of_client=values.client is not None,
+    )
     adapter = lora.Adapter(factors, saved.lora, config.model)
     lm = None
     if values.merge:

@@ -21,9 +21,10 @@ import scipy.linalg
 
 # What has no epsilon, said wherever one is printed.
 NOT_PRIVATE = (
-    "What the run records of single clients is not private, and must not be published with it: "
-    "losses, update lengths, cosines and who took part (metrics.jsonl, the report, logs), counts "
-    "of their pairs (results.json), updates/, and the secret beside the checkpoints."
+    "What the run records of clients is not private, and must not be published with it: losses, "
+    "update lengths, cosines, product gaps, counts of tokens and who took part (metrics.jsonl, the "
+    "report, logs), counts of their pairs and shares of harmful ones (results.json, the report), "
+    "updates/, filter_scores/, and checkpoints/ with the secret and what clients keep."
 )
 
 

@@ -117,7 +117,7 @@ def export_arm(
                     sets=inputs.evals,
                     license_fields=base_license(config.model),
                     note=_with_privacy(config, _seeds_note(config)),
-                    harmful_share=held_share(results, list(config.seeds)[0]),
+                    harmful_share=_published_share(config, results, list(config.seeds)[0]),
                 )
             export(inputs.lm, adapter, workdir / "export", card)
             return True
@@ -131,12 +131,23 @@ def _seeds_note(config: ConfigDict) -> str:
     return f"This is the adapter of seed {seeds[0]}; the figures are over the seeds {seeds}."
 
 
-def _with_privacy(config: ConfigDict, note: str) -> str:
-    return "\n\n".join(filter(None, (note, rounds.privacy_of(config).get("statement"))))
+def _with_privacy(config: ConfigDict, note: str, of_client: bool = False) -> str:
+    statement = rounds.privacy_of(config).get("statement")
+    if statement and of_client:
+        statement = (
+            "Not differentially private: a client's update is kept as it was sent, before any "
+            "noise, and must not be published."
+        )
+    return "\n\n".join(filter(None, (note, statement)))
 
 
 def card_of_seed(
-    config: ConfigDict, workdir: epath.Path, planned: PlannedArm, seed: int, note: str = ""
+    config: ConfigDict,
+    workdir: epath.Path,
+    planned: PlannedArm,
+    seed: int,
+    note: str = "",
+    of_client: bool = False,
 ) -> str:
     """Returns the model card of one arm and seed of a run, from what its workdir holds.
 
@@ -147,6 +158,7 @@ def card_of_seed(
       seed: the seed, whose own figures the card has where it was evaluated.
       note: a sentence on what this is, where it is not the arm's final model; the card has no
         figures then, as only final models are evaluated.
+      of_client: whether it is what one client sent, which has no epsilon.
     """
     path = workdir / "arms" / f"{planned.folder}_seed{seed}.json"
     outcome = {} if note else whole_files.read_json(path, rename=False) or {}
@@ -160,8 +172,8 @@ def card_of_seed(
         summary=evaluation.summarise(sets, [outcome], evaluation.options_of(config)),
         sets=sets,
         license_fields=base_license(config.model),
-        note=_with_privacy(config, note),
-        harmful_share=held_share(written, seed),
+        note=_with_privacy(config, note, of_client),
+        harmful_share=_published_share(config, written, seed),
     )
 
 
@@ -172,6 +184,12 @@ def _settings(config: ConfigDict) -> dict:
     except ConfigError:  # real sites hold their own pairs, and no such source was read
         names = ()
     return config.to_dict() | {"unsafe_sources": names}
+
+
+def _published_share(config: ConfigDict, results: dict, seed: int) -> float | None:
+    """Returns `held_share`; None under differential privacy, where it would be an exact figure of
+    the clients' data beside the noise."""
+    return None if rounds.privacy_of(config) else held_share(results, seed)
 
 
 def held_share(results: dict, seed: int) -> float | None:

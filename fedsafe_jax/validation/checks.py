@@ -259,6 +259,12 @@ def _validate_federated(c: ml_collections.ConfigDict) -> None:
                 f"{' or '.join(ACCOUNTANTS)} and uniform weights, not sampling='{f.sampling}', "
                 f"weighting='{f.weighting}'."
             )
+        if c.attack.clients and ATTACKERS[c.attack.kind].collude:
+            raise ConfigError(
+                f"attack.kind='{c.attack.kind}' does not go with federated.noise_multiplier: what "
+                "such attackers send depends on the others' updates, so that a client moves the "
+                "sum by more than clip_norm, which epsilon counts on; use 'boost' or 'sign_flip'."
+            )
     # The bounds, or the arithmetic, of one method do not cover the other.
     for a, b, reason in (
         (robust, f.average == "product", "aggregator other than mean and average='product'"),

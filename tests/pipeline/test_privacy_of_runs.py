@@ -7,11 +7,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from fedsafe_jax import experiment
 from fedsafe_jax.config import default_config
+from fedsafe_jax.pipeline import export, rounds
 from fedsafe_jax.pipeline import inputs as inputs_lib
-from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.random_streams import Purpose, key
 from fedsafe_jax.runtime import arm_secret, preemption
@@ -85,6 +86,22 @@ def test_noise_is_of_the_arm_and_survives_a_resume(tmp_path, monkeypatch, capsys
     again = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     for one, other in zip(read, again, strict=True):
         assert one["clients"] == other["clients"] and one["delta_norms"] == other["delta_norms"]
+
+
+def test_what_a_client_sent_has_no_epsilon(tmp_path):
+    """Its card is not that of the server's adapter: the update is kept before any noise."""
+    pytest.importorskip("dp_accounting")
+    c, folder = private_config(), epath.Path(tmp_path)
+    (folder / "results.json").write_text('{"seeds": [0], "data": {"harmful_share_held": [0.25]}}')
+    planned = planned_arms(c)[0]
+    server = export.card_of_seed(c, folder, planned, seed=0, note="The server's.")
+    client = export.card_of_seed(c, folder, planned, seed=0, note="A client's.", of_client=True)
+    assert "epsilon" in server and "epsilon" not in client
+    assert "Not differentially private" in client
+    assert "25.0%" not in server + client  # an exact figure of the clients' data
+    c.federated.noise_multiplier = 0.0
+    plain = export.card_of_seed(c, folder, planned, seed=0, note="A client's.", of_client=True)
+    assert "private" not in plain and "25.0%" in plain
 
 
 def test_cohorts_are_secret_where_epsilon_counts_on_it():

@@ -109,6 +109,11 @@ def test_every_config_is_valid(name):
             "do not go together",
         ),
         (
+            {"federated.noise_multiplier": 1.0, "federated.clip_norm": 1.0, "attack.clients": 0.2,
+             "attack.kind": "scaled"},
+            "a client moves the sum by more than clip_norm",
+        ),
+        (
             {"federated.average": "product", "federated.server_learning_rate": 0.5},
             "server_learning_rate=0.5: the basis of the factors changes every round; use fedavg or "
             "fedprox with server_learning_rate=1",
