@@ -56,7 +56,7 @@ class Purpose(enum.IntEnum):
     PRETRAIN_START = 30  # its first weights
     LENGTHS = 31  # the order of the lengths that programs are compiled ahead for
     SHAPES = 32  # nothing: arrays of which only the shapes are asked
-    ADAPTER_DROPOUT = 33  # the bits by which clients drop inputs of the adapter (round, client)
+    ADAPTER_DROPOUT = 33  # bits by which clients drop inputs of the adapter (round, client, batch)
     CAI_GIVEN = 34  # the order of ready-made records (epoch)
     FRESH_SLOTS = 35  # ranks that the mean of products leaves empty (round)
 

@@ -67,7 +67,8 @@ class RoundBatches:
       seq: tokens a row.
       accumulation: batches a step.
       order: how clients take their examples, a name in `ORDERS`.
-      noise: whether batches have the random bits of dropout, drawn from (seed, round, client).
+      noise: whether batches have the random bits of dropout, drawn from (seed, round, client,
+        batch).
 
     Attributes:
       rows: rows of a batch.
@@ -136,10 +137,15 @@ class RoundBatches:
         )
 
     def _drawn(self, start: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Draws the noise of the clients from `start` on, uint32 of `shape`."""
+        """Draws the noise of the clients from `start` on, uint32 of `shape`.
+
+        Each batch has a stream of its own, from which its first rows are the same however many
+        there are: the number of rows is the cohort's, and nothing of a client may depend on others.
+        """
         seed, round_number, ids = self._noise
         noise = np.zeros(shape, np.uint32)
-        for client, drawn in zip(ids[start:], noise, strict=False):
-            rng = generator(Purpose.ADAPTER_DROPOUT, seed, round_number, client)
-            drawn[:] = rng.integers(2**32, size=shape[1:], dtype="uint32")
+        for client, batches in zip(ids[start:], noise, strict=False):
+            for b, rows in enumerate(batches):
+                rng = generator(Purpose.ADAPTER_DROPOUT, seed, round_number, client, b)
+                rows[:] = rng.integers(2**32, size=rows.shape, dtype="uint32")
         return noise

@@ -155,3 +155,23 @@ def test_noise_comes_from_seed_round_and_client_alone():
     np.testing.assert_array_equal(drawn(ids=(3, 1), stop=2), whole[[3, 1]])
     for other in (drawn(seed=1), drawn(t=1), whole[::-1]):
         assert np.mean(other == whole) < 0.01
+
+
+def test_noise_of_a_client_does_not_depend_on_its_cohort():
+    """A longer client makes more rows for all; under differential privacy it would move them all,
+    and a site of its own, which knows no other client, would drop other numbers."""
+    short = [Encoded(np.arange(9, dtype=np.int32), np.ones(9, bool))] * 4
+    clients = [short, [Encoded(np.arange(16, dtype=np.int32), np.ones(16, bool))] * 4]
+
+    def drawn(ids):
+        batches = RoundBatches(
+            clients, 0, 0, ids=ids, steps=[2] * len(ids), local_steps=2, batch_size=3, seq=32,
+            noise=True,
+        )  # fmt: skip
+        return batches.chunk(0, 1)
+
+    alone, beside = drawn([0]), drawn([0, 1])
+    rows = alone.tokens.shape[2]
+    assert beside.tokens.shape[2] > rows
+    for own, other in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(own, other[:, :, :rows])
