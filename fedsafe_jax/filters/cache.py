@@ -71,12 +71,16 @@ class ScoreCache:
         Args:
           pairs: pairs to score; equal ones are scored once.
           make_filter: called when a pair is not known, or the filter's decision is not.
+
+        Raises:
+          FilterError: a score is not finite.
         """
         keys = [pair_hash(p) for p in pairs]
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self._known}
         if missing or self.decision is None:
             safety_filter = make_filter()
             scores = safety_filter.log_odds(list(missing.values()))
+            safety_filter.decision.probability(scores)  # raises before a wrong one is kept
             self._known |= {k: float(s) for k, s in zip(missing, scores, strict=True)}
             self.decision = list(safety_filter.decision)
             self._write()

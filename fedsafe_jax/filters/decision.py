@@ -21,6 +21,10 @@ AT_BOUND = (
 )
 
 
+class FilterError(ValueError):
+    """The filter cannot be trained, loaded or applied as configured."""
+
+
 class Decision(NamedTuple):
     """How log-odds become a verdict.
 
@@ -39,8 +43,18 @@ class Decision(NamedTuple):
     at_bound: bool = False
 
     def probability(self, log_odds: ArrayLike) -> np.ndarray:
-        """Returns the calibrated P(unsafe), float32 `[n]`, of log-odds `[n]`."""
+        """Returns the calibrated P(unsafe), float32 `[n]`, of log-odds `[n]`.
+
+        Raises:
+          FilterError: one is not finite. NaN is below every threshold, and its pair would pass.
+        """
         z = np.asarray(log_odds, np.float64) / self.temperature + self.bias
+        if wrong := int((~np.isfinite(z)).sum()):
+            raise FilterError(
+                f"{wrong} of {z.size} scores of the filter are not finite, and nothing may pass by "
+                "them: its weights overflow or diverged; use dtype='float32', lower "
+                "filter.learning_rate, or load another filter."
+            )
         return expit(z).astype(np.float32)
 
 

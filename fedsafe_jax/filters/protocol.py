@@ -8,12 +8,8 @@ import numpy as np
 
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.data.fitting import Messages
-from fedsafe_jax.filters.decision import Decision
+from fedsafe_jax.filters.decision import Decision, FilterError
 from fedsafe_jax.random_streams import Purpose, generator
-
-
-class FilterError(ValueError):
-    """The filter cannot be trained, loaded or applied as configured."""
 
 
 class SafetyFilter(Protocol):

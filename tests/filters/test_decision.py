@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from filter_examples import pair
 from scipy.special import expit
 
 from fedsafe_jax.filters import decision, quality
+from fedsafe_jax.filters.cache import ScoreCache
+from fedsafe_jax.filters.decision import FilterError
 
 
 def test_temperature_undoes_boasting():
@@ -71,3 +74,21 @@ def test_scores_that_do_not_rise_with_the_labels_say_so(raw):
     assert scores.at_bound and np.isfinite(scores).all()
     probability = scores.probability(raw)
     np.testing.assert_allclose(probability, 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_scores_that_are_not_finite_let_nothing_pass(tmp_path, wrong):
+    """NaN is below every threshold: a filter whose weights overflow flagged nothing, unsaid."""
+    with pytest.raises(FilterError, match="1 of 2 scores of the filter are not finite"):
+        decision.Decision().probability([1.0, wrong])
+
+    class Overflowing:
+        decision = decision.Decision()
+
+        def log_odds(self, pairs):
+            return np.full(len(pairs), wrong, np.float32)
+
+    scores = ScoreCache(tmp_path, "overflowing")
+    with pytest.raises(FilterError, match="1 of 1 scores"):
+        scores.log_odds([pair("a", "b", "safe", "x")], Overflowing)
+    assert not list(tmp_path.iterdir())
