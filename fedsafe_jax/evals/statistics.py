@@ -131,7 +131,13 @@ def widened(middle: float, low: float, high: float, half_width: float) -> tuple[
 def complete(values: ArrayLike) -> np.ndarray:
     """Returns float64 `[seeds, items]` with the items alone that have a value in every seed."""
     values = np.atleast_2d(np.asarray(values, np.float64))  # None becomes NaN
-    return values[:, np.isfinite(values).all(axis=0)]
+    # Row by row in memory, so that a row's sum is the one that it has alone.
+    return np.ascontiguousarray(values[:, np.isfinite(values).all(axis=0)])
+
+
+def means_by_seed(values: ArrayLike) -> list[float | None]:
+    """Returns each seed's mean over the items that have a value in every seed; None without any."""
+    return [float(row.mean()) if row.size else None for row in complete(values)]
 
 
 class Difference(NamedTuple):

@@ -124,6 +124,27 @@ def test_losses_of_a_model_that_diverged_are_left_out_and_counted():
     assert TASKS["utility"].columns[0].cell(nothing) == "n/a"
 
 
+def test_comparisons_without_an_outcome_are_not_wrong_ones():
+    hhh_task, category = TASKS["hhh"], ["helpful", "honest", "honest"]
+    outcomes = [{"correct": [True, None, False], "category": category, "cut": 0}] * 2
+    summary = hhh_task.summarise(outcomes, EvalOptions())
+    assert (summary["accuracy"], summary["n"], summary["undefined"]) == (50.0, 2, 2)
+    assert summary["per_seed"] == [50.0, 50.0]
+    assert [summary["by_category"][c]["n"] for c in ("helpful", "honest")] == [1, 1]
+    nothing = hhh_task.summarise([{"correct": [None], "category": ["honest"]}], EvalOptions())
+    assert nothing["accuracy"] is None and nothing["by_category"]["honest"]["accuracy"] is None
+    assert hhh_task.columns[0].cell(nothing) == "n/a"
+
+
+def test_a_model_that_diverged_prefers_no_answer(packaged, monkeypatch):
+    def diverged(lm, encoded, seq):
+        return np.full(len(encoded), np.nan), np.ones(len(encoded), int)
+
+    monkeypatch.setattr(hhh.scoring, "score_examples", diverged)
+    choice = Choice((("user", "a"),), "b", "c", "honest")
+    assert hhh.prefers_better(packaged, [choice], 64) == [None]
+
+
 def test_ratings_missing_in_one_arm_are_compared_where_both_have_one():
     sets = {"mt_bench": EvalSet(TASKS["mt_bench"], "questions", ())}
     outcomes = {

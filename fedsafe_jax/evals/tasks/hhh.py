@@ -57,8 +57,12 @@ def fitted(lm: LanguageModel, choice: Choice, max_length: int) -> Choice:
     return choice._replace(messages=messages)
 
 
-def prefers_better(lm: LanguageModel, choices: Sequence[Choice], max_length: int) -> list[bool]:
+def prefers_better(
+    lm: LanguageModel, choices: Sequence[Choice], max_length: int
+) -> list[bool | None]:
     """Returns whether the better answer has the higher mean log-likelihood a token, by choice.
+
+    None where they are no numbers: a model that diverged does not prefer the worse answer.
 
     Args:
       lm: the model, under its adapter.
@@ -77,11 +81,14 @@ def prefers_better(lm: LanguageModel, choices: Sequence[Choice], max_length: int
             seq = max(max_length, packing.round_up(int(sizes[chosen].max())))
             totals, counts = scoring.score_examples(lm, [encoded[i] for i in chosen], seq)
             mean[chosen] = totals / counts.clip(1)
-    return [bool(better > worse) for better, worse in zip(mean[::2], mean[1::2], strict=True)]
+    return [
+        bool(better > worse) if np.isfinite(better - worse) else None
+        for better, worse in zip(mean[::2], mean[1::2], strict=True)
+    ]
 
 
 def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> dict:
-    """Returns `{"correct": [bool], "category": [str], "cut": int}`, in the order of the choices.
+    """Returns `{"correct": [bool or None], "category": [str], "cut": int}`, a value a choice.
 
     "cut" counts the dialogues that were too long, and lost what `fitted` cuts.
     """
@@ -94,22 +101,26 @@ def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> d
 
 
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
-    """Returns the accuracy in percent, in all and by category, and how many dialogues were cut."""
+    """Returns the accuracy in percent, in all and by category, and how many dialogues were cut.
+
+    `undefined` counts comparisons without an outcome; `n` are those that have one in every seed.
+    """
     del options
-    correct = np.array([o["correct"] for o in outcomes], bool)
+    correct = np.array([o["correct"] for o in outcomes], float)  # None becomes NaN
     categories = np.array(outcomes[0]["category"])
     mean, interval = statistics.rate(correct)
     by_category = {}
     for category in sorted(set(categories)):
         part, part_interval = statistics.rate(correct[:, categories == category])
-        count = int((categories == category).sum())
+        count = statistics.complete(correct[:, categories == category]).shape[1]
         by_category[category] = {"accuracy": part, "ci95": part_interval, "n": count}
     return {
         "accuracy": mean,
         "ci95": interval,
-        "n": correct.shape[1],
+        "n": statistics.complete(correct).shape[1],
+        "undefined": int(np.isnan(correct).sum()),
         "cut": outcomes[0].get("cut", 0),
-        "per_seed": (100 * correct.mean(1)).tolist(),
+        "per_seed": statistics.means_by_seed(100 * correct),
         "by_category": by_category,
     }
 

@@ -57,13 +57,12 @@ def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
     del options
     values = np.array([o["nll"] for o in outcomes], float)
     mean, interval = statistics.mean(values)
-    defined = statistics.complete(values)
     summary = {
         "nll": mean,
         "ci95": interval,
-        "n": defined.shape[1],
+        "n": statistics.complete(values).shape[1],
         "undefined": int((~np.isfinite(values)).sum()),
-        "per_seed": defined.mean(1).tolist() if defined.size else [None] * len(values),
+        "per_seed": statistics.means_by_seed(values),
     }
     if "wins" in outcomes[0]:
         rate, interval = statistics.rate([o["wins"] for o in outcomes])
