@@ -23,7 +23,8 @@ class LocalTraining(NamedTuple):
         `models.microbatch`).
       optimizer: optimizer of the clients, built for a learning rate of 1; its updates are scaled by
         the step's rate.
-      accumulation: batches whose gradients are averaged in a step.
+      accumulation: batches whose gradients are averaged in a step. Each counts the same, however
+        many tokens it learns, and one that learns none makes the step smaller.
       mesh: devices that share the work of all clients that are mapped at once (see
         `models.microbatch`); None: each maps its own.
       platform: platform of the devices that compute; None for that of `mesh`.
