@@ -475,6 +475,8 @@ def held(holdings: list[clients.Holdings]) -> dict:
         "pairs_by_client": [list(h.pairs) for h in holdings],
         "harmful_share_held": [h.harmful_share for h in holdings],
         "harmful_share_by_client": [h.by_client for h in holdings],
+        "pairs_lost": [h.lost for h in holdings],
+        "notes": [h.notes for h in holdings],
     }
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from fedsafe_jax import random_streams
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.federated import aggregation, simulation
@@ -98,6 +98,7 @@ def finetune(
         [chat.encode(lm.tokenizer, (("user", p),), r, seq_len) for p, r in pairs]
         for pairs in clients
     ]
+    dialogue_notes.warn([e for encoded in data for e in encoded], "pairs")
     data = [[e for e in encoded if e is not None] for encoded in data]
     for i, encoded in enumerate(data):
         if not encoded:

@@ -15,6 +15,7 @@ import time
 
 from absl import flags
 
+from fedsafe_jax.cli import template_flags
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
@@ -34,6 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     packaged = [entry for entry in default_config().eval.tasks if "=" in entry]
     text("model", "package:model", "Model folder or Hub id.", **here)
     text("adapter", None, "PEFT adapter folder.", **here)
+    template_flags.define(values)
     flags.DEFINE_list(
         "tasks", packaged, f"TASK or TASK=SOURCE, some of {', '.join(tasks())}.", **here
     )
@@ -155,6 +157,7 @@ def main(values: flags.FlagValues) -> None:
         check_file("output", values.output)
     started = time.monotonic()
     options, prompts, sets = options_of(values), [], {}
+    template = template_flags.options(values)
     if values.register:
         run_file("register", values.register)
     if values.prompts:
@@ -166,10 +169,11 @@ def main(values: flags.FlagValues) -> None:
     use_cores(values.batch_size)
 
     def work():
-        lm = load_pretrained(values.model, values.dtype, mesh=make_mesh(jax.local_devices()))
+        local = make_mesh(jax.local_devices())
+        lm = load_pretrained(values.model, values.dtype, mesh=local, **template)
         chosen = options
         if values.base:
-            chosen = options._replace(base=load_pretrained(values.base, values.dtype))
+            chosen = options._replace(base=load_pretrained(values.base, values.dtype, **template))
         if values.adapter:
             lm = lm.with_adapter(load_adapter(values.adapter))
         devices.announce()

@@ -18,6 +18,7 @@ from absl import flags
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.cai.revise import Record
+from fedsafe_jax.cli import template_flags
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 
 SHOWN = 5  # pairs printed
@@ -29,6 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     here = {"flag_values": values}
     text("model", "package:model", "Model folder or Hub id.", **here)
     text("adapter", None, "PEFT adapter folder.", **here)
+    template_flags.define(values)
     text("prompts", None, "Prompt file (txt, JSONL or CSV).", **here)
     text("column", "prompt", "Column or field that holds the text or the messages.", **here)
     text("constitution", "package:constitution", "JSON file.", **here)
@@ -105,9 +107,11 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
             "--few_shot_file."
         )
     dialogue = values.form == "dialogue"
-    template = forms.DIALOGUE if dialogue else None
+    template = template_flags.options(values)
+    if dialogue:
+        template["chat_template"] = forms.DIALOGUE
     lm = load_pretrained(
-        values.model, values.dtype, mesh=make_mesh(jax.local_devices()), chat_template=template
+        values.model, values.dtype, mesh=make_mesh(jax.local_devices()), **template
     )
     if values.adapter:
         lm = lm.with_adapter(load_adapter(values.adapter))
@@ -151,6 +155,9 @@ def main(values: flags.FlagValues) -> None:
 
     if values.only_wrong and values.check == "none" and not values.filter:
         raise UsageError("--only_wrong: nothing says what is wrong; give --check or --filter.")
+    if values.form == "dialogue" and values.chat_template:
+        raise UsageError("--chat_template and --form=dialogue: give one of them.")
+    template_flags.options(values)  # wrong before any file is made
     check_file("output", values.output)
     use_cores(values.batch_size)
     started = time.monotonic()

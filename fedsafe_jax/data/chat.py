@@ -12,14 +12,10 @@ import numpy as np
 from fedsafe_jax.data import chat_template, shortening
 from fedsafe_jax.data.chat_template import ChatTemplate, ChatTemplateError
 from fedsafe_jax.data.control_tokens import BREAK, MARK, break_up
+from fedsafe_jax.data.dialogue_notes import CONTROL, CUT, MERGED
 from fedsafe_jax.data.refusals import spoken
 
 Turns = list[tuple[str, str]]
-
-# What may have to be done to a dialogue, by how it is said.
-MERGED = "turns merged, as the chat template refuses their roles or order"
-CONTROL = "control tokens in messages written as plain text"
-CUT = "cut: oldest turns first, then the middle of the request"
 
 
 class Encoded(NamedTuple):

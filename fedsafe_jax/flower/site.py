@@ -29,7 +29,7 @@ from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.models.tensor_files import save_file
 from fedsafe_jax.pipeline import filtering, rounds
 from fedsafe_jax.pipeline.arms import arms_of
-from fedsafe_jax.pipeline.clients import encode, learned
+from fedsafe_jax.pipeline.clients import describe_encoding, encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.random_streams import Purpose
@@ -149,7 +149,9 @@ class Site:
             self.counts = FilterCounts(
                 **dict.fromkeys(FilterCounts._fields, 0) | {"kept": len(pairs)}
             )
-        self.encoded, _ = encode(self.inputs.lm.tokenizer, pairs, config.seq_len, weights)
+        self.encoded, lost = encode(self.inputs.lm.tokenizer, pairs, config.seq_len, weights)
+        for line in describe_encoding(self.encoded, lost, "pairs"):
+            note(f"client {settings.client}: {line}")
         note(f"client {settings.client}: {len(self.encoded)} pairs to train on")
         lora_config = self.inputs.lora
         model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)

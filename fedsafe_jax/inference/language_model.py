@@ -1,10 +1,8 @@
 """Language models as users hold them: configuration, parameters and tokenizer together."""
 
-import collections
 import dataclasses
 import difflib
 import inspect
-import logging
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data import chat_template as chat_templates
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
@@ -236,8 +234,7 @@ class LanguageModel:
         """Renders dialogues as the token ids of prompts; arguments as in `answer_dialogues`."""
         room = self.config.max_length - max_new_tokens if truncate else None
         prompts = [chat.prompt(self.tokenizer, turns, room) for turns in dialogues]
-        for note, count in collections.Counter(n for p in prompts for n in p.notes).items():
-            logging.warning("%d of %d dialogues: %s", count, len(prompts), note)
+        dialogue_notes.warn(prompts, "dialogues")
         return [p.ids for p in prompts]
 
     def text(self, ids: Sequence[int]) -> str:

@@ -51,11 +51,10 @@ def load_tokenizer(
                 "the tokenizer has no chat template, as is usual for a base model; name one with "
                 f"chat_template: {', '.join(named_templates.NAMED)}, a file, or Jinja text."
             )
-        day = datetime.date.fromisoformat(date) if isinstance(date, str) and date else date
         chat_template.attach(
             tokenizer,
             arguments,
-            date=day or datetime.date.today(),
+            date=_day(date),
             stop_ids=_end_tokens(folder),
             model=str(folder),
         )
@@ -63,6 +62,20 @@ def load_tokenizer(
     except ChatTemplateError as error:
         raise hub.ModelError(f"{folder}: {error}") from error
     return tokenizer
+
+
+def _day(date: datetime.date | str | None) -> datetime.date:
+    """Returns the day that a date names; today without one.
+
+    Raises:
+      ChatTemplateError: it names none.
+    """
+    if not isinstance(date, str):
+        return date or datetime.date.today()
+    try:
+        return datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except ValueError:
+        raise ChatTemplateError(f"date='{date}': expected a day such as '2026-11-26'.") from None
 
 
 def _end_tokens(folder: pathlib.Path) -> list[int]:

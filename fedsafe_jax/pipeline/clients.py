@@ -1,14 +1,13 @@
 """The clients of one seed: their roles, and the pairs they train on, encoded."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import UNSAFE, Example
@@ -50,10 +49,15 @@ class Holdings(NamedTuple):
 
     Attributes:
       unsafe, pairs: harmful pairs, and all pairs, of each client.
+      lost: pairs that were dealt out, and of which nothing was left to learn.
+      notes: pairs that were changed to fit the model's template or `seq_len`, see
+        `dialogue_notes.count`.
     """
 
     unsafe: tuple[int, ...]
     pairs: tuple[int, ...]
+    lost: int
+    notes: dict[str, int]
 
     @property
     def harmful_share(self) -> float | None:
@@ -114,26 +118,22 @@ def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) 
     if seed == config.seeds[0] and (packaged := packaged_beside_own(config)):
         progress.note(f"packaged data at the server, beside clients' own: {', '.join(packaged)}")
     encoded, unsafe, lost = [], [], 0
-    done: Counter[str] = Counter()
     for examples in inputs.clients[seed]:
         kept, missing = encode(inputs.lm.tokenizer, examples, config.seq_len)
         if missing:  # only now is it worth asking which ones
             lost += missing
             examples = [e for e in examples if encode(inputs.lm.tokenizer, [e], config.seq_len)[0]]
         encoded.append(kept)
-        done.update(said for one in kept for said in one.notes)
         unsafe.append(sum(e.label == UNSAFE for e in examples))
-    holdings = Holdings(tuple(unsafe), tuple(map(len, encoded)))
+    notes = dialogue_notes.count(one for kept in encoded for one in kept)
+    holdings = Holdings(tuple(unsafe), tuple(map(len, encoded)), lost, notes)
     dealt = sum(map(len, inputs.clients[seed]))
     if shortfall := describe_shortfall(config, inputs, seed, dealt, holdings):
         progress.warn(shortfall)
     if lost:
-        progress.warn(
-            f"seed {seed}: {lost} pairs lost: their template alone fills seq_len, or their "
-            "thought never ends"
-        )
-    for said, count in done.items():
-        progress.note(f"seed {seed}: {count} of {dealt} pairs: {said}")
+        progress.warn(f"seed {seed}: {lost} pairs lost: {dialogue_notes.LOST}")
+    for line in dialogue_notes.describe(notes, dealt, "pairs"):
+        progress.note(f"seed {seed}: {line}")
     if empty := [i for i, n in enumerate(holdings.pairs) if not n]:
         names = ", ".join(map(str, empty))
         progress.warn(f"seed {seed}: client(s) {names} have NO DATA: all their pairs are lost")
@@ -202,6 +202,18 @@ def encode(
         encoded.append(one)
     kept = [one for one in encoded if one is not None]
     return kept, len(encoded) - len(kept)
+
+
+def describe_encoding(encoded: Sequence[Encoded], lost: int, what: str) -> list[str]:
+    """Says what encoding changed and lost, in lines.
+
+    Args:
+      encoded, lost: see `encode`.
+      what: what was encoded, such as "pairs".
+    """
+    count = len(encoded) + lost
+    lines = dialogue_notes.describe(dialogue_notes.count(encoded), count, what)
+    return lines + ([f"{lost} of {count} {what} lost: {dialogue_notes.LOST}"] if lost else [])
 
 
 def learned(examples: Sequence[Encoded]) -> float:

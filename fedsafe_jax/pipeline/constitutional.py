@@ -24,8 +24,9 @@ from fedsafe_jax.cai.revise import (
 )
 from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
 from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.dialogue_notes import CUT
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.fitting import Messages, fit
 from fedsafe_jax.data.refusals import start_refusal
@@ -124,9 +125,9 @@ class ConstitutionalStage:
             replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | tally(ready + records)
             counts["tokens_generated"] = self._count_tokens(_generated(records))
-            imitation, lost = self._imitation(kept, replay)
+            imitation, lost, notes = self._imitation(kept, replay)
             triples = self._triples(kept)
-            counts |= {"pairs": len(triples), "lost": lost}
+            counts |= {"pairs": len(triples), "lost": lost, "notes": notes}
             if imitation:  # else the adapter stays as it is
                 if math.isinf(num_steps):
                     num_steps = math.ceil(len(imitation) / c.batch_size)
@@ -264,17 +265,29 @@ class ConstitutionalStage:
 
     def _imitation(
         self, kept: Sequence[Record], replay: Sequence[Example]
-    ) -> tuple[list[Encoded], int]:
-        """`(dialogues to imitate, those lost because their requests alone fill a row)`.
+    ) -> tuple[list[Encoded], int, dict[str, int]]:
+        """`(dialogues to imitate, those lost because their requests alone fill a row, notes)`.
 
-        They are the replay, and revisions where the losses ask for them.
+        They are the replay, and revisions where the losses ask for them. The notes, see
+        `dialogue_notes.count`, are of both in any case.
         """
-        said = [(e.messages, e.response) for e in replay]
-        if self.recipe.imitates_revisions:
-            said += [(r.turns, r.revision) for r in kept]
-        encoded = [self._encode(self._fitted(turns, answer), answer) for turns, answer in said]
+        said = [(e.messages, e.response) for e in replay] + [(r.turns, r.revision) for r in kept]
+        fitted = [self._fitted(turns, answer) for turns, answer in said]
+        encoded = [
+            self._encode(turns, answer) for turns, (_, answer) in zip(fitted, said, strict=True)
+        ]
+        notes = dialogue_notes.count(encoded)
+        short = [
+            CUT in one.notes or left != turns
+            for one, left, (turns, _) in zip(encoded, fitted, said, strict=True)
+            if one is not None
+        ]
+        if any(short):  # cut here, or in the encoding
+            notes["cut"] = sum(short)
+        if not self.recipe.imitates_revisions:
+            encoded = encoded[: len(replay)]
         left = [e for e in encoded if e is not None]
-        return left, len(encoded) - len(left)
+        return left, len(encoded) - len(left), notes
 
     def _triples(self, kept: Sequence[Record]) -> list[derta.Triple]:
         """What preference losses and DeRTa learn from: answers that their revisions mend."""

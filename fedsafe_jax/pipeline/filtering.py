@@ -35,7 +35,7 @@ from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
-from fedsafe_jax.pipeline.clients import Clients, encode, learned
+from fedsafe_jax.pipeline.clients import Clients, describe_encoding, encode, learned
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import multihost
@@ -86,10 +86,11 @@ def filter_clients(
     progress.note(f"seed {seed}: {describe(config.filter, len(inputs.filter_pairs))}")
     everything = [e for examples in pairs for e in examples]
     verdicts = score_pairs(config, inputs, everything, seed, workdir / "filter_scores")
-    filtered, counts, categories = [], [], {}
+    filtered, counts, categories, lost = [], [], {}, 0
     for left in apply_action(config, inputs, pairs, verdicts, seed):
-        encoded, _ = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
+        encoded, missing = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
         filtered.append(encoded)
+        lost += missing
         counts.append(left.counts)
         for name, (flagged, seen) in left.by_category.items():
             before = categories.get(name, (0, 0))
@@ -100,6 +101,8 @@ def filter_clients(
         f"filter: recall {quality.shown(measured.recall)}%, precision "
         f"{quality.shown(measured.precision)}%, threshold {verdicts.threshold:.2f}"
     )
+    for line in describe_encoding([e for own in filtered for e in own], lost, "filtered pairs"):
+        progress.note(f"seed {seed}: {line}")
     if verdicts.at_bound:
         progress.warn(f"seed {seed}: {AT_BOUND}")
     if masked := [i for i, own in enumerate(filtered) if own and not learned(own)]:

@@ -11,6 +11,12 @@ from fedsafe_jax import whole_files
 
 COLOURS = ("#4c566a", "#d1495b", "#edae49", "#3a7ca5", "#2a9d5c", "#8e6c8a", "#c97b63", "#577590")
 
+NOTES = {  # what may have been done to a dialogue: title of the column
+    "merged": "turns merged",
+    "control_tokens": "control tokens as text",
+    "cut": "cut",
+}
+
 
 class Text(NamedTuple):
     """A paragraph; a note is set fainter."""

@@ -2,7 +2,7 @@
 
 import collections
 
-from fedsafe_jax.report.blocks import Heading, Section, Table
+from fedsafe_jax.report.blocks import NOTES, Heading, Section, Table
 from fedsafe_jax.report.run_data import RunData
 from fedsafe_jax.runtime import run_files
 
@@ -20,9 +20,11 @@ def sections(run: RunData) -> list[Section]:
         return []
     counts = ("arm", "", "rounds with CAI", "revisions kept", *REASONS)
     costs = ("arm", "", "pairs", "steps", "tokens generated", "tokens trained", "seconds")
+    changed = ("arm", "", "dialogues lost", *NOTES.values())
     blocks = [
         Table(counts, [(arm, "", *_counts(rows)) for arm, rows in by_arm.items()]),
         Table(costs, [(arm, "", *_costs(rows)) for arm, rows in by_arm.items()]),
+        Table(changed, [(arm, "", *_changed(rows)) for arm, rows in by_arm.items()]),
     ]
     if probes := _probes(by_arm):
         blocks.append(Heading("Refusal before, between and after CAI's steps, in percent"))
@@ -46,6 +48,11 @@ def _costs(rows: list[dict]) -> tuple:
     seconds = sum(v for row in rows for k, v in row["seconds"].items() if k.startswith("cai"))
     names = ("pairs", "steps", "tokens_generated", "tokens_trained")
     return *(f"{_total(rows, name):,}" for name in names), f"{seconds:.0f}"
+
+
+def _changed(rows: list[dict]) -> tuple:
+    notes = [row["cai"].get("notes", {}) for row in rows]
+    return _total(rows, "lost"), *(sum(each.get(name, 0) for each in notes) for name in NOTES)
 
 
 def _probes(by_arm) -> list[tuple]:

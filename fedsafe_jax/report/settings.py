@@ -2,7 +2,7 @@
 
 import json
 
-from fedsafe_jax.report.blocks import Code, Section, Table, Text
+from fedsafe_jax.report.blocks import NOTES, Code, Section, Table, Text
 from fedsafe_jax.report.run_data import RunData
 
 COUNTS = {  # field of the counts: title of the column
@@ -13,6 +13,13 @@ COUNTS = {  # field of the counts: title of the column
     "dropped_heldout": "held out",
     "kept": "kept",
 }
+
+
+CHANGED = (
+    "Lost: nothing is left to learn within seq_len. Turns are merged where the chat template "
+    "refuses them as they are; control tokens in messages become plain text; what is too long "
+    "loses its oldest turns first."
+)
 
 
 def sections(run: RunData) -> list[Section]:
@@ -39,11 +46,12 @@ def sections(run: RunData) -> list[Section]:
     ]
 
 
-def _held(results: dict) -> list[Table]:
+def _held(results: dict) -> list[Table | Text]:
     """Returns the table of what clients hold before any filter, [] where it is not known."""
     data, rows = results["data"], []
     if "pairs_held" not in data:
         return []
+    blank, notes = [""] * len(results["seeds"]), data.get("notes", [{}] * len(results["seeds"]))
     for i, seed in enumerate(results["seeds"]):
         by_client = data["harmful_share_by_client"][i]
         shares = [share for share in by_client if share is not None]
@@ -57,7 +65,9 @@ def _held(results: dict) -> list[Table]:
                 "undefined" if whole is None else f"{whole:.1%}",
                 f"{min(shares):.1%} to {max(shares):.1%}" if shares else "undefined",
                 ", ".join(empty) or "none",
+                data.get("pairs_lost", blank)[i],
+                *(notes[i].get(name, 0) for name in NOTES),
             )
         )
-    header = ("", "", "pairs held", "harmful", "harmful by client", "clients without data")
-    return [Table(header, rows)]
+    header = ("", "", "pairs held", "harmful", "harmful by client", "clients without data", "lost")
+    return [Table((*header, *NOTES.values()), rows), Text(CHANGED)]

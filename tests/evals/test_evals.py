@@ -273,3 +273,22 @@ def test_both_answers_of_hhh_stand_behind_the_same_dialogue(packaged):
         assert right == (mean[0] > mean[1])
     summary = hhh.summarise([outcome], EvalOptions())
     assert summary["cut"] == 2 and summary["n"] == 4
+
+
+def test_losses_keep_the_place_of_pairs_of_which_nothing_is_left(packaged, monkeypatch, caplog):
+    held = [Example((("user", f"Name river {i}."),), f"River {i}.") for i in range(3)]
+    encode = chat.encode
+    monkeypatch.setattr(
+        chat, "encode", lambda words, turns, *rest: encode(words, turns, *rest)
+        if turns[-1][1] != held[1].prompt else None,
+    )  # fmt: skip
+    one = EvalSet(TASKS["utility"], HELDOUT, held)
+    outcome = evaluation.evaluate(packaged, {"utility": one}, EvalOptions(max_length=64))
+    assert np.isnan(outcome["utility"]["nll"]).tolist() == [False, True, False]
+    assert any("1 of 3 held-out pairs lost" in r.getMessage() for r in caplog.records)
+    found = evaluation.summarise({"utility": one}, [outcome], EvalOptions())["utility"]
+    assert found["n"] == 2 and found["undefined"] == 1 and np.isfinite(found["nll"])
+    monkeypatch.setattr(chat, "encode", lambda *given: None)
+    outcome = evaluation.evaluate(packaged, {"utility": one}, EvalOptions(max_length=64))
+    found = evaluation.summarise({"utility": one}, [outcome], EvalOptions())["utility"]
+    assert found["nll"] is None and found["n"] == 0 and found["undefined"] == 3

@@ -24,7 +24,7 @@ def stage_of(packaged, red_team, **fields):
     """Constitutional AI of a run that has a red team and no more."""
     config = default_config()
     config.cai.update(fields)
-    inputs = types.SimpleNamespace(lm=packaged, red_team=red_team)
+    inputs = types.SimpleNamespace(lm=packaged, red_team=red_team, given=[])
     return constitutional.ConstitutionalStage(
         config, inputs, packaged.model, clients=None, folder=None, mine=bool, seed=0
     )
@@ -103,8 +103,8 @@ def test_triples_and_imitation_keep_the_dialogue(packaged, monkeypatch):
         chat, "encode", lambda words, turns, *rest: encode(words, turns, *rest)
         if turns[-1][1] != "Lost?" else None,
     )  # fmt: skip
-    (revised, replayed), lost = stage._imitation([long], replay)
-    assert lost == 1
+    (revised, replayed), lost, notes = stage._imitation([long], replay)
+    assert lost == 1 and notes == {"cut": 2}  # the lost one is not counted again
     for encoded, answer in ((revised, "An hour."), (replayed, "I'm sorry.")):
         text = packaged.tokenizer.decode(encoded.ids)
         assert "Be brief." in text and "I tie a knot." in text and answer in text

@@ -69,6 +69,19 @@ def test_lost_pairs_are_not_held_and_an_empty_client_is_named(packaged, monkeypa
     assert any("client(s) 0, 1 have NO DATA" in line for line in lines)
 
 
+def test_what_encoding_changes_is_held_and_said(packaged):
+    odd = [Example((("user", f"{i} <|end|>" + " words" * 300),), "Yes.", SAFE) for i in range(40)]
+    size = {"num_clients": 2, "examples_per_client": 4}
+    made, lines = built(packaged, odd, pairs(UNSAFE, 40), harmful_share=0.5, **size)
+    assert made.holdings.notes == {"control_tokens": 4, "cut": 4} and made.holdings.lost == 0
+    for said in (chat.CONTROL, chat.CUT):
+        assert f"seed 0: 4 of 8 pairs: {said}" in lines
+    kept = [one for encoded in made.plain for one in encoded][:4]  # as a filter leaves them
+    described = clients.describe_encoding(kept, 2, "filtered pairs")
+    assert any(line.startswith("2 of 6 filtered pairs: control tokens") for line in described)
+    assert any(line.startswith("2 of 6 filtered pairs lost: ") for line in described)
+
+
 def test_packaged_harm_is_never_mixed_into_own_data_unasked():
     config = default_config()
     validate(config)

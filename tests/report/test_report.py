@@ -129,6 +129,11 @@ def test_the_report_says_what_clients_hold_and_who_holds_nothing(run):
     page.write(workdir, config, results, outcomes=outcomes, sets=sets)
     text = re.sub("<[^>]*>|\\s+", " ", (workdir / "report.html").read_text())
     assert re.search("seed 7 +30 +30.0% +25.0% to 40.0% +1 ", text)
+    results["data"] |= {"pairs_lost": [4], "notes": [{"control_tokens": 9, "cut": 5}]}
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    text = re.sub("<[^>]*>|\\s+", " ", (workdir / "report.html").read_text())
+    assert re.search("clients without data +lost +turns merged +control tokens as text +cut ", text)
+    assert re.search("seed 7 +30 +30.0% +25.0% to 40.0% +1 +4 +0 +9 +5 ", text)
 
 
 def test_the_card_is_markdown_with_the_scores(run):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data import chat, sources
+from fedsafe_jax.data import chat, dialogue_notes, sources
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task, request_texts
@@ -28,14 +28,17 @@ def load(source: str, data_dir: str) -> list[Example]:
 
 
 def answer_nll(lm: LanguageModel, examples: Sequence[Example], max_length: int) -> np.ndarray:
-    """Returns the negative log-likelihood a token, in nats, of each answer, float64 `[n]`."""
-    encoded = [
-        e
-        for x in examples
-        if (e := chat.encode(lm.tokenizer, x.messages, x.response, max_length)) is not None
-    ]
-    totals, counts = scoring.score_examples(lm, encoded, max_length)
-    return -totals / counts.clip(1)
+    """Returns the negative log-likelihood a token, in nats, of each answer, float64 `[n]`.
+
+    NaN where nothing of the answer is left within `max_length`.
+    """
+    encoded = [chat.encode(lm.tokenizer, x.messages, x.response, max_length) for x in examples]
+    dialogue_notes.warn(encoded, "held-out pairs")
+    nll = np.full(len(encoded), np.nan)
+    if kept := [i for i, one in enumerate(encoded) if one is not None]:
+        totals, counts = scoring.score_examples(lm, [encoded[i] for i in kept], max_length)
+        nll[kept] = -totals / counts.clip(1)
+    return nll
 
 
 def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) -> dict:
@@ -52,7 +55,8 @@ def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) ->
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
     """Returns the mean loss in nats a token, and the win rate in percent where there is one.
 
-    `undefined` counts losses that are no number: those of a model that diverged.
+    `undefined` counts losses that are no number: those of a model that diverged, and of answers of
+    which nothing is left within `eval.max_length`.
     """
     del options
     values = np.array([o["nll"] for o in outcomes], float)
