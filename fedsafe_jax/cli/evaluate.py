@@ -20,7 +20,7 @@ from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, template_check
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint
 from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, load_items, select
@@ -176,6 +176,11 @@ def main(values: flags.FlagValues) -> None:
             chosen = options._replace(base=load_pretrained(values.base, values.dtype, **template))
         if values.adapter:
             lm = lm.with_adapter(load_adapter(values.adapter))
+        template_check.check(lm.tokenizer, [(request.source, request) for request in prompts])
+        for name, one in sets.items():
+            template_check.check(
+                lm.tokenizer, ((f"task '{name}', {one.source}", x) for x in one.items)
+            )
         devices.announce()
         result = run_prompts(lm, prompts, chosen) if prompts else run_tasks(lm, sets, chosen)
         if values.output:

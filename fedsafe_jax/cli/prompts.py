@@ -35,7 +35,7 @@ def _request(place: str, row: dict, column: str) -> Example:
         (request,) = READERS["chat"]([(place, {"messages": value})])
         if not any(text.strip() for role, text in request.messages if role == "user"):
             raise SourceError(f"{place}: the user's turns in column '{column}' are blank.")
-        return request._replace(response="")
+        return request._replace(response="", source=place)
     if not isinstance(value, str):
         raise SourceError(
             f"{place}: column '{column}' holds {value!r:.60}; expected a text, or a list of "
@@ -45,7 +45,7 @@ def _request(place: str, row: dict, column: str) -> Example:
         raise SourceError(
             f"{place}: column '{column}' is blank; write a prompt, or remove the row."
         )
-    return Example((("user", value),), "")
+    return Example((("user", value),), "", source=place)
 
 
 def repeats(requests: list[Example]) -> str:

@@ -91,6 +91,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     from fedsafe_jax.cai import constitution as constitution_lib
     from fedsafe_jax.cai import forms, revise
     from fedsafe_jax.cli.prompts import read_prompts, repeats
+    from fedsafe_jax.data import template_check
     from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.inference.chat_session import ChatSession
     from fedsafe_jax.pipeline.constitutional import make_generate_fn
@@ -116,6 +117,8 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     if values.adapter:
         lm = lm.with_adapter(load_adapter(values.adapter))
 
+    if not dialogue:
+        template_check.check(lm.tokenizer, [(request.source, request) for request in prompts])
     devices.announce()
     talk = ChatSession(lm, values.batch_size)
 

@@ -1,5 +1,6 @@
 """The tasks of a run: which ones, their items, outcomes of an arm, and the summary over seeds."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -53,6 +54,8 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
             loaded[name] = load_items(name, chosen, config.data_dir, c.max_prompts)
         elif items := subset([e for e in heldout if e.response], c.max_heldout):
             loaded[name] = chosen._replace(items=items)
+        else:
+            logging.warning("task '%s' is left out: no pair with an answer is held out.", name)
     return loaded
 
 

@@ -13,7 +13,7 @@ from fedsafe_jax.cai.constitution import Constitution, ConstitutionError
 from fedsafe_jax.cai.revise import DATA, Record
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import asks_for_harm, unsafe_sources
-from fedsafe_jax.data import chat, chat_template, overlap, partition, sources
+from fedsafe_jax.data import chat, chat_template, overlap, partition, sources, template_check
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 from fedsafe_jax.evals.task import HELDOUT, EvalSet
@@ -157,7 +157,7 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     hub.read_config(model_folder(config.model), config.dtype)
-    check_turns(config, pools)
+    check_turns(config, pools, evals)
     announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)
     return RunInputs(
@@ -281,8 +281,10 @@ def deal(
     return dealt, Asked(sum(sizes), unsafe_asked / sum(sizes))
 
 
-def check_turns(config: ConfigDict, pools: dict[str, list[Example]]) -> None:
-    """Checks that the model's chat template takes the pools' dialogues, before any compute.
+def check_turns(
+    config: ConfigDict, pools: dict[str, list[Example]], evals: dict[str, EvalSet]
+) -> None:
+    """Checks that the model's chat template takes all dialogues, before any compute.
 
     Roles and their order are what templates refuse, so one dialogue of each order is encoded.
 
@@ -308,6 +310,10 @@ def check_turns(config: ConfigDict, pools: dict[str, list[Example]]) -> None:
             chat.encode(tokenizer, example.messages, example.response, config.seq_len)
         except ChatTemplateError as error:
             raise refused(example, error, title) from error
+    for name, one in evals.items():
+        template_check.check(
+            tokenizer, ((f"task '{name}', {one.source}", item) for item in one.items)
+        )
 
 
 def load_base(config: ConfigDict, devices: Mesh) -> tuple[LanguageModel, dict]:

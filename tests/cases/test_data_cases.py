@@ -1,5 +1,6 @@
 """Data files as users have them: read in full, or refused in one line that names the place."""
 
+import json
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ from tiny_llama import with_template
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.inference.tokenizer import load_tokenizer
+from fedsafe_jax.pipeline import inputs as inputs_lib
 from fedsafe_jax.pipeline.clients import encode
 from fedsafe_jax.pipeline.inputs import load_inputs
 
@@ -98,6 +100,19 @@ def test_turns_that_cannot_be_merged_are_one_line_with_their_source(tmp_path, fi
     with pytest.raises(SourceError, match="source logs, 'Do you.*roles must alternate") as error:
         encode(tokenizer, [Example(turns, "Yes.", source="logs")], 128)
     assert "\n" not in str(error.value)
+
+
+def test_a_set_that_the_template_refuses_is_named_before_any_compute(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs_lib, "load_base", lambda *args: pytest.fail("it loads the weights"))
+    turns = [("assistant", "Before."), ("user", "Do you hear me?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
+    task = f"over_refusal=chat:{tmp_path / 'asked.jsonl'}"
+    config = small_config(
+        model=with_template(tmp_path / "model", STRICT_TEMPLATE), eval__tasks=(task,)
+    )
+    with pytest.raises(SourceError, match="task 'over_refusal', chat:.*'Do you.*must alternate"):
+        load_inputs(config)
 
 
 def test_text_parts_are_joined():

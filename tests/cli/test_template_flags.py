@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import types
 
 import pytest
 from absl import flags
@@ -9,9 +10,15 @@ from absl import flags
 import fedsafe_jax
 from fedsafe_jax.cli import command
 from fedsafe_jax.cli.command import UsageError
+from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.inference.tokenizer import load_tokenizer
 from fedsafe_jax.models.base_model import PACKAGED_FOLDER
 from fedsafe_jax.models.hub import ModelError
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{{ m.content }}<|end|>{% endfor %}"
+)
 
 
 class LoadedError(Exception):
@@ -24,7 +31,7 @@ def ask(name, folder, *given):
     chosen, values = command.load(name), flags.FlagValues()
     chosen.define_flags(values)
     files = (f"--prompts={prompts}", f"--output={folder / 'out.jsonl'}")
-    values([name, *files, *given])
+    values([name, *files, *given])  # the last of two wins
     chosen.main(values)
 
 
@@ -61,3 +68,15 @@ def test_a_date_that_is_none_is_one_line():
     assert load_tokenizer(PACKAGED_FOLDER, date="2026-11-26").chat_settings.date == datetime.date(
         2026, 11, 26
     )
+
+
+@pytest.mark.parametrize("name", ["evaluate", "revise"])
+def test_a_prompt_that_the_template_refuses_is_named_by_its_row(tmp_path, monkeypatch, name):
+    tokenizer = load_tokenizer(PACKAGED_FOLDER, template=ALTERNATING)
+    lm = types.SimpleNamespace(tokenizer=tokenizer)
+    monkeypatch.setattr(fedsafe_jax, "load_pretrained", lambda *args, **options: lm)
+    rows = [[("user", "Hi")], [("assistant", "Hi"), ("user", "Do you hear me?")]]
+    turns = [[{"role": r, "content": text} for r, text in row] for row in rows]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    with pytest.raises(SourceError, match="m.jsonl line 2, 'Do you hear me\\?': .*must alternate"):
+        ask(name, tmp_path, f"--prompts={tmp_path / 'm.jsonl'}", "--column=messages")
