@@ -4,6 +4,7 @@ What is learned is the assistant's words and the end token behind them. A traini
 what evaluation asks the model with, and goes on with the answer: see `_locate`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -208,11 +209,12 @@ def _broken_up(chat: ChatTemplate, messages: Sequence[tuple[str, str]]) -> Turns
 
 
 def _fits(chat: ChatTemplate, room: int) -> Callable[[Sequence[tuple[str, str]]], bool]:
-    def fits(turns: Sequence[tuple[str, str]]) -> bool:
+    @functools.lru_cache(maxsize=8)  # the same turns are asked about more than once
+    def fits(turns: tuple[tuple[str, str], ...]) -> bool:
         _, text, _ = _accepted(chat, turns, generation_prompt=True)
         return len(chat.tokenise(text)[0]) <= room
 
-    return fits
+    return lambda turns: fits(tuple(turns))
 
 
 def _accepted(

@@ -144,7 +144,8 @@ def csv_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict[str, str]]]:
     """Reads the rows of a CSV file, `(place, row)`; a cell that a short row lacks is "".
 
     Raises:
-      SourceError: a name of a column occurs twice, a row has too many cells, or a quote is open.
+      SourceError: a name of a column occurs twice, columns are not separated by commas, a row has
+        too many cells, or a quote is open.
     """
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # The module's own is 131,072.
     number = 1
@@ -154,6 +155,11 @@ def csv_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict[str, str]]]:
         names = reader.fieldnames or []
         if twins := sorted({name for name in names if names.count(name) > 1}):
             raise SourceError(f"{path} row 1: the column {shorten(twins[0])} occurs twice.")
+        if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), "")):
+            raise SourceError(
+                f"{path} row 1: the columns are separated by {other!r}, as spreadsheets do in some "
+                "languages; save it with commas between them."
+            )
         for number, row in enumerate(reader, 2):
             if None in row:
                 raise SourceError(
