@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, RecordDict  # noqa: E402
 from test_flower import node_config, run_config  # noqa: E402
 
 from fedsafe_jax.config import ConfigError  # noqa: E402
+from fedsafe_jax.data import chat  # noqa: E402
 from fedsafe_jax.flower import received, server, site  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
 from fedsafe_jax.whole_files import WorkdirError  # noqa: E402
@@ -49,13 +50,18 @@ def site_and_lines(folder, tmp_path_factory):
 def test_a_site_describes_its_pairs(site_and_lines):
     here, lines = site_and_lines
     said = here.describe()
-    # The fixture wrote 10 safe and 5 unsafe pairs; no count tells which are unsafe.
-    assert said["client"] == 1
-    assert said["filter"]["kept"] + said["filter"]["dropped"] == 15
+    # The fixture wrote 10 safe and 5 unsafe pairs; no count tells which are unsafe. Some are near
+    # an evaluation prompt, or held out.
+    assert said["client"] == 1 and said["data"]["read"] == 15
+    dropped = ("disputed", "dropped_near_evaluation", "dropped_heldout", "without_answer")
+    assert said["data"]["kept"] + sum(said["data"][name] for name in dropped) == 15
+    assert said["filter"]["kept"] + said["filter"]["dropped"] == said["data"]["kept"] > 10
     assert said["examples"] == said["filter"]["kept"] == len(here.encoded) == said["learned"]
     assert not any(name.startswith("unsafe") for name in said["filter"])
     assert said["base"] == site.base_fingerprint("package:model")
     assert f"client 1: {said['examples']} pairs to train on" in lines
+    cut = sum(chat.CUT in one.notes for one in here.encoded)
+    assert cut and f"client 1: {cut} of {said['examples']} pairs: {chat.CUT}" in lines
 
 
 def test_a_site_weighs_what_it_learns_from(site_and_lines):
