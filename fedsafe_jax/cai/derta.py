@@ -13,7 +13,7 @@ import numpy as np
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.fitting import Messages
+from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import numpy as np
 from fedsafe_jax.cai.constitution import Constitution, Principle
 from fedsafe_jax.cai.forms import clean
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.fitting import Messages, system_turns
+from fedsafe_jax.data.examples import Example, Messages
+from fedsafe_jax.data.shortening import system_turns
 from fedsafe_jax.random_streams import Purpose, generator
 
 

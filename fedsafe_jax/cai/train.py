@@ -12,7 +12,7 @@ import optax
 from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.cai.losses import LOSSES, SFT, Ratios
 from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.fitting import Messages
+from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.data.packing import Batch, assign_rows, fill
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_loss, token_nll

@@ -14,10 +14,12 @@ from fedsafe_jax.data import chat_template, shortening
 from fedsafe_jax.data.chat_template import ChatTemplate, ChatTemplateError
 from fedsafe_jax.data.control_tokens import BREAK, MARK, break_up
 from fedsafe_jax.data.dialogue_notes import CONTROL, CUT, MERGED
+from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.data.refusals import spoken
 
 Turns = list[tuple[str, str]]
 
+UNCUT = 1 << 20  # tokens beyond any dialogue
 
 class Encoded(NamedTuple):
     """One tokenised dialogue."""
@@ -145,6 +147,42 @@ def encode_behind(
         learned=set(),
         unlearned=unlearned,
     )
+
+
+def before_answers(
+    tokenizer: Any, messages: Messages, answers: Sequence[str], max_length: int
+) -> Messages:
+    """Cuts a dialogue so that the longest of its answers ends within `max_length`.
+
+    All answers stand behind the same dialogue, and none is cut. The dialogue keeps a quarter of
+    `max_length`: an answer that leaves less ends beyond it.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer with a chat template.
+      messages: (role, text) turns up to the request.
+      answers: answers to them.
+      max_length: most tokens of the dialogue with an answer.
+
+    Returns:
+      The turns that are left, see `shortening.shorten`; `messages` itself where nothing had to be
+      cut, or not even empty turns would do.
+
+    Raises:
+      ChatTemplateError: as `encode`.
+    """
+
+    def longest(turns: Messages) -> tuple[int, int]:
+        """Tokens of the dialogue with its longest answer, and of that answer alone."""
+        encoded = (encode(tokenizer, turns, answer, UNCUT) for answer in answers)
+        sizes = ((len(e.ids), int(e.loss_mask.sum())) for e in encoded if e is not None)
+        return max(sizes, key=lambda size: size[0], default=(0, 0))
+
+    whole, said = longest(messages)
+    if whole <= max_length:
+        return messages
+    room = max(max_length, said + max_length // 4)
+    shorter = shortening.shorten(messages, lambda turns: longest(turns)[0] <= room)
+    return messages if shorter is None else tuple(shorter[0])
 
 
 def _encode(

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 SAFE, UNSAFE, UNKNOWN = "safe", "unsafe", "unknown"
+Messages = tuple[tuple[str, str], ...]  # (role, text) turns, oldest first
 
 
 class SourceError(ValueError):
@@ -13,7 +14,7 @@ class Example(NamedTuple):
     """One dialogue that ends in a user turn (or a tool's), and its answer."""
 
     # (role, text); roles are system, user, assistant and tool; the last is "user" or "tool".
-    messages: tuple[tuple[str, str], ...]
+    messages: Messages
     response: str  # the answer; "" where the source has none
     label: str = UNKNOWN  # safety of the response in its dialogue: safe, unsafe or unknown
     source: str = ""  # name of the reader
@@ -48,7 +49,7 @@ class Example(NamedTuple):
 class Choice(NamedTuple):
     """A comparison of two answers to one dialogue (HHH)."""
 
-    messages: tuple[tuple[str, str], ...]  # (role, text); the last role is "user"
+    messages: Messages  # (role, text); the last role is "user"
     better: str  # the answer that should be preferred
     worse: str
     category: str  # harmless, helpful, honest or other

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.fitting import shares, system_turns
+from fedsafe_jax.data.shortening import shares, system_turns
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.protocol import FilterError, labelled, warn_of_cuts

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.fitting import Messages, beginning_of, end_of, fit
+from fedsafe_jax.data.examples import Example, Messages
+from fedsafe_jax.data.shortening import beginning_of, end_of, shorten, without_middle
 from fedsafe_jax.filters import policy
 from fedsafe_jax.filters.classifier import CHARACTERS_PER_TOKEN
 from fedsafe_jax.filters.protocol import FilterError, warn_of_cuts
@@ -72,7 +72,7 @@ def render_pairs(
       tokenizer: Hugging Face tokenizer of the guard.
       pairs: pairs to render; the response, and a request that stands alone, are each cut to half
         of the room that the template leaves. Of a longer dialogue the oldest turns are left out
-        first, and its system prompt last; see `data.fitting.fit`.
+        first, and its system prompt last; see `data.shortening.shorten`.
       max_length: most tokens of a row.
       template: `own`, `policy` or `short`, see `template_of`.
 
@@ -100,21 +100,23 @@ def render_pairs(
     for pair in pairs:
         response = beginning_of(tokenizer, pair.response[:limit], half)
         # Few tokens are longer than the limit: tokenising what cannot stay would be wasted time.
-        messages = tuple(
-            (role, text[:limit] if role == "system" else text[-limit:])
-            for role, text in pair.messages
-        )
-        if len(messages) == 1:
-            ((role, text),) = messages
-            messages = ((role, end_of(tokenizer, text, half)),)
+        if len(pair.messages) == 1:
+            ((role, text),) = pair.messages
+            messages = ((role, end_of(tokenizer, text[-limit:], half)),)
+        else:
+            messages = tuple(
+                (role, text[:limit] if role == "system" else without_middle(text, limit))
+                for role, text in pair.messages
+            )
         row = wrap(messages, response)
         if len(row) > max_length:
-            messages = fit(
-                tokenizer,
-                messages,
-                lambda turns, said=response: len(wrap(turns, said)),
-                room=max_length,
-            )
+
+            def fits(turns: Sequence[tuple[str, str]], said: str = response) -> bool:
+                return len(wrap(turns, said)) <= max_length
+
+            # The last turn alone where the names of very many turns would fill the row.
+            shorter = shorten(messages, fits) or shorten(messages[-1:], fits)
+            messages = tuple(shorter[0]) if shorter else messages
             row = wrap(messages, response)
         cut += messages != tuple(pair.messages) or response != pair.response
         rows.append(row)

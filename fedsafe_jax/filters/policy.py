@@ -1,6 +1,6 @@
 """Llama Guard 3's task as text, for guards whose chat template does not carry it."""
 
-from fedsafe_jax.data.fitting import Messages
+from fedsafe_jax.data.examples import Messages
 
 CATEGORIES = (
     "Violent Crimes",

@@ -6,8 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
-from fedsafe_jax.data.fitting import Messages
+from fedsafe_jax.data.examples import SAFE, UNSAFE, Example, Messages
 from fedsafe_jax.filters.decision import Decision, FilterError
 from fedsafe_jax.random_streams import Purpose, generator
 

@@ -27,8 +27,7 @@ from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
 from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.dialogue_notes import CUT
-from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.fitting import Messages, fit
+from fedsafe_jax.data.examples import Example, Messages
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -254,14 +253,7 @@ class ConstitutionalStage:
         """
         if len(messages) == 1:
             return messages
-
-        def length(turns: Messages) -> int:
-            whole = ([*turns, ("assistant", answer)] for answer in answers)
-            return max(
-                len(chat.render(self.tokenizer, one, add_generation_prompt=False)) for one in whole
-            )
-
-        return fit(self.tokenizer, messages, length, room=self.config.seq_len)
+        return chat.before_answers(self.tokenizer, messages, answers, self.config.seq_len)
 
     def _imitation(
         self, kept: Sequence[Record], replay: Sequence[Example]

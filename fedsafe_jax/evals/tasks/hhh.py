@@ -8,15 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedsafe_jax.data import chat, packing, sources
-from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.chat import UNCUT
 from fedsafe_jax.data.examples import Choice, Example
-from fedsafe_jax.data.fitting import Messages, fit
 from fedsafe_jax.data.readers import field, parse_dialogue
 from fedsafe_jax.evals import scoring, statistics
 from fedsafe_jax.evals.task import Column, EvalOptions, Task, request_texts
 from fedsafe_jax.inference.language_model import LanguageModel
-
-UNCUT = 1 << 20  # tokens beyond any dialogue
 
 
 def load_choices(location: str, data_dir: str) -> list[Choice]:
@@ -40,21 +37,10 @@ def fitted(lm: LanguageModel, choice: Choice, max_length: int) -> Choice:
     Both answers stand behind the same dialogue, and no answer is cut. The dialogue keeps a quarter
     of `max_length`: behind an answer that leaves less, the row is longer than that.
     """
-
-    def longest(turns: Messages) -> Encoded:
-        both = (
-            chat.encode(lm.tokenizer, turns, answer, UNCUT)
-            for answer in (choice.better, choice.worse)
-        )
-        return max(both, key=lambda encoded: len(encoded.ids))
-
-    whole = longest(choice.messages)
-    if len(whole.ids) <= max_length:
-        return choice
-    said = int(whole.loss_mask.sum())
-    room = max(max_length, said + max_length // 4)
-    messages = fit(lm.tokenizer, choice.messages, lambda turns: len(longest(turns).ids), room=room)
-    return choice._replace(messages=messages)
+    answers = (choice.better, choice.worse)
+    return choice._replace(
+        messages=chat.before_answers(lm.tokenizer, choice.messages, answers, max_length)
+    )
 
 
 def prefers_better(
