@@ -41,6 +41,7 @@ STEPS = (
     "arms",
     "evaluation",
     "read_files",
+    "pools",
     "inputs",
     "clients",
     "filtering",

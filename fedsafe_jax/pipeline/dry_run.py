@@ -17,7 +17,8 @@ from fedsafe_jax.models.known import KNOWN
 from fedsafe_jax.models.quantize import num_bytes, quantize_params
 from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.evaluation import chosen_sets
-from fedsafe_jax.pipeline.inputs import deal, read_client_pools
+from fedsafe_jax.pipeline.inputs import deal
+from fedsafe_jax.pipeline.pools import read_client_pools
 
 
 def _decoder_config(name: str, dtype: str) -> DecoderConfig:
