@@ -80,15 +80,25 @@ def options_of(
     )
 
 
-def endpoint_of(config: ConfigDict) -> ChatEndpoint | None:
-    """Returns the chat model that judges answers, or None where the config names none."""
+def endpoint_of(config: ConfigDict, together: bool) -> Callable | None:
+    """Returns the chat model that judges answers; None where the config names none.
+
+    Only the first process asks it: in the others it is None, or waits for the first one's replies.
+
+    Args:
+      config: config of the run.
+      together: whether all processes generate together; see `_asked_by_first`.
+    """
     c = config.eval
     if not c.judge_url:
         return None
-    return ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+    endpoint = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+    if together:
+        return _asked_by_first(endpoint)
+    return endpoint if multihost.is_primary() else None
 
 
-def asked_by_first(endpoint: Callable) -> Callable:
+def _asked_by_first(endpoint: Callable) -> Callable:
     """Returns an endpoint that the first process asks, and for whose replies the others wait.
 
     For models that all processes generate with together: the processes must call the same programs,

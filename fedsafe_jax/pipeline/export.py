@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.config import ConfigError, unsafe_sources
+from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.pipeline import evaluation, rounds
@@ -18,6 +19,8 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.report import model_card
 from fedsafe_jax.runtime import multihost
+
+NOT_EXPORTED = "nothing whole was exported, and the same command does it again"
 
 
 @contextlib.contextmanager
@@ -90,10 +93,10 @@ def export_arm(
     workdir: epath.Path,
     factors: dict[str, Any],
     results: dict,
-) -> bool:
+) -> bool | None:
     """Exports the adapter of `export_arm` (first algorithm, first seed), if the arm was run.
 
-    The first process calls this; where the base spans processes, so do the others.
+    All processes call this.
 
     Args:
       config, inputs: config and inputs of the run.
@@ -102,8 +105,32 @@ def export_arm(
       results: content of `results.json`, for the card; {} in other processes than the first.
 
     Returns:
-      Whether there was an adapter to export.
+      Whether there was an adapter to export; None in a process that took no part.
+
+    Raises:
+      StorageError: the storage does not take a file.
     """
+
+    def write() -> bool:
+        with whole_files.storage(workdir / "export", NOT_EXPORTED):
+            return _export_arm(config, inputs, workdir, factors=factors, results=results)
+
+    multihost.barrier("export")
+    if spans_hosts(inputs.mesh):  # no process has the whole base: all fetch it together
+        exported = write()
+        multihost.barrier("reported")
+        return exported
+    return multihost.first(write)
+
+
+def _export_arm(
+    config: ConfigDict,
+    inputs: RunInputs,
+    workdir: epath.Path,
+    factors: dict[str, Any],
+    results: dict,
+) -> bool:
+    """Exports as `export_arm` says; the others take part where the base spans processes."""
     for planned in planned_arms(config):
         if planned.arm.name == config.export_arm and planned.arm.trains:
             own = multihost.local(factors[planned.id], inputs.mesh)

@@ -341,3 +341,14 @@ def privacy_of(config: ConfigDict) -> dict:
         "statement": f"Differential privacy of each client: epsilon {one:.2f} at delta {delta:g} "
         f"for the adapter of one arm and seed{composed}. {privacy.NOT_PRIVATE}",
     }
+
+
+def left_out(row: dict) -> list[str]:
+    """Says what a round left out, from its row of metrics; [] for nothing."""
+    said = []
+    if row["excluded"]:
+        names = ", ".join(map(str, row["excluded"]))
+        said.append(f"update not finite, left out: client(s) {names}")
+    if row["skipped"]:
+        said.append("SKIPPED, no client was left; the model stays as it was")
+    return said

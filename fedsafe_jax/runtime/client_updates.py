@@ -6,7 +6,7 @@ that is repeated after a kill writes the same bytes again.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -30,6 +30,23 @@ class ClientUpdates:
 
     def __init__(self, folder: epath.PathLike):
         self._folder = epath.Path(folder)
+
+    def begin_round(
+        self, rounds_done: int, start: Any, like: Any
+    ) -> Callable[[int, np.ndarray], None]:
+        """Writes the factors that a round begins with; returns what writes a client's update.
+
+        Args:
+          rounds_done: number of the round, from 1: rounds done at its end.
+          start: LoRA factors of the server before the round, on this process's devices.
+          like: the same factors, for the shapes of updates.
+        """
+        self.write_start(rounds_done, start)
+
+        def write(client: int, update: np.ndarray) -> None:
+            self.write(rounds_done, client, update, like=like)
+
+        return write
 
     def write_start(self, rounds_done: int, factors: Any) -> None:
         """Writes the factors that a round begins with.

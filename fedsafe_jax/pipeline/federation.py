@@ -1,0 +1,83 @@
+"""Where the clients are and train: a simulation here, or real sites."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from fedsafe_jax.federated.round_programs import Programs
+from fedsafe_jax.federated.simulation import FederatedState
+from fedsafe_jax.pipeline import clients, filtering, rounds
+from fedsafe_jax.pipeline.arms import PlannedArm, any_filter
+from fedsafe_jax.pipeline.clients import Clients
+from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.runtime.progress import Progress
+
+
+class Arm(Protocol):
+    """What training reads of an arm's run, which is `experiment.ArmRun`.
+
+    Attributes:
+      config, inputs: those of the run.
+      planned: the arm and its algorithm.
+      seed: seed of the arm.
+      programs: the jitted programs of a round.
+      secret: what noise and cohorts of differential privacy are drawn from; None without it.
+    """
+
+    config: ConfigDict
+    inputs: RunInputs
+    planned: PlannedArm
+    seed: int
+    programs: Programs
+    secret: int | None
+
+    def update_writer(self, state: FederatedState, t: int) -> Callable | None:
+        """Returns what writes the updates of round `t`; None for a round that is not kept."""
+
+
+class Federation(NamedTuple):
+    """Where the clients are and train: simulated here, or at real sites.
+
+    Attributes:
+      clients: `(config, inputs, seed, workdir, progress) -> Clients`.
+      train: `(arm_run, state, clients, t) -> (state, figures)`: local training of round `t`, from
+        0, and the server's step.
+    """
+
+    clients: Callable[..., Clients]
+    train: Callable[..., tuple[FederatedState, dict]]
+
+
+def simulated_clients(
+    config: ConfigDict, inputs: RunInputs, seed: int, workdir: epath.Path, progress: Progress
+) -> Clients:
+    """Builds the simulated clients of a seed, filtered where an arm asks for it."""
+    built = clients.build(config, inputs, seed, progress)
+    if any_filter(config):
+        built = filtering.filter_clients(
+            config, inputs, built, seed=seed, workdir=workdir, progress=progress
+        )
+    return built
+
+
+def train_simulated(
+    arm_run: Arm, state: FederatedState, members: Clients, t: int
+) -> tuple[FederatedState, dict]:
+    """Trains simulated clients on this machine's devices, see `rounds.run`."""
+    return rounds.run(
+        arm_run.config,
+        arm_run.planned.algorithm,
+        arm_run.programs,
+        state=state,
+        base=arm_run.inputs.base,
+        data=members.filtered if arm_run.planned.arm.filter else members.plain,
+        seed=arm_run.seed,
+        t=t,
+        secret=arm_run.secret,
+        keep_update=arm_run.update_writer(state, t),
+    )
+
+
+SIMULATED = Federation(simulated_clients, train_simulated)

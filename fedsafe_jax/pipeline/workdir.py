@@ -1,0 +1,106 @@
+"""Beginning a run in its workdir, and going on with it; the files of an arm there."""
+
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from fedsafe_jax import whole_files
+from fedsafe_jax.cai.revise import Record, to_row
+from fedsafe_jax.pipeline.arms import PlannedArm
+from fedsafe_jax.pipeline.read_files import files_of
+from fedsafe_jax.runtime import fingerprints, multihost, run_files
+from fedsafe_jax.runtime.client_updates import ClientUpdates
+from fedsafe_jax.runtime.progress import Progress
+
+
+def was_begun(config: ConfigDict, workdir: epath.Path, progress: Progress) -> bool:
+    """Tells whether this run was begun before; all processes call this.
+
+    Raises:
+      WorkdirError: the workdir holds another run, or the run began with other files.
+      StorageError: the storage does not give a file.
+    """
+    begun = multihost.first(lambda: run_files.check_config(workdir, config.to_dict()))
+    if begun:
+        multihost.first(lambda: _check_files(config, workdir, progress))
+    return begun
+
+
+def claim(config: ConfigDict, workdir: epath.Path) -> None:
+    """Writes down the config and what was read; all processes call this, once all is read.
+
+    Where reading fails, nothing is claimed: the config may be put right in the same workdir.
+
+    Raises:
+      WorkdirError, StorageError: as `was_begun`.
+    """
+    multihost.first(lambda: fingerprints.check(workdir, files_of(config)))
+    multihost.first(lambda: run_files.claim_workdir(workdir, config.to_dict()))
+
+
+def _check_files(config: ConfigDict, workdir: epath.Path, progress: Progress) -> None:
+    """Checks that what was read at the first start is still the same."""
+    if fingerprints.check(workdir, files_of(config)) == "written":
+        progress.note(f"{workdir / fingerprints.NAME} was not there: the files read are as of now")
+
+
+class ArmFiles(NamedTuple):
+    """The files of one arm and seed in a run's workdir.
+
+    Attributes:
+      workdir: folder of the run.
+      planned: the arm and its algorithm.
+      seed: seed of the arm.
+    """
+
+    workdir: epath.Path
+    planned: PlannedArm
+    seed: int
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Folder of the checkpoints."""
+        return run_files.arm_folder(self.workdir, "checkpoints", self.planned.folder, self.seed)
+
+    @property
+    def updates(self) -> ClientUpdates:
+        """What clients sent in the rounds that are kept."""
+        folder = run_files.arm_folder(self.workdir, "updates", self.planned.folder, self.seed)
+        return ClientUpdates(folder)
+
+    def read_outcome(self) -> dict | None:
+        """Returns the outcomes of an arm that is done, or None."""
+        outcome = whole_files.read_json(self._outcome)
+        if outcome is not None and not isinstance(outcome, dict):
+            whole_files.set_aside(self._outcome, "it holds no outcomes")
+            return None
+        return outcome
+
+    def write_outcome(self, outcome: dict) -> None:
+        """Writes the outcomes of an arm that is done."""
+        run_files.write_json(self._outcome, outcome)
+
+    def record(self, row: dict, cai_records: list[Record]) -> None:
+        """Writes a round's row of metrics and records of CAI in place of older ones."""
+        t = row["round"]
+        if cai_records:
+            key = {"arm": self.planned.id, "seed": self.seed, "round": t}
+            run_files.replace_lines(
+                self.workdir / "cai" / f"round_{t:03d}.jsonl",
+                self.is_mine,
+                [key | to_row(r) for r in cai_records],
+            )
+        run_files.replace_lines(
+            self.workdir / "metrics.jsonl",
+            lambda old: self.is_mine(old) and old["round"] >= t,
+            [row],
+        )
+
+    def is_mine(self, row: dict) -> bool:
+        """Tells whether a row of a shared file is of this arm and seed."""
+        return row["arm"] == self.planned.id and row["seed"] == self.seed
+
+    @property
+    def _outcome(self) -> epath.Path:
+        return self.workdir / "arms" / f"{self.planned.folder}_seed{self.seed}.json"
