@@ -22,6 +22,8 @@ def was_begun(config: ConfigDict, workdir: epath.Path, progress: Progress) -> bo
       StorageError: the storage does not give a file.
     """
     begun = multihost.first(lambda: run_files.check_config(workdir, config.to_dict()))
+    # The others are told: what is checked next, all of them wait for.
+    begun = multihost.broadcast_bool(bool(begun))
     if begun:
         multihost.first(lambda: _check_files(config, workdir, progress))
     return begun
