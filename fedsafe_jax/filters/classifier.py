@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.shortening import shares, system_turns
 from fedsafe_jax.filters import stream, training
 from fedsafe_jax.filters.decision import Decision
-from fedsafe_jax.filters.protocol import FilterError, labelled, warn_of_cuts
+from fedsafe_jax.filters.pair_rows import Encoded, PairBatch, encode_pairs, pad
+from fedsafe_jax.filters.protocol import FilterError, labelled
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 4096  # tokens of a scoring batch, padding included
-# Texts are cut to this many characters per token of a row before they are tokenised: few tokens are
-# longer, and tokenising the rest of a very long answer would be wasted time.
-CHARACTERS_PER_TOKEN = 24
 TENSORS = "classifier.safetensors"
 
 
@@ -71,107 +68,6 @@ class ClassifierFilter(NamedTuple):
     def score(self, pairs: Sequence[Example]) -> np.ndarray:
         """See `protocol.SafetyFilter`."""
         return self.decision.probability(self.log_odds(pairs))
-
-
-class Encoded(NamedTuple):
-    """Tokens of a pair, and the index at which the response begins."""
-
-    ids: list[int]
-    response_start: int
-
-
-class PairBatch(NamedTuple):
-    """A padded batch of pairs, each array `[rows, width]`.
-
-    Attributes:
-      tokens: int32 token ids.
-      types: int32, 0 in the request and 1 in the response.
-      valid: bool, False on padding.
-    """
-
-    tokens: np.ndarray
-    types: np.ndarray
-    valid: np.ndarray
-
-
-@functools.lru_cache
-def _frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
-    """Tokens that the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP]."""
-    if tokenizer.cls_token_id is None:
-        return [], [], []
-    first, second = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b"))
-    pair = tokenizer("a", "b")["input_ids"]
-    start = next(i for i in range(len(pair)) if pair[i : i + len(first)] == first)
-    middle = start + len(first)
-    behind = next(i for i in range(middle, len(pair)) if pair[i : i + len(second)] == second)
-    return pair[:start], pair[middle:behind], pair[behind + len(second) :]
-
-
-def encode_pairs(
-    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[Example], max_length: int
-) -> list[Encoded]:
-    """Tokenises pairs: the end of the request, then the beginning of the response.
-
-    Request and response each get half of the room, and whatever the other leaves free. A dialogue
-    of several turns is read whole, each turn behind its role; where it is too long, the oldest
-    turns go first, and its system prompt keeps half of the request's room.
-
-    Args:
-      tokenizer: Hugging Face tokenizer.
-      pairs: pairs to encode.
-      max_length: most tokens of a pair, special tokens included.
-
-    Raises:
-      FilterError: max_length leaves too little room.
-    """
-    before, between, behind = _frame(tokenizer)
-    room = max_length - len(before) - len(between) - len(behind)
-    if room < 8:
-        raise FilterError(f"filter.max_length={max_length}: too short for a pair; use 64 or more.")
-    limit = CHARACTERS_PER_TOKEN * max_length
-
-    def tokens(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    systems, turns = zip(*(_request(e) for e in pairs), strict=True) if pairs else ((), ())
-    systems = tokens([text[:limit] for text in systems])
-    requests = tokens([text[-limit:] for text in turns])
-    responses = tokens([e.response[:limit] for e in pairs])
-    rows, cut = [], 0
-    for system, turn, response in zip(systems, requests, responses, strict=True):
-        whole = len(system) + len(turn) + len(response)
-        front, rest = shares(len(system), len(turn), room=max(room // 2, room - len(response)))
-        request = [*system[:front], *turn[len(turn) - rest :]]
-        response = response[: room - len(request)]
-        cut += len(request) + len(response) < whole
-        start = len(before) + len(request) + len(between)
-        rows.append(Encoded([*before, *request, *between, *response, *behind], start))
-    warn_of_cuts(cut, len(pairs), max_length)
-    return rows
-
-
-def _request(pair: Example) -> tuple[str, str]:
-    """The text of the system prompt, "" where there is none, and that of the other turns."""
-    count = system_turns(pair.messages)
-    if len(pair.messages) == 1:
-        return "", pair.messages[0][1]
-    front, rest = (
-        "\n\n".join(f"{role}: {text}" for role, text in turns)
-        for turns in (pair.messages[:count], pair.messages[count:])
-    )
-    return front + "\n\n" * bool(front), rest
-
-
-def _batch(rows: Sequence[Encoded], width: int, count: int) -> PairBatch:
-    """A batch of `count` rows; rows past the last pair are empty."""
-    tokens = stream.stack([r.ids for r in rows], width, count)
-    lengths = np.zeros((count, 1), np.int32)
-    starts = np.zeros((count, 1), np.int32)
-    for i, row in enumerate(rows):
-        lengths[i], starts[i] = len(row.ids), row.response_start
-    places = np.arange(width)
-    valid = places < lengths
-    return PairBatch(tokens, ((places >= starts) & valid).astype(np.int32), valid)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "unsafe_classes"))
@@ -225,7 +121,7 @@ def _log_odds(
     copies = [jax.device_put(params, device) for device in devices]
     waiting = []
     for number, (chosen, width, count) in enumerate(stream.batches(lengths, BATCH_TOKENS)):
-        batch = _batch([rows[i] for i in chosen], min(width, config.max_length), count)
+        batch = pad([rows[i] for i in chosen], min(width, config.max_length), count)
         turn = number % len(devices)
         batch = jax.device_put(batch, devices[turn])
         scores = batch_log_odds(config, unsafe_classes, copies[turn], batch)
@@ -261,14 +157,14 @@ def train(
     rows = encode_pairs(tokenizer, pairs, max_length)
     if start is None:
         config = EncoderConfig(len(tokenizer), max_length=max_length)
-        batch = _batch(rows[:1], max_length, 1)
+        batch = pad(rows[:1], max_length, 1)
         key = random_streams.key(Purpose.FILTER_START, seed)
         params = Classifier(config).init(key, *batch)["params"]
     else:
         config, params = start
     network = training.Network(
         [len(r.ids) for r in rows],
-        make_batch=lambda chosen, width, count: _batch(
+        make_batch=lambda chosen, width, count: pad(
             [rows[i] for i in chosen], min(width, config.max_length), count
         ),
         loss_fn=functools.partial(weighted_loss, Classifier(config)),

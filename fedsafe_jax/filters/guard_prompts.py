@@ -10,7 +10,7 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example, Messages
 from fedsafe_jax.data.shortening import beginning_of, end_of, shorten, without_middle
 from fedsafe_jax.filters import policy
-from fedsafe_jax.filters.classifier import CHARACTERS_PER_TOKEN
+from fedsafe_jax.filters.pair_rows import CHARACTERS_PER_TOKEN
 from fedsafe_jax.filters.protocol import FilterError, warn_of_cuts
 
 if TYPE_CHECKING:

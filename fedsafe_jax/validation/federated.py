@@ -1,0 +1,137 @@
+"""Checks of training, `federated` and `attack`: what goes together."""
+
+import importlib.util
+
+import ml_collections
+
+from fedsafe_jax.config import ConfigError
+from fedsafe_jax.federated import aggregation
+from fedsafe_jax.federated.algorithms import ALGORITHMS
+from fedsafe_jax.federated.attackers import ATTACKERS
+from fedsafe_jax.federated.client import OptimizerError, make_optimizer
+from fedsafe_jax.federated.privacy import ACCOUNTANTS
+
+
+def validate_federated(c: ml_collections.ConfigDict) -> None:
+    """Checks the fields of training, `federated` and `attack`.
+
+    Raises:
+      ConfigError: naming the field, what was found and what is expected.
+    """
+    f = c.federated
+    if c.warmup_rounds >= c.rounds:
+        raise ConfigError(
+            f"warmup_rounds={c.warmup_rounds}: expected fewer than rounds={c.rounds}."
+        )
+    for rank in f.client_ranks:
+        if not 1 <= rank <= c.lora_rank:
+            raise ConfigError(
+                f"federated.client_ranks={tuple(f.client_ranks)}: expected 1 to "
+                f"lora_rank={c.lora_rank}."
+            )
+    if f.average == "product":
+        _validate_product_average(c)
+    aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)
+    robust, need = not aggregator.linear, aggregator.min_clients
+    if c.clients_per_round < need:
+        raise ConfigError(
+            f"federated.aggregator='{f.aggregator}' with byzantine={f.byzantine} needs at least "
+            f"{need} clients a round, clients_per_round={c.clients_per_round}."
+        )
+    try:
+        make_optimizer(c.optimizer, c.gradient_clip)
+    except OptimizerError as error:
+        raise ConfigError(f"optimizer: {error}") from None
+    if f.noise_bands > 1 and not f.noise_multiplier:
+        raise ConfigError(
+            f"federated.noise_bands={f.noise_bands} without noise_multiplier: there is no noise."
+        )
+    if f.noise_multiplier:
+        if importlib.util.find_spec("dp_accounting") is None:
+            raise ConfigError(
+                "federated.noise_multiplier: epsilon needs dp-accounting; pip install -e .[dp]"
+            )
+        _validate_bands(c)
+        if not f.clip_norm:
+            raise ConfigError(
+                f"federated.noise_multiplier={f.noise_multiplier} without clip_norm: noise hides "
+                "only updates of bounded length; set federated.clip_norm."
+            )
+        if f.sampling not in ACCOUNTANTS or f.weighting not in ("auto", "uniform"):
+            raise ConfigError(
+                f"federated.noise_multiplier: differential privacy needs sampling "
+                f"{' or '.join(ACCOUNTANTS)} and uniform weights, not sampling='{f.sampling}', "
+                f"weighting='{f.weighting}'."
+            )
+        if c.attack.clients and ATTACKERS[c.attack.kind].collude:
+            raise ConfigError(
+                f"attack.kind='{c.attack.kind}' does not go with federated.noise_multiplier: what "
+                "such attackers send depends on the others' updates, so that a client moves the "
+                "sum by more than clip_norm, which epsilon counts on; use 'boost' or 'sign_flip'."
+            )
+    # The bounds, or the arithmetic, of one method do not cover the other.
+    for a, b, reason in (
+        (robust, f.average == "product", "aggregator other than mean and average='product'"),
+        (robust, bool(f.client_ranks), "aggregator other than mean and client_ranks"),
+        (robust, bool(f.noise_multiplier), "aggregator other than mean and noise_multiplier"),
+        (
+            bool(f.noise_multiplier),
+            f.average == "product" or bool(f.client_ranks),
+            "noise_multiplier and average='product' or client_ranks",
+        ),
+        *(
+            (
+                ALGORITHMS[name].controls,
+                robust or bool(f.client_ranks) or bool(f.noise_multiplier),
+                f"algorithm {name}, whose control variates are averaged, and a robust aggregator, "
+                "client_ranks or noise_multiplier",
+            )
+            for name in c.algorithms
+        ),
+    ):
+        if a and b:
+            raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def _validate_product_average(c: ml_collections.ConfigDict) -> None:
+    """Checks what goes with `average='product'`: nothing that lives in the basis of the factors.
+
+    Each mean of products has a basis of its own, so the difference to the present factors is no
+    step: half of it, a momentum of it, or an error kept from it changes the product at random.
+    """
+    f = c.federated
+    reasons = [f"algorithm {name}" for name in c.algorithms if not ALGORITHMS[name].keeps_mean]
+    if f.server_learning_rate != 1:
+        reasons.append(f"server_learning_rate={f.server_learning_rate}")
+    if f.compression:
+        reasons.append(f"compression='{f.compression}' with its error feedback")
+    if f.stragglers:
+        reasons.append(f"stragglers={f.stragglers}")
+    if reasons:
+        works = " or ".join(name for name, entry in ALGORITHMS.items() if entry.keeps_mean)
+        raise ConfigError(
+            f"federated.average='product' does not go with {', '.join(reasons)}: the basis of the "
+            f"factors changes every round; use {works} with server_learning_rate=1, without "
+            "compression and stragglers, or average='factors'."
+        )
+
+
+def _validate_bands(c: ml_collections.ConfigDict) -> None:
+    """Checks that the epsilon of correlated noise is that of the run."""
+    f = c.federated
+    if f.noise_bands == 1:
+        return
+    where = f"federated.noise_bands={f.noise_bands}"
+    if importlib.util.find_spec("jax_privacy") is None:
+        raise ConfigError(f"{where}: correlated noise needs jax_privacy; pip install -e .[privacy]")
+    if f.sampling != "poisson":
+        raise ConfigError(
+            f"{where}: epsilon is known for sampling='poisson' alone, not '{f.sampling}'."
+        )
+    if f.noise_bands > c.rounds:
+        raise ConfigError(f"{where}: expected at most rounds={c.rounds}.")
+    if f.noise_bands * c.clients_per_round > c.num_clients:
+        raise ConfigError(
+            f"{where}: groups of {c.num_clients // f.noise_bands} of num_clients={c.num_clients} "
+            f"take turns, and cannot give clients_per_round={c.clients_per_round}; lower either."
+        )
