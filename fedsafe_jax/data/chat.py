@@ -1,7 +1,7 @@
 """Dialogues to token ids: which tokens are targets is found in the rendered text.
 
 What is learned is the assistant's words and the end token behind them. A training text begins with
-what evaluation asks the model with, and goes on with the answer: see `_locate`.
+what evaluation asks the model with, and goes on with the answer: see `answer_places`.
 """
 
 import functools
@@ -11,15 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedsafe_jax.data import chat_template, shortening
+from fedsafe_jax.data.answer_places import (
+    behind_blanks,
+    control_behind,
+    locate,
+    locate_earlier,
+)
 from fedsafe_jax.data.chat_template import ChatTemplate, ChatTemplateError
-from fedsafe_jax.data.control_tokens import BREAK, MARK, break_up
+from fedsafe_jax.data.control_tokens import BREAK, break_up
 from fedsafe_jax.data.dialogue_notes import CONTROL, CUT, MERGED
 from fedsafe_jax.data.examples import Messages
+from fedsafe_jax.data.merged_turns import Turns, accepted_form
 from fedsafe_jax.data.refusals import spoken
 
-Turns = list[tuple[str, str]]
-
 UNCUT = 1 << 20  # tokens beyond any dialogue
+
 
 class Encoded(NamedTuple):
     """One tokenised dialogue."""
@@ -55,7 +61,7 @@ def render(
       ChatTemplateError: the template refuses the turns, also when they are merged.
     """
     chat = chat_template.of(tokenizer)
-    _, text, _ = _accepted(chat, _broken_up(chat, messages), add_generation_prompt)
+    _, text, _ = accepted_form(chat, _broken_up(chat, messages), add_generation_prompt)
     return chat.tokenise(text)[0]
 
 
@@ -77,7 +83,7 @@ def prompt(
     chat = chat_template.of(tokenizer)
     turns = _broken_up(chat, messages)
     notes = (CONTROL,) if any(BREAK in text for _, text in turns) else ()
-    _, text, merged = _accepted(chat, turns, generation_prompt=True)
+    _, text, merged = accepted_form(chat, turns, generation_prompt=True)
     if merged is not None:
         notes += (MERGED,)
     ids, _ = chat.tokenise(text)
@@ -86,7 +92,7 @@ def prompt(
     shorter = shortening.shorten(turns, _fits(chat, max_length))
     if shorter is None:
         return Prompt(ids, notes)
-    _, text, _ = _accepted(chat, shorter[0], generation_prompt=True)
+    _, text, _ = accepted_form(chat, shorter[0], generation_prompt=True)
     return Prompt(chat.tokenise(text)[0], (*notes, CUT))
 
 
@@ -229,15 +235,6 @@ class _Whole(NamedTuple):
     merged: bool
 
 
-class _Place(NamedTuple):
-    """Where an answer stands in a rendered dialogue, in characters."""
-
-    text: str
-    start: int  # behind what evaluation asks with
-    words: int  # where the words begin
-    end: int  # behind the words
-
-
 def _broken_up(chat: ChatTemplate, messages: Sequence[tuple[str, str]]) -> Turns:
     """Returns turns whose control tokens are broken up; an answer may hold its thought's marks."""
     return [
@@ -249,165 +246,37 @@ def _broken_up(chat: ChatTemplate, messages: Sequence[tuple[str, str]]) -> Turns
 def _fits(chat: ChatTemplate, room: int) -> Callable[[Sequence[tuple[str, str]]], bool]:
     @functools.lru_cache(maxsize=8)  # the same turns are asked about more than once
     def fits(turns: tuple[tuple[str, str], ...]) -> bool:
-        _, text, _ = _accepted(chat, turns, generation_prompt=True)
+        _, text, _ = accepted_form(chat, turns, generation_prompt=True)
         return len(chat.tokenise(text)[0]) <= room
 
     return lambda turns: fits(tuple(turns))
-
-
-def _accepted(
-    chat: ChatTemplate, turns: Sequence[tuple[str, str]], generation_prompt: bool
-) -> tuple[Turns, str, list[int] | None]:
-    """Renders turns as they are, or merged where the template refuses or leaves out some.
-
-    Turns of one role in a row become one, with a blank line between; only then does a system turn
-    become part of the first request.
-
-    Returns:
-      `(turns, text, places)`; `places` are the new places of the turns, None where nothing was
-      merged.
-
-    Raises:
-      ChatTemplateError: the template refuses the turns, also when they are merged.
-    """
-    turns = list(turns)
-    tried: list[Turns] = []
-    refusal = None
-    for rename in (None, {}, {"system": "user"}):
-        candidate, places = (turns, None) if rename is None else _merged(turns, rename)
-        if candidate in tried:
-            continue
-        tried.append(candidate)
-        try:
-            text = chat.write(candidate, generation_prompt)
-            _check_whole(chat, candidate, text)
-        except ChatTemplateError as error:
-            refusal = refusal or error
-        else:
-            return candidate, text, places
-    raise refusal
-
-
-def _merged(turns: Turns, rename: dict[str, str]) -> tuple[Turns, list[int]]:
-    """Returns turns with those of one role in a row as one, and each turn's new place."""
-    merged, places = [], []
-    for role, text in turns:
-        role = rename.get(role, role)
-        if merged and merged[-1][0] == role and role != "tool":
-            merged[-1] = (role, f"{merged[-1][1]}\n\n{text}")
-        else:
-            merged.append((role, text))
-        places.append(len(merged) - 1)
-    return merged, places
-
-
-def _check_whole(chat: ChatTemplate, turns: Turns, text: str) -> None:
-    """Checks that a template wrote what was said; of earlier answers it may drop the thought."""
-    for role, content in turns:
-        if role == "assistant":
-            content = spoken(content)
-        if role in ("system", "user", "assistant") and content.strip() not in text:
-            raise ChatTemplateError(f"{chat.name} leaves out the words of the role {role}.")
 
 
 def _encode_whole(
     chat: ChatTemplate, turns: Turns, answer: str, learned: set[int], unlearned: int
 ) -> _Whole:
     """Encodes a dialogue whatever its length; arguments as in `encode`."""
-    accepted, text, places = _accepted(chat, [*turns, ("assistant", answer)], False)
-    at = _locate(chat, accepted, text)
+    accepted, text, places = accepted_form(chat, [*turns, ("assistant", answer)], False)
+    at = locate(chat, accepted, text)
     ids, spans = chat.tokenise(at.text)
     ends = np.array([end for _, end in spans])
     mask = np.zeros(len(ids), bool)
     begin = int(np.argmax(ends > at.start))
-    stop = _control_behind(chat, ids, ends, at.end, chat.stop_ids)
+    stop = control_behind(chat, ids, ends, at.end, chat.stop_ids)
     if stop is None:
         raise ChatTemplateError(
             f"{chat.name} writes no end token behind an answer: nothing would teach the model to "
             "stop. Give a chat_template that writes {{ eos_token }} there."
         )
     first = int(np.argmax(ends > (at.words + unlearned if unlearned else at.start)))
-    mask[first : _behind_blanks(at.text, ends, stop)] = True
+    mask[first : behind_blanks(at.text, ends, stop)] = True
     for index in learned:
         place = index if places is None else places[index]
-        start, end = _earlier(chat, accepted, place, at.text)
+        start, end = locate_earlier(chat, accepted, place, at.text)
         first = int(np.argmax(ends > start))
-        stop = _control_behind(chat, ids, ends, end)
+        stop = control_behind(chat, ids, ends, end)
         if stop is not None and ids[stop] in chat.stop_ids:
-            mask[first : _behind_blanks(at.text, ends, stop)] = True
+            mask[first : behind_blanks(at.text, ends, stop)] = True
         else:  # an end token for the last answer alone
             mask[first : int((ends <= end).sum())] = True
     return _Whole(ids, mask, begin, places is not None)
-
-
-def _locate(chat: ChatTemplate, turns: Turns, text: str) -> _Place:
-    """Finds the last turn, the answer, in a rendered dialogue.
-
-    Where the text does not begin with what evaluation asks with, such as a header or a thought
-    that is opened there alone, the answer is put behind that instead.
-
-    Raises:
-      ChatTemplateError: the template changes or loses the answer.
-    """
-    asked = chat.write(turns[:-1], generation_prompt=True)
-    words = turns[-1][1].strip()
-    if text.startswith(asked):
-        behind = text[len(asked) :].lstrip()
-        if behind.startswith(words):
-            start = len(text) - len(behind)
-            return _Place(text, len(asked), start, start + len(words))
-    before, _, after = chat.write([*turns[:-1], ("assistant", MARK)]).rpartition(MARK)
-    framed = before and text.startswith(before) and text.endswith(after)
-    if framed and len(before) + len(after) <= len(text):
-        body = text[len(before) : len(text) - len(after)]
-        if not before.startswith(asked):
-            before = asked
-            if chat.opens_thought(asked):
-                thought, closed, _ = words.partition("</think>")
-                body = words.removeprefix("<think>") if closed else body
-                before += "" if closed else "\n</think>\n\n"
-    elif before and text.startswith(asked) and text.endswith(after):  # it has a thought of its own
-        before, body = asked, text[len(asked) : len(text) - len(after)]
-    else:
-        before, body = "", ""
-    if not before or spoken(words).strip() not in body:
-        raise ChatTemplateError(f"{chat.name} changes or leaves out the answer.")
-    start = len(before) + len(body) - len(body.lstrip())
-    return _Place(before + body + after, len(before), start, start + len(body.strip()))
-
-
-def _earlier(chat: ChatTemplate, turns: Turns, place: int, text: str) -> tuple[int, int]:
-    """Returns where an earlier answer's words begin and end in the text.
-
-    Raises:
-      ChatTemplateError: they are not found.
-    """
-    marked = [*turns[:place], ("assistant", MARK), *turns[place + 1 :]]
-    words = turns[place][1].strip()
-    for before in (
-        chat.write(marked).partition(MARK)[0],
-        chat.write(marked[:-1], generation_prompt=True).partition(MARK)[0],
-    ):
-        behind = text[len(before) :]
-        start = len(before) + len(behind) - len(behind.lstrip())
-        for said in (words, spoken(words).strip()):
-            if text.startswith(before) and text.startswith(said, start):
-                return len(before), start + len(said)
-    raise ChatTemplateError(f"{chat.name} changes or leaves out the answer of turn {place}.")
-
-
-def _control_behind(
-    chat: ChatTemplate, ids: list[int], ends: np.ndarray, place: int, among: Sequence[int] = ()
-) -> int | None:
-    """Returns the index of the first control token, or one of `among`, behind a character."""
-    for i in range(int((ends <= place).sum()), len(ids)):
-        if ids[i] in among or not among and chat.is_control(ids[i]):
-            return i
-    return None
-
-
-def _behind_blanks(text: str, ends: np.ndarray, index: int) -> int:
-    """Returns the index behind a token and the white space that follows it in the text."""
-    rest = text[ends[index] :]
-    blank = ends[index] + len(rest) - len(rest.lstrip())
-    return int((ends <= blank).sum())
