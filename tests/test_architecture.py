@@ -49,6 +49,7 @@ STEPS = (
     "rounds",
     "federation",
     "refusal_probe",
+    "revision_rows",
     "constitutional",
     "results",
     "export",

@@ -34,7 +34,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS
 from fedsafe_jax.models.sharding import CLIENTS, MODEL
 from fedsafe_jax.pipeline import rounds
-from fedsafe_jax.pipeline.constitutional import read_recipe
+from fedsafe_jax.pipeline.revision_rows import read_recipe
 from fedsafe_jax.random_streams import Purpose
 
 

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax import random_streams
-from fedsafe_jax.cai import derta, forms, given
+from fedsafe_jax.cai import forms, given
 from fedsafe_jax.cai.revise import (
     CHECKS,
     DATA,
@@ -23,11 +23,8 @@ from fedsafe_jax.cai.revise import (
     tally,
 )
 from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
-from fedsafe_jax.cai.train import Recipe, Step, make_step, steps
-from fedsafe_jax.data import chat, dialogue_notes
-from fedsafe_jax.data.chat import Encoded
-from fedsafe_jax.data.dialogue_notes import CUT
-from fedsafe_jax.data.examples import Example, Messages
+from fedsafe_jax.cai.train import Step, make_step
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.mesh import spans_hosts
@@ -38,6 +35,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.refusal_probe import Probe
+from fedsafe_jax.pipeline.revision_rows import RevisionRows, read_recipe, training_counts
 from fedsafe_jax.pipeline.rounds import learning_rates
 from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime import multihost, run_files
@@ -74,6 +72,7 @@ class ConstitutionalStage:
         self.tokenizer = inputs.lm.tokenizer
         self.schedule = SCHEDULES[config.cai.schedule]
         self.recipe = read_recipe(config)
+        self.rows = RevisionRows(config, self.tokenizer, recipe=self.recipe, seed=seed)
         self.init_optimizer, self.step = make_step(model, self.recipe)
         self._past: list[tuple[int, Record]] | None = None
         self.red_team, self.given, self.probe_prompts = inputs.red_team, inputs.given, []
@@ -124,17 +123,17 @@ class ConstitutionalStage:
             replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | tally(ready + records)
             counts["tokens_generated"] = self._count_tokens(_generated(records))
-            imitation, lost, notes = self._imitation(kept, replay)
-            triples = self._triples(kept)
+            imitation, lost, notes = self.rows.imitation(kept, replay)
+            triples = self.rows.triples(kept)
             counts |= {"pairs": len(triples), "lost": lost, "notes": notes}
             if imitation:  # else the adapter stays as it is
                 if math.isinf(num_steps):
                     num_steps = math.ceil(len(imitation) / c.batch_size)
                 limit = LIMIT * c.steps if probe else int(num_steps)
-                data = self._data(limit, imitation, triples, t)
+                data = self.rows.steps(limit, imitation, triples=triples, t=t)
                 learning_rate = jnp.float32(c.learning_rate * share)
                 factors, losses = self._train(current, data, int(num_steps), learning_rate, probe)
-                counts |= _training_counts(data[: len(losses)], losses)
+                counts |= training_counts(data[: len(losses)], losses)
             clock.mark("cai_train")
         if probe is not None:
             counts["probes"] = probe.results
@@ -243,76 +242,6 @@ class ConstitutionalStage:
             return 0
         return sum(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
-    def _encode(self, messages: Messages, response: str) -> Encoded | None:
-        return chat.encode(self.tokenizer, messages, response, self.config.seq_len)
-
-    def _fitted(self, messages: Messages, *answers: str) -> Messages:
-        """A dialogue of several turns, so cut that each of the answers ends within a row.
-
-        A single request is left as it is: there the answer is cut.
-        """
-        if len(messages) == 1:
-            return messages
-        return chat.before_answers(self.tokenizer, messages, answers, self.config.seq_len)
-
-    def _imitation(
-        self, kept: Sequence[Record], replay: Sequence[Example]
-    ) -> tuple[list[Encoded], int, dict[str, int]]:
-        """`(dialogues to imitate, those lost because their requests alone fill a row, notes)`.
-
-        They are the replay, and revisions where the losses ask for them. The notes, see
-        `dialogue_notes.count`, are of both in any case.
-        """
-        said = [(e.messages, e.response) for e in replay] + [(r.turns, r.revision) for r in kept]
-        fitted = [self._fitted(turns, answer) for turns, answer in said]
-        encoded = [
-            self._encode(turns, answer) for turns, (_, answer) in zip(fitted, said, strict=True)
-        ]
-        notes = dialogue_notes.count(encoded)
-        short = [
-            CUT in one.notes or left != turns
-            for one, left, (turns, _) in zip(encoded, fitted, said, strict=True)
-            if one is not None
-        ]
-        if any(short):  # cut here, or in the encoding
-            notes["cut"] = sum(short)
-        if not self.recipe.imitates_revisions:
-            encoded = encoded[: len(replay)]
-        left = [e for e in encoded if e is not None]
-        return left, len(encoded) - len(left), notes
-
-    def _triples(self, kept: Sequence[Record]) -> list[derta.Triple]:
-        """What preference losses and DeRTa learn from: answers that their revisions mend."""
-        triples = []
-        for r in kept:
-            if r.preferred:
-                turns = self._fitted(r.turns, r.initial, r.revision)
-                messages = turns if r.messages else ()
-                triples.append(derta.Triple(r.prompt, r.initial, r.revision, messages=messages))
-        return triples
-
-    def _data(
-        self,
-        count: int,
-        imitation: Sequence[Encoded],
-        triples: Sequence[derta.Triple],
-        t: int,
-    ) -> list[Step]:
-        """Packed data of `count` steps."""
-        refusal = 0
-        if self.recipe.own_rows:
-            refusal = derta.refusal_token(self.tokenizer, self.config.cai.refusal_word)
-        return steps(
-            self.recipe,
-            count,
-            imitation,
-            triples=triples,
-            encode=self._encode,
-            seed=(self.seed, t),
-            tokenizer=self.tokenizer,
-            refusal=refusal,
-        )
-
     def _train(
         self,
         current: LanguageModel,
@@ -338,19 +267,6 @@ class ConstitutionalStage:
                 losses.append(values)
             num_steps = probe(current, factors) if probe else 0
         return factors, losses
-
-
-def read_recipe(config: ConfigDict) -> Recipe:
-    """Reads from the config how a round trains."""
-    c = config.cai
-    return Recipe(
-        losses=tuple(c.losses),
-        weights=tuple(c.weights),
-        beta=c.beta,
-        batch_size=c.batch_size,
-        pairs_per_step=c.pairs_per_step,
-        seq=config.seq_len,
-    )
 
 
 def learning_rate_share(config: ConfigDict, t: int) -> float:
@@ -405,16 +321,3 @@ def _generated(records: Sequence[Record]) -> list[str]:
     """All texts that were generated for the records."""
     texts = [text for r in records for text in (r.initial, r.critique, r.revision)]
     return texts + [text for r in records for _, *pair in r.earlier for text in pair]
-
-
-def _training_counts(taken: Sequence[Step], losses: Sequence[dict]) -> dict:
-    """Steps and tokens of a round's training, and the mean of each loss."""
-    batches = [b for s in taken for b in (s.imitation, *s.rows.values())]
-    batches += [s.pairs.rows for s in taken if s.pairs]
-    tokens = int(sum((b.segment_ids > 0).sum() for b in batches))
-    names = sorted({name for values in losses for name in values})
-    means = {
-        f"{name}_loss": float(np.mean([values[name] for values in losses if name in values]))
-        for name in names
-    }
-    return {"steps": len(losses), "tokens_trained": tokens} | means

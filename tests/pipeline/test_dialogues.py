@@ -92,10 +92,10 @@ def test_triples_and_imitation_keep_the_dialogue(packaged, monkeypatch):
     )  # fmt: skip
     stage = stage_of(packaged, [Example(KNOT, "")])
     alone = record._replace(messages=())
-    assert [t.turns for t in stage._triples([record, alone])] == [KNOT, (LAST,)]
+    assert [t.turns for t in stage.rows.triples([record, alone])] == [KNOT, (LAST,)]
     old = (("user", "old words " * 100), ("assistant", "Good."))
     long = record._replace(messages=(KNOT[0], *old, *KNOT[1:]))
-    (triple,) = stage._triples([long])
+    (triple,) = stage.rows.triples([long])
     assert triple.turns == KNOT  # the oldest turns make room for the answers
     replay = [Example(long.messages, "An hour."), Example((("user", "Lost?"),), "Yes.")]
     encode = chat.encode
@@ -103,7 +103,7 @@ def test_triples_and_imitation_keep_the_dialogue(packaged, monkeypatch):
         chat, "encode", lambda words, turns, *rest: encode(words, turns, *rest)
         if turns[-1][1] != "Lost?" else None,
     )  # fmt: skip
-    (revised, replayed), lost, notes = stage._imitation([long], replay)
+    (revised, replayed), lost, notes = stage.rows.imitation([long], replay)
     assert lost == 1 and notes == {"cut": 2}  # the lost one is not counted again
     for encoded, answer in ((revised, "An hour."), (replayed, "I'm sorry.")):
         text = packaged.tokenizer.decode(encoded.ids)

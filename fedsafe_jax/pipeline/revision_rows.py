@@ -1,0 +1,149 @@
+"""What a round of Constitutional AI trains on: records and replay as packed steps."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fedsafe_jax.cai import derta
+from fedsafe_jax.cai.revise import Record
+from fedsafe_jax.cai.train import Recipe, Step, steps
+from fedsafe_jax.data import chat, dialogue_notes
+from fedsafe_jax.data.chat import Encoded
+from fedsafe_jax.data.dialogue_notes import CUT
+from fedsafe_jax.data.examples import Example, Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_recipe(config: ConfigDict) -> Recipe:
+    """Reads from the config how a round trains."""
+    c = config.cai
+    return Recipe(
+        losses=tuple(c.losses),
+        weights=tuple(c.weights),
+        beta=c.beta,
+        batch_size=c.batch_size,
+        pairs_per_step=c.pairs_per_step,
+        seq=config.seq_len,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RevisionRows:
+    """Makes rows of records and replay.
+
+    Attributes:
+      config: config of the run.
+      tokenizer: the model's tokenizer.
+      recipe: how a round trains.
+      seed: seed of the run.
+    """
+
+    config: ConfigDict
+    tokenizer: "PreTrainedTokenizerBase"
+    recipe: Recipe
+    seed: int
+
+    def imitation(
+        self, kept: Sequence[Record], replay: Sequence[Example]
+    ) -> tuple[list[Encoded], int, dict[str, int]]:
+        """Encodes what is imitated: the replay, and revisions where the losses ask for them.
+
+        Args:
+          kept: records that may be trained on.
+          replay: benign examples.
+
+        Returns:
+          `(dialogues, those lost because their requests alone fill a row, notes)`. The notes, see
+          `dialogue_notes.count`, are of replay and revisions in any case.
+        """
+        said = [(e.messages, e.response) for e in replay] + [(r.turns, r.revision) for r in kept]
+        fitted = [self._fitted(turns, answer) for turns, answer in said]
+        encoded = [
+            self.encode(turns, answer) for turns, (_, answer) in zip(fitted, said, strict=True)
+        ]
+        notes = dialogue_notes.count(encoded)
+        short = [
+            CUT in one.notes or left != turns
+            for one, left, (turns, _) in zip(encoded, fitted, said, strict=True)
+            if one is not None
+        ]
+        if any(short):  # cut here, or in the encoding
+            notes["cut"] = sum(short)
+        if not self.recipe.imitates_revisions:
+            encoded = encoded[: len(replay)]
+        left = [e for e in encoded if e is not None]
+        return left, len(encoded) - len(left), notes
+
+    def triples(self, kept: Sequence[Record]) -> list[derta.Triple]:
+        """Returns what preference losses and DeRTa learn from: answers with their revisions."""
+        triples = []
+        for r in kept:
+            if r.preferred:
+                turns = self._fitted(r.turns, r.initial, r.revision)
+                messages = turns if r.messages else ()
+                triples.append(derta.Triple(r.prompt, r.initial, r.revision, messages=messages))
+        return triples
+
+    def steps(
+        self,
+        count: int,
+        imitation: Sequence[Encoded],
+        triples: Sequence[derta.Triple],
+        t: int,
+    ) -> list[Step]:
+        """Packs the data of `count` steps.
+
+        Args:
+          count: number of steps.
+          imitation, triples: what is learned from.
+          t: number of the round, from 0.
+        """
+        refusal = 0
+        if self.recipe.own_rows:
+            refusal = derta.refusal_token(self.tokenizer, self.config.cai.refusal_word)
+        return steps(
+            self.recipe,
+            count,
+            imitation,
+            triples=triples,
+            encode=self.encode,
+            seed=(self.seed, t),
+            tokenizer=self.tokenizer,
+            refusal=refusal,
+        )
+
+    def encode(self, messages: Messages, response: str) -> Encoded | None:
+        """Encodes a dialogue with its answer; None where no target is left within a row."""
+        return chat.encode(self.tokenizer, messages, response, self.config.seq_len)
+
+    def _fitted(self, messages: Messages, *answers: str) -> Messages:
+        """A dialogue of several turns, so cut that each of the answers ends within a row.
+
+        A single request is left as it is: there the answer is cut.
+        """
+        if len(messages) == 1:
+            return messages
+        return chat.before_answers(self.tokenizer, messages, answers, self.config.seq_len)
+
+
+def training_counts(taken: Sequence[Step], losses: Sequence[dict]) -> dict:
+    """Counts the steps and tokens of a round's training, and takes the mean of each loss.
+
+    Args:
+      taken: data of the steps.
+      losses: losses of each.
+    """
+    batches = [b for s in taken for b in (s.imitation, *s.rows.values())]
+    batches += [s.pairs.rows for s in taken if s.pairs]
+    tokens = int(sum((b.segment_ids > 0).sum() for b in batches))
+    names = sorted({name for values in losses for name in values})
+    means = {
+        f"{name}_loss": float(np.mean([values[name] for values in losses if name in values]))
+        for name in names
+    }
+    return {"steps": len(losses), "tokens_trained": tokens} | means
