@@ -11,7 +11,9 @@ import numpy as np
 
 from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.data import sources
+from fedsafe_jax.data.dialogue_rows import turns_of
 from fedsafe_jax.data.examples import SAFE, Example, SourceError
+from fedsafe_jax.data.row_fields import text_of
 
 FORMS = "{prompt, initial, revision} or DeRTa's {prefix, text, safe}"
 NO_SAFE_ANSWER = "no safe answer"  # why a harmful answer alone teaches nothing
@@ -75,7 +77,7 @@ def _text(place: str, row: dict, name: str) -> str:
         raise SourceError(
             f"{place}: field '{name}' must be text, not {row.get(name)!r:.40}; expected {FORMS}."
         )
-    return row[name]
+    return text_of(place, row[name], repr(name))
 
 
 def _record(place: str, row: dict) -> Record:
@@ -105,10 +107,7 @@ def _turns(place: str, row: dict) -> dict:
     """The dialogue of a row that has one, as `Record.messages`."""
     if not row.get("messages"):
         return {}
-    try:
-        return {"messages": tuple((str(m["role"]), str(m["content"])) for m in row["messages"])}
-    except (TypeError, KeyError) as error:
-        raise SourceError(f"{place}: each of 'messages' needs 'role' and 'content'.") from error
+    return {"messages": turns_of(place, row)}
 
 
 def _mended(prompt: str, initial: str, revision: str) -> Record:

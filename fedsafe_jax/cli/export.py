@@ -6,7 +6,6 @@ The adapter lies in the folder itself: `PeftModel.from_pretrained(base, DIR)` an
 run keeps its `checkpoint_keep` newest rounds, and with `keep_updates` what clients sent in them.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -40,16 +39,15 @@ def run_config(workdir: epath.Path) -> ConfigDict:
       UsageError: the workdir holds no run, or a damaged `config.json`.
       StorageError: the file cannot be read.
     """
-    path = workdir / "config.json"
-    raw = whole_files.read(path)
-    if raw is None:
-        raise UsageError(f"--workdir={workdir}: no config.json; give the folder of a run.")
+    from fedsafe_jax.runtime import run_files
+
     try:
-        content = json.loads(raw.decode("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
+        content = run_files.read_config(workdir)
     except ValueError as error:
+        path = workdir / "config.json"
         raise UsageError(f"--workdir: {path} is damaged ({error}).") from None
+    if content is None:
+        raise UsageError(f"--workdir={workdir}: no config.json; give the folder of a run.")
     known = default_config().to_dict()
     groups = {k: v | content.get(k, {}) for k, v in known.items() if isinstance(v, dict)}
     return ConfigDict(known | content | groups)

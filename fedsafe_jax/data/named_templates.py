@@ -8,6 +8,8 @@ import os
 import pathlib
 
 from fedsafe_jax.data.chat_template import ChatTemplateError
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.text_files import read_text
 
 _BEFORE = (
     "{{- bos_token -}}"
@@ -80,12 +82,13 @@ def resolve(template: str) -> str:
     if file is None:
         return template
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        _, text = read_text(file)
+    except SourceError as error:
         raise ChatTemplateError(
             f"chat_template={template!r}: no Jinja text, no file that can be read, and not one of "
             f"the names {', '.join(NAMED)}."
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Jinja reads it
 
 
 def file_of(template: str) -> pathlib.Path | None:

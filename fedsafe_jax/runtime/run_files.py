@@ -20,6 +20,7 @@ __all__ = [
     "arm_folder",
     "check_config",
     "claim_workdir",
+    "read_config",
     "read_lines",
     "replace_lines",
     "write_json",
@@ -97,6 +98,22 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
+def read_config(workdir: epath.Path) -> dict | None:
+    """Returns the config of the run in a workdir, None where there is none.
+
+    Raises:
+      ValueError: its `config.json` is damaged.
+      StorageError: the storage does not give it.
+    """
+    content = whole_files.read(workdir / "config.json")
+    if content is None:
+        return None
+    stored = json.loads(content.decode("utf-8"))
+    if not isinstance(stored, dict):
+        raise ValueError(f"expected an object, found {stored!r:.40}")
+    return stored
+
+
 def check_config(workdir: epath.Path, config: dict) -> bool:
     """Checks that `config.json`, where there is one, holds the same config.
 
@@ -112,19 +129,16 @@ def check_config(workdir: epath.Path, config: dict) -> bool:
       StorageError: the storage does not give it.
     """
     path = workdir / "config.json"
-    content = whole_files.read(path)
-    if content is None:
-        return False
     try:
-        stored = json.loads(content.decode("utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError(f"expected an object, found {stored!r:.40}")
+        stored = read_config(workdir)
     except ValueError as error:
         raise WorkdirError(
             f"{path} is damaged ({error}), so nothing says which config the run here has. Choose "
             "another --workdir; or, if it is sure that this command began the run, delete that "
             "file."
         ) from None
+    if stored is None:
+        return False
     config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
     old, new = _flat(stored), _flat(config)
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))

@@ -46,6 +46,14 @@ def test_records_and_triples_are_read_alike(tmp_path):
     assert same.dropped == "unchanged" and not same.preferred
 
 
+def test_turns_of_records_are_read_as_those_of_all_data(tmp_path):
+    bare = {"prompt": "How?", "initial": "Like so.", "revision": "No."}
+    parts = [{"type": "text", "text": "How"}, {"type": "text", "text": "now?"}]
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "human", "content": parts}]
+    (record,) = written(tmp_path, [bare | {"messages": said}])
+    assert record.messages == (("system", "Be brief."), ("user", "How\nnow?"))
+
+
 def test_rows_of_derta_are_put_together_by_request(tmp_path):
     helpful, mended, alone = written(tmp_path, DERTA)
     assert texts(helpful) == ("Name a game.", "", "Uno.") and not helpful.preferred
@@ -71,6 +79,11 @@ def test_rows_of_derta_are_put_together_by_request(tmp_path):
         ({"prompt": " ", "initial": "x", "revision": "b"}, "line 1: 'prompt' is blank"),
         ({"prompt": "a", "initial": "x", "revision": 3}, "'revision' must be text, not 3"),
         ({"prefix": "", "text": "x", "safe": "b"}, "line 1: 'prefix' is blank"),
+        ({"prompt": "a\0", "initial": "x", "revision": "b"}, "'prompt' holds a NUL character"),
+        (
+            {"prompt": "a", "initial": "x", "revision": "b", "messages": [{"role": "user"}]},
+            "line 1: message 1 of 'messages' needs 'role' and 'content'",
+        ),
         ({"prompt": "a", "initial": "x", "revision": ""}, "no row has a revision to train on"),
     ],
 )

@@ -277,3 +277,13 @@ def test_openfedllms_training_text():
 )
 def test_what_is_judged_is_behind_the_thought(answer, said):
     assert spoken(answer) == said and start_refusal(answer) == bool(said)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_template_in_a_file_is_read_as_other_text(tmp_path, encoding):
+    file = tmp_path / "mine.jinja"
+    file.write_bytes("{{- bos_token -}}\r\n{{ 'é' }}\n".encode(encoding))
+    assert named_templates.resolve(str(file)) == "{{- bos_token -}}\n{{ 'é' }}\n"
+    file.write_bytes(b"\xe9")
+    with pytest.raises(ChatTemplateError, match="no file that can be read"):
+        named_templates.resolve(str(file))
