@@ -166,7 +166,11 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
         assert (per_seed[0] == per_seed[1]) == (arm_id == "base")
     shown = [line.split("\u2502")[1:4] for line in done.stdout.splitlines() if "\u2502" in line]
     table = [(algorithm.strip(), arm.strip()) for algorithm, arm, _ in shown]
-    assert [row for row in table if row[1]] == [("", "base"), ("fedavg", "fl"), ("scaffold", "fl")]
+    assert [row for row in table if row[1]] == [
+        ("", "base"), ("fedavg", "fl"), ("scaffold", "fl"),
+        # What is compared, and with which arm: the base, and the same arm of the first algorithm.
+        ("fedavg/fl", "base"), ("scaffold/fl", "base"), ("scaffold/fl", "fedavg/fl"),
+    ]  # fmt: skip
 
 
 def test_evaluate_prompts_and_adapter(finished, tmp_path):

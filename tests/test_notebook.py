@@ -130,7 +130,8 @@ def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch):
     assert "report: demo/report.html" in demo and "more/report.html" in more
     assert "<iframe srcdoc=" in report and "Constitutional AI" in report
     assert "30% of the clients" in table and "60% of the clients" in table
-    assert table.count("fl+filter+cai") == 2 * 2  # rich shows a table as HTML and as text
+    # Two runs, a table of arms and one of differences each; rich shows both as HTML and as text.
+    assert table.count("fl+filter+cai") == 2 * 2 * 2
     assert "demo/export/merged/model.safetensors" in export
     assert chat.count("How do I bake bread?") == 3
     assert (tmp_path / "more/config.json").is_file()
