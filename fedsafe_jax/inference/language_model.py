@@ -80,7 +80,11 @@ class LanguageModel:
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: of the configs, the tokenizer and the chat template."""
         named = _end_tokens(self.generation_config)
-        return tuple(dict.fromkeys([*named, *chat_templates.of(self.tokenizer).stop_ids]))
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            own = [i for i in (self.tokenizer.eos_token_id,) if i is not None]
+        else:
+            own = chat_templates.of(self.tokenizer).stop_ids
+        return tuple(dict.fromkeys([*named, *own]))
 
     def with_adapter(self, adapter: lora.Adapter) -> "LanguageModel":
         """Returns this model under another adapter.

