@@ -64,12 +64,14 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
     return folder
 
 
-def write(path: epath.PathLike, content: bytes) -> None:
+def write(path: epath.PathLike, content: bytes, private: bool = False) -> None:
     """Writes a file such that a kill or a loss of power leaves the old file or the new one.
 
     Args:
       path: the file; its folder is created if missing.
       content: the whole content.
+      private: lets nobody but the owner read a local file; else the umask decides. On object
+        storage the bucket's rules hold.
 
     Raises:
       StorageError: the storage does not take it; the old file is still there.
@@ -82,6 +84,8 @@ def write(path: epath.PathLike, content: bytes) -> None:
             return
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "wb") as file:
+            if private:  # before there is anything to read
+                os.fchmod(file.fileno(), 0o600)
             file.write(content)
             file.flush()
             # Else the rename may reach the disk before the content does.

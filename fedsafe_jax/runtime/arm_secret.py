@@ -57,7 +57,7 @@ def _read_or_draw(folder: epath.Path, draw_secret: Callable[[], int]) -> int:
                 "Choose another --workdir."
             )
         content = f"{draw_secret():032x}\n".encode()
-        whole_files.write(path, content)
+        whole_files.write(path, content, private=True)
     try:
         return int(content, 16)
     except ValueError:
