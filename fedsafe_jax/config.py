@@ -39,7 +39,7 @@ def default_config() -> ml_collections.ConfigDict:
     # concentration of the dirichlet partition: the smaller, the less alike clients are
     c.dirichlet_alpha = 0.5
     c.num_clients = 20  # clients of the federation
-    c.examples_per_client = 43  # pairs of a client; 43 is what the packaged pools give 20 clients
+    c.examples_per_client = 41  # pairs of a client; 41 is what the packaged pools give 20 clients
     # spread of client sizes, log-normal around examples_per_client; 0 for equal sizes
     c.size_sigma = 0.0
     c.harmful_share = 0.3  # share of each client's pairs that is harmful
