@@ -46,7 +46,7 @@ def test_a_shortfall_keeps_the_share_and_names_the_numbers(packaged):
     made, (line,) = built(packaged, pairs(SAFE, 54), pairs(UNSAFE, 302))
     assert sum(made.holdings.pairs) - sum(made.holdings.unsafe) == 54
     assert made.holdings.harmful_share == pytest.approx(0.3, abs=1 / 77)
-    assert "of 860 pairs asked for, as there are 54 safe and 302 unsafe ones" in line
+    assert "of 820 pairs asked for, as there are 54 safe and 302 unsafe ones" in line
     assert "examples_per_client=3 or num_clients=1 would be held in full" in line
     made, lines = built(packaged, pairs(SAFE, 54), pairs(UNSAFE, 302), examples_per_client=3)
     assert lines == [] and set(made.holdings.pairs) == {3} and sum(made.holdings.unsafe) == 18
