@@ -12,6 +12,8 @@ from fedsafe_jax.evals.task import Column, EvalSet, Task, select
 from fedsafe_jax.evals.tasks import TASKS
 from fedsafe_jax.filters.quality import shown
 
+NO_BREAK = "\u00a0"  # a space at which a line does not end
+
 
 def table_rows(results: dict, sets: Mapping[str, EvalSet]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the final table, for terminal and report alike.
@@ -67,8 +69,10 @@ def difference_rows(
 
 
 def _difference(column: Column, gap: Mapping, full: bool) -> str:
-    p = f", p {gap['p']:.2g}" if full and gap["p"] is not None else ""
-    return column.difference(gap) + p
+    if not full or gap["p"] is None:
+        return column.difference(gap)
+    p = "p < 0.001" if gap["p"] < 0.001 else f"p = {gap['p']:.3f}"
+    return f"{column.difference(gap)}, {p.replace(' ', NO_BREAK)}"
 
 
 def print_table(results: dict, sets: Mapping[str, EvalSet]) -> None:
