@@ -144,3 +144,9 @@ def test_no_benchmark_is_named_outside_its_file():
         if name not in allowed and not name.startswith("evals/tasks/"):
             text = path.read_text()
             assert "advbench" not in text and "over_refusal" not in text, name
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone, and of two with one name it runs one."""
+    names = [path.name for path in pathlib.Path(__file__).parent.rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
