@@ -1,25 +1,12 @@
-"""What the cases share: the mark of a failure of today, a small config, its errors."""
+"""What the cases share: a small config, and the errors that end a command as one line."""
 
 import pathlib
-
-import pytest
 
 from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.validation import input_errors
 
 CASES = pathlib.Path(__file__).parent
 BORDER = (ConfigError, *input_errors())  # what the command line prints as one line
-NOT_RAISED = pytest.fail.Exception  # `pytest.raises` that saw no exception
-
-
-def fails_today(reason: str, raises):
-    """Marks what is right and does not happen yet.
-
-    Args:
-      reason: what happens instead.
-      raises: the exceptions that this ends in; any other one is an error of the test.
-    """
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
 
 
 def small_config(case: str = "", **changes):
