@@ -62,6 +62,25 @@ def base_products(text: str):
 
 @pytest.mark.parametrize("count, model_parallel", DEVICES)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
+def test_training_with_dropout_lowers_alike(accelerators, platform, count, model_parallel, targets):
+    """The base's products are those without dropout, and nothing more is communicated."""
+
+    def lowered(rate):
+        fields = {"lora_dropout": rate, "model_parallel": model_parallel}
+        run = run_on(platform, count, config(**fields, lora_targets=targets))
+        (train,) = (p for p in federated(run) if p.name == "train")
+        text = text_of(train, platform)
+        return text, base_products(text)[1], COMMUNICATION.findall(text), kernels(text)
+
+    plain, dropped = lowered(0.0), lowered(0.05)
+    # The sketch of an update draws too.
+    assert plain[0].count("threefry") < dropped[0].count("threefry")
+    assert plain[1:] == dropped[1:]
+
+
+@pytest.mark.parametrize("count, model_parallel", DEVICES)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_every_program_lowers_with_its_kernels(accelerators, platform, count, model_parallel):
     run = run_on(platform, count, config(model_parallel=model_parallel))
     seen = []
