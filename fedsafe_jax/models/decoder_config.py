@@ -1,7 +1,7 @@
 """Shape of a decoder, and how each model family differs from Llama.
 
 A family is a row of differences, not a module of its own: `from_hf` reads a transformers config
-into the one `DecoderConfig` that `decoder.py` switches on.
+into the one `DecoderConfig` that `decoder.py` and `decoder_layer.py` switch on.
 """
 
 import dataclasses

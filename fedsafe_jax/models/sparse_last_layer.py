@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from fedsafe_jax.models import attention, rotary
-from fedsafe_jax.models.decoder import Decoder, Layer, RMSNorm, layer_kinds, target_nll
+from fedsafe_jax.models.decoder import Decoder, target_nll
+from fedsafe_jax.models.decoder_layer import Layer, RMSNorm, layer_kinds
 from fedsafe_jax.models.dropout import Dropout, of_noise
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS
 from fedsafe_jax.models.rotary import Rotation

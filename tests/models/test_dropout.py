@@ -10,7 +10,8 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import Batch, NoisyBatch
 from fedsafe_jax.models import dropout, lora, loss, microbatch
-from fedsafe_jax.models.decoder import Decoder, Projection
+from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.decoder_layer import Projection
 
 RATE = 0.25
 LORA = lora.LoraConfig(4, 8.0, lora.expand_targets("all-linear"), dropout=RATE)
