@@ -104,7 +104,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.average = "factors"
     c.federated.aggregator = "mean"  # rule that combines the updates
     c.federated.trim_share = 0.1  # share that trimmed_mean drops at each end
-    c.federated.byzantine = 1  # malicious clients that krum and multi_krum expect in a cohort
+    c.federated.byzantine = 1  # malicious clients that a robust aggregator withstands in a cohort
+    # fewest usable answers of a round, which else is skipped; 0: what the aggregator's bound needs
+    c.federated.min_answers = 0
     c.federated.clip_norm = 0.0  # longest update that counts in full; 0 for no limit
     c.federated.noise_multiplier = 0.0  # noise of differential privacy over clip_norm; 0 for none
     # rounds whose noise is correlated, so that less adds up (needs sampling poisson, and the extra

@@ -9,6 +9,7 @@ The registry is `AGGREGATORS`. An aggregator from elsewhere is one more entry.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ class Aggregator(NamedTuple):
         `current` is the global factors.
       linear: whether `combine` is the mean by weight. Chunks of clients are then added up, without
         keeping their updates, and `combine` is not called.
-      min_clients: smallest cohort for which the bound of the rule holds.
+      min_clients: fewest clients that count for which the bound of the rule holds; a round with
+        fewer is skipped. 1 where the rule bounds nothing.
     """
 
     combine: Callable
@@ -119,19 +121,31 @@ def geometric_median(updates: jax.Array, weights: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, RFA_STEPS, closer, weighted_mean(updates, weights))
 
 
-def _entry(rule: Callable, **fields: object) -> Callable:
-    """Returns the entry of a rule without hyperparameters."""
+def _make_mean(trim_share: float, byzantine: int) -> Aggregator:
+    del trim_share, byzantine
+    return Aggregator(lambda updates, weights, _: weighted_mean(updates, weights), linear=True)
 
-    def make(trim_share: float, byzantine: int) -> Aggregator:
-        del trim_share, byzantine
-        return Aggregator(lambda updates, weights, current: rule(updates, weights), **fields)
 
-    return make
+def _make_by_majority(trim_share: float, byzantine: int, rule: Callable) -> Aggregator:
+    """Returns the entry of a rule whose result lies among the honest as long as they are most.
+
+    Its breakdown point is one half (Yin et al., 2018; Pillutla et al., 2022, Section 2).
+    """
+    del trim_share
+    return Aggregator(
+        lambda updates, weights, _: rule(updates, weights), min_clients=2 * byzantine + 1
+    )
 
 
 def _make_trimmed_mean(trim_share: float, byzantine: int) -> Aggregator:
-    del byzantine
-    return Aggregator(lambda updates, weights, _: trimmed_mean(updates, weights, trim_share))
+    # All malicious values must be among those that are dropped at one end.
+    most = 2 * byzantine + 1
+    if trim_share:
+        most = max(most, math.floor((byzantine - 1) / trim_share) + 1)
+    return Aggregator(
+        lambda updates, weights, _: trimmed_mean(updates, weights, trim_share),
+        min_clients=most if trim_share else 1,
+    )
 
 
 def _make_krum(trim_share: float, byzantine: int, select: int) -> Aggregator:
@@ -144,12 +158,12 @@ def _make_krum(trim_share: float, byzantine: int, select: int) -> Aggregator:
 
 # `(trim_share, byzantine) -> Aggregator` by name.
 AGGREGATORS: dict[str, Callable[[float, int], Aggregator]] = {
-    "mean": _entry(weighted_mean, linear=True),
-    "median": _entry(median),
+    "mean": _make_mean,
+    "median": functools.partial(_make_by_majority, rule=median),
     "trimmed_mean": _make_trimmed_mean,
     "krum": functools.partial(_make_krum, select=1),
     "multi_krum": functools.partial(_make_krum, select=0),
-    "geometric_median": _entry(geometric_median),
+    "geometric_median": functools.partial(_make_by_majority, rule=geometric_median),
 }
 
 
@@ -159,7 +173,8 @@ def make(name: str, trim_share: float = 0.1, byzantine: int = 1) -> Aggregator:
     Args:
       name: a key of `AGGREGATORS`.
       trim_share: share of the values that the trimmed mean drops at each end.
-      byzantine: malicious clients that Krum expects in a cohort.
+      byzantine: malicious clients that a robust rule is to withstand in a cohort; Krum also uses
+        the number, for the others it says how many clients they need.
 
     Raises:
       UnknownNameError: there is no such aggregator.

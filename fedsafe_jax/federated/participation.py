@@ -167,6 +167,21 @@ def draw_cohort(
     )
 
 
+def capped(sizes: Sequence[float], times: float = 2.0) -> list[float]:
+    """Returns claimed sizes, none of them above `times` the median of those above 0.
+
+    A client that claims any size so has at most `times` the weight of an ordinary one, as long as
+    most are honest.
+
+    Args:
+      sizes: what every client says that it learns from.
+      times: most of a size, in medians.
+    """
+    some = [size for size in sizes if size > 0]
+    most = times * float(np.median(some)) if some else 0.0
+    return [min(size, most) for size in sizes]
+
+
 def malicious_clients(seed: int, num_clients: int, share: float) -> tuple[int, ...]:
     """Returns the ids of the clients that are malicious in a run, the same in every round."""
     rng = generator(Purpose.MALICIOUS, seed)

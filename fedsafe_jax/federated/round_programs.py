@@ -43,6 +43,8 @@ class RoundSpec(NamedTuple):
       normalize_steps: whether updates count per local step, and the mean is scaled back by the mean
         number of steps (FedNova, Wang et al., 2020, arXiv 2007.07481, Equation 6): for stragglers.
       ragged_ranks: whether clients have ranks of their own.
+      min_answers: fewest clients that must count; a round with fewer is skipped, unless there is
+        noise, as under privacy nobody is to learn how many there were.
       collude: what malicious clients that see the whole cohort make of its updates, see
         `attackers.Attacker`; None for nothing.
     """
@@ -56,6 +58,7 @@ class RoundSpec(NamedTuple):
     cohort: int = 1
     normalize_steps: bool = False
     ragged_ranks: bool = False
+    min_answers: int = 1
     collude: Callable | None = None
 
     @property

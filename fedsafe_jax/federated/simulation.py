@@ -13,7 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.participation import Cohort
-from fedsafe_jax.federated.round_programs import ChunkInputs, ClientUpdates, Programs, RoundSpec
+from fedsafe_jax.federated.round_programs import (
+    ChunkInputs,
+    ClientUpdates,
+    Programs,
+    RoundSpec,
+)
+from fedsafe_jax.federated.skipped_rounds import NOBODY, why_skipped
 from fedsafe_jax.models.sharding import CLIENTS, platform_of
 
 # Default number of clients in a chunk. On CPU larger chunks gain nothing, and every core holds all
@@ -46,7 +52,8 @@ class RoundReport(NamedTuple):
       cosines: float32 `[clients]`, cosine of each update to the mean, within the error of
         `round_programs.sketch`.
       excluded: ids whose update was not finite.
-      skipped: whether no client was left, and the server stayed as it was.
+      skipped_because: why the server, and what clients keep, stayed as they were; "" for a round
+        that counts.
       update_norm: length of the server's step.
       product_gap: see `lora_average.product_gap`; estimated where updates are added up.
       bytes_up, bytes_down: bytes that all clients together send and receive.
@@ -57,11 +64,16 @@ class RoundReport(NamedTuple):
     norms: np.ndarray
     cosines: np.ndarray
     excluded: tuple[int, ...]
-    skipped: bool
+    skipped_because: str
     update_norm: float
     product_gap: float
     bytes_up: int
     bytes_down: int
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the server stayed as it was."""
+        return bool(self.skipped_because)
 
     @property
     def loss(self) -> float:
@@ -204,7 +216,7 @@ def run_round(
             none,
             cosines=none,
             excluded=(),
-            skipped=True,
+            skipped_because=NOBODY,
             update_norm=0.0,
             product_gap=math.nan,
             bytes_up=0,
@@ -249,6 +261,9 @@ def run_round(
     chunks = [jax.device_get(metrics) for metrics in figures]
     metrics = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *chunks)
     step = jax.device_get(step)
+    because = why_skipped(spec, server, step)
+    if because:
+        step = jax.tree.map(np.zeros_like, step)._replace(product_gap=math.nan)
     lengths = metrics.norms * float(step.mean_norm)
     cosines = np.clip(metrics.sketches @ step.sketch / np.maximum(lengths, 1e-12), -1, 1)
     bytes_up, bytes_down = _bytes(spec, state.server, count)
@@ -258,12 +273,14 @@ def run_round(
         norms=metrics.norms,
         cosines=cosines,
         excluded=tuple(cohort.ids[~metrics.finite].tolist()),
-        skipped=not step.clients and not spec.noise_multiplier,
+        skipped_because=because,
         update_norm=float(step.update_norm),
         product_gap=float(step.product_gap),
         bytes_up=bytes_up,
         bytes_down=bytes_down,
     )
+    if because:
+        return state, report
     counted = metrics.finite & (cohort.weights > 0)
     clients = state.clients
     if kept:

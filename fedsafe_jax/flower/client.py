@@ -61,11 +61,10 @@ def train(message: Message, context: Context) -> Message:
         server = wire.tree(message.content.array_records["server"], site.template())
         update = site.train(server, question["round"], question["steps"])
         sent, metrics = update.sent._asdict(), update.metrics._asdict()
-        numbers = {"useful_tokens": update.useful_tokens, "steps": float(sent["steps"][0])}
-        numbers |= {"norm": float(metrics["norms"][0]), "finite": int(metrics["finite"][0])}
+        numbers = {"useful_tokens": update.useful_tokens, "finite": int(metrics["finite"][0])}
         _, unravel = ravel_pytree(server["adapter"])
         tree = {"update": unravel(sent["updates"][0]), "losses": metrics["losses"][0]}
-        tree |= {"active": metrics["active"][0], "sketch": metrics["sketches"][0]}
+        tree |= {"active": metrics["active"][0]}
         tree["control"] = jax.tree.map(lambda x: x[0], sent["controls"])
         return RecordDict({"update": wire.arrays(tree), "numbers": MetricRecord(numbers)})
 

@@ -4,7 +4,9 @@ An array's name is its path, such as `adapter.layers.self_attn.q_proj.a`: a reco
 safetensors file would.
 """
 
+import io
 import json
+import math
 from typing import Any
 
 import ml_collections
@@ -13,6 +15,9 @@ from flax import traverse_util
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedsafe_jax.config import ConfigError, check_override, default_config
+
+NPY = "numpy.ndarray"  # Flower's name for an array whose bytes are an .npy file
+MOST_HEADER = 256  # bytes of the header of an .npy file; numpy's own have 128
 
 
 class WireError(ValueError):
@@ -39,8 +44,8 @@ def tree(record: ArrayRecord, like: dict) -> dict:
       like: nested dictionaries of arrays, or of their shapes; () where nothing travels.
 
     Raises:
-      WireError: an array is missing, unknown, or of another shape or dtype: the other side has
-        another base model, rank or targets.
+      WireError: an array is missing, unknown, or of another shape or dtype, as where the other
+        side has another base model, rank or targets; or its bytes are not what it says.
     """
     flat = traverse_util.flatten_dict(like, sep=".")
     wanted = {name: x for name, x in flat.items() if not isinstance(x, tuple)}
@@ -48,17 +53,34 @@ def tree(record: ArrayRecord, like: dict) -> dict:
                         (record.keys() - wanted.keys(), "is not known here")):  # fmt: skip
         if names:
             raise WireError(f"array {min(names)} {what}: other lora_targets, or algorithm.")
-    flat_arrays = {}
-    for name, expected in wanted.items():
-        x = record[name].numpy()
-        if x.shape != expected.shape or x.dtype != np.float32:
-            raise WireError(
-                f"array {name} is {x.dtype} {list(x.shape)}, expected float32 "
-                f"{list(expected.shape)}: another base model, or lora_rank."
-            )
-        flat_arrays[name] = x
+    flat_arrays = {name: _array(name, record[name], x.shape) for name, x in wanted.items()}
     empty = {name: x for name, x in flat.items() if isinstance(x, tuple)}
     return traverse_util.unflatten_dict(flat_arrays | empty, sep=".")
+
+
+def _array(name: str, sent: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """Unpacks a float32 array; nothing is allocated before all that it says of itself is right."""
+    if tuple(sent.shape) != tuple(shape) or sent.dtype != "float32":
+        raise WireError(
+            f"array {name} is {sent.dtype} {list(sent.shape)}, expected float32 {list(shape)}: "
+            "another base model, or lora_rank."
+        )
+    size = 4 * math.prod(shape)
+    if sent.stype != NPY or not size < len(sent.data) <= size + MOST_HEADER:
+        raise WireError(
+            f"array {name} is {sent.stype:.20} of {len(sent.data)} bytes, expected an .npy file of "
+            f"{size} and its header."
+        )
+    file = io.BytesIO(sent.data)
+    try:
+        version = np.lib.format.read_magic(file)
+        inside, _, dtype = np.lib.format.read_array_header_1_0(file)
+        right = version == (1, 0) and inside == tuple(shape) and dtype == np.float32
+        if right and len(sent.data) - file.tell() == size:
+            return sent.numpy()
+    except Exception as error:  # numpy's parser raises what Python's does
+        raise WireError(f"array {name} is no .npy file ({type(error).__name__}).") from None
+    raise WireError(f"array {name} is no .npy file of float32 {list(shape)}.")
 
 
 def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:

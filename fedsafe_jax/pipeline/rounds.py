@@ -56,9 +56,10 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
     hyperparameters = algorithms.Hyperparameters(
         **{name: f[name] for name in algorithms.Hyperparameters._fields}
     )
+    aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)
     spec = RoundSpec(
         algorithms.make(algorithm, training, config.num_clients, hyperparameters),
-        aggregation.make(f.aggregator, f.trim_share, f.byzantine),
+        aggregator,
         f.average == "product",
         compression=compression.make(f.compression, f.topk_share),
         clip_norm=f.clip_norm,
@@ -66,6 +67,7 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
         cohort=config.clients_per_round,
         normalize_steps=f.stragglers > 0,
         ragged_ranks=bool(f.client_ranks),
+        min_answers=f.min_answers or aggregator.min_clients,
         collude=ATTACKERS[config.attack.kind].collude if config.attack.clients else None,
     )
     return make_round(spec, mesh, parallel)
@@ -289,6 +291,8 @@ def figures(
         "excluded": list(report.excluded),
         "skipped": report.skipped,
     }
+    if report.skipped:
+        row["skipped_because"] = report.skipped_because
     # JSON has no NaN, so figures that are not finite become null.
     row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
     if f.dropout:
@@ -350,5 +354,5 @@ def left_out(row: dict) -> list[str]:
         names = ", ".join(map(str, row["excluded"]))
         said.append(f"update not finite, left out: client(s) {names}")
     if row["skipped"]:
-        said.append("SKIPPED, no client was left; the model stays as it was")
+        said.append(f"SKIPPED, {row['skipped_because']}; the model stays as it was")
     return said

@@ -38,6 +38,7 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
             f"federated.aggregator='{f.aggregator}' with byzantine={f.byzantine} needs at least "
             f"{need} clients a round, clients_per_round={c.clients_per_round}."
         )
+    _validate_min_answers(c, need)
     try:
         make_optimizer(c.optimizer, c.gradient_clip)
     except OptimizerError as error:
@@ -91,6 +92,24 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
     ):
         if a and b:
             raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def _validate_min_answers(c: ml_collections.ConfigDict, need: int) -> None:
+    """Checks that a round can have `min_answers`, and that the aggregator's bound holds with it."""
+    f = c.federated
+    where = f"federated.min_answers={f.min_answers}"
+    if not f.min_answers:
+        return
+    if not need <= f.min_answers <= c.clients_per_round:
+        raise ConfigError(
+            f"{where}: expected {need}, what the bound of aggregator='{f.aggregator}' needs, to "
+            f"clients_per_round={c.clients_per_round}; or 0."
+        )
+    if f.noise_multiplier:
+        raise ConfigError(
+            f"{where} does not go with noise_multiplier: a round that is skipped for it would tell "
+            "who took part; every round counts, as the noise does."
+        )
 
 
 def _validate_product_average(c: ml_collections.ConfigDict) -> None:

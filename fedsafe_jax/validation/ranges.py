@@ -80,6 +80,7 @@ RANGES: dict[str, Range] = {
     "federated.tau": POSITIVE,
     "federated.trim_share": Range(0, 0.49),
     "federated.byzantine": COUNT,
+    "federated.min_answers": COUNT,
     "federated.clip_norm": COUNT,
     "federated.noise_multiplier": COUNT,
     "federated.delta": Range(0, 1, above=True, below=True),

@@ -63,18 +63,24 @@ class LocalGrid:
 
     def __init__(self, nodes, spoil=lambda node, reply: reply):
         self.nodes, self.spoil = {100 + i: n for i, n in enumerate(nodes)}, spoil
+        self.replies, self.asked = {}, 0
 
     def get_node_ids(self):
         return list(self.nodes)
 
-    def send_and_receive(self, messages, *, timeout):
-        assert timeout > 0
+    def push_messages(self, messages):
         for message in messages:
+            assert message.metadata.ttl > 0
+            self.asked += 1
+            message.metadata.__dict__["_message_id"] = question = f"question {self.asked}"
             node = message.metadata.dst_node_id
             context = Context(1, node, self.nodes[node], RecordDict(), {})
-            reply = self.spoil(node, client.app(message, context))
-            if reply is not None:
-                yield reply
+            self.replies[question] = self.spoil(node, client.app(message, context))
+            yield question
+
+    def pull_messages(self, message_ids):
+        replies = [self.replies.pop(question, None) for question in message_ids]
+        return [reply for reply in replies if reply is not None]
 
 
 def exported(workdir):

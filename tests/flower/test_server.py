@@ -30,8 +30,8 @@ def test_sites_that_do_not_fit_are_left_out_by_name(folder, tmp_path, capsys):
     with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
         server.run(LocalGrid(nodes), run_config(tmp_path / "run"))
     said = capsys.readouterr().err
-    assert "client 1 is left out: its base model differs" in said
-    assert "client 0 is there twice; node 102 is left out" in said
+    assert "node 101 is left out: client 1's base model differs" in said
+    assert "node 102 is left out: the seat of client 0 is node 100's" in said
     assert "client=7: this run has num_clients=3" in said
     assert "node 104 is left out: --node-config: sources is missing" in said
     assert "absent.jsonl" in said
@@ -48,7 +48,9 @@ def test_a_description_that_cannot_be_read_is_left_out(folder, tmp_path, capsys)
     grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
     with pytest.raises(server.SitesError, match="1 of 3 sites take part"):
         server.run(grid, run_config(tmp_path / "run"))
-    assert capsys.readouterr().err.count("its description cannot be read") == 2
+    said = capsys.readouterr().err
+    assert "node 100 is left out: its reply cannot be read (JSONDecodeError)" in said
+    assert "node 101 is left out: its description has no group 'filter'" in said
 
 
 def test_bad_updates_cost_their_round_alone(folder, tmp_path, capsys):
@@ -65,12 +67,14 @@ def test_bad_updates_cost_their_round_alone(folder, tmp_path, capsys):
                 {k: Array(np.ascontiguousarray(v)) for k, v in smaller.items()}
             )
         if node == 101:  # one number alone
-            reply.content.metric_records["numbers"]["steps"] = float("nan")
+            values = arrays[name].numpy()
+            values[0, 0, 0] = np.nan
+            arrays[name] = Array(values)
         return reply if node != 102 else None
 
     grid = LocalGrid([node_config(folder, i) for i in range(3)], spoil)
-    server.run(grid, run_config(tmp_path, "rounds=1", "arms=('base','fl+filter')",
-                                "export_arm=fl+filter"))  # fmt: skip
+    settings = run_config(tmp_path, "rounds=1", "arms=('base','fl+filter')", "export_arm=fl+filter")
+    server.run(grid, settings | {"round-seconds": 1})
     (row,) = rows(tmp_path)
     assert row["no_answer"] == [0, 2] and row["excluded"] == [1] and row["skipped"]
     assert all(np.all(x == 0) for n, x in exported(tmp_path).items() if "lora_B" in n)
@@ -87,8 +91,22 @@ def test_what_has_no_meaning_across_sites_is_refused(tmp_path):
         ("seeds=(0,1)", "a federation is one run"),
         ("heldout_sources=()", "no client data to hold out"),
         ("roundz=3", "no such field; did you mean --config.rounds?"),
+        ("federated.sampling=weighted", "would be drawn every time; use 'uniform'"),
+        (
+            "federated.aggregator=geometric_median federated.weighting=examples "
+            "algorithms=('fedavg',)",
+            "half of the weight moves it, and sites say themselves how large they are",
+        ),
         ("rounds=two", "rounds='two': expected a value of type int"),
     ):
         with pytest.raises(ConfigError) as error:
             server.read_config(run_config(tmp_path, override))
         assert message in str(error.value)
+
+
+def test_sizes_that_sites_claim_set_no_weight_by_default(tmp_path):
+    config = server.read_config(run_config(tmp_path))
+    assert config.federated.weighting == "uniform" and config.federated.min_answers == 2
+    overrides = "federated.weighting=examples federated.min_answers=3"
+    config = server.read_config(run_config(tmp_path, overrides))
+    assert config.federated.weighting == "examples" and config.federated.min_answers == 3

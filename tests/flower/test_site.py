@@ -15,7 +15,7 @@ from test_flower import node_config, run_config  # noqa: E402
 
 from fedsafe_jax.config import ConfigError  # noqa: E402
 from fedsafe_jax.data import chat  # noqa: E402
-from fedsafe_jax.flower import received, server, site  # noqa: E402
+from fedsafe_jax.flower import replies, server, site  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
 from fedsafe_jax.whole_files import WorkdirError  # noqa: E402
 
@@ -70,12 +70,12 @@ def test_a_site_weighs_what_it_learns_from(site_and_lines):
 
     def read(**changes):
         whole = json.dumps(said | changes)
-        return received.read_description(RecordDict({"site": ConfigRecord({"json": whole})}))
+        return replies.read_description(RecordDict({"site": ConfigRecord({"json": whole})}))
 
     assert read()["learned"] == read()["examples"] == len(here.encoded)
     assert read(learned=0.25)["learned"] == 0.25
     for wrong in (-1.0, float("nan"), float("inf"), len(here.encoded) + 1.0):
-        with pytest.raises(received.BROKEN, match="expected 0 to"):
+        with pytest.raises(replies.ReplyError, match="expected 0 to"):
             read(learned=wrong)
 
 
