@@ -45,16 +45,32 @@ def flower_process():
         yield
 
 
+class Clock:
+    """All of `time` that a federation may use: no wall clock, which can jump."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds >= 0
+        self.now += max(seconds, 1e-3)
+
+
 class ScriptedGrid:
     """Flower's grid without a network; node 100 + i is client i.
 
-    `answers[node](question)` is a list of the messages that the node sends to a question, [] for a
-    silent one. `clock` seconds pass with every look for answers.
+    Args:
+      answers: `question -> messages that the node sends to it` by node, [] for a silent one; or an
+        exception, which looking for the answer then raises.
+      delays: seconds by node until its answers are there; they need a clock.
     """
 
-    def __init__(self, answers):
-        self.answers, self.box, self.ids = answers, {}, itertools.count()
-        self.asked = []
+    def __init__(self, answers, delays=(), clock=None):
+        self.answers, self.delays, self.clock = answers, dict(delays), clock or Clock()
+        self.box, self.asked, self.ids = {}, [], itertools.count()
 
     def get_node_ids(self):
         return list(self.answers)
@@ -63,14 +79,17 @@ class ScriptedGrid:
         for message in messages:
             message.metadata.__dict__["_message_id"] = question = f"question {next(self.ids)}"
             node = message.metadata.dst_node_id
-            self.asked.append((node, message.metadata.message_type))
-            self.box[question] = self.answers[node](message)
+            self.asked.append((self.clock.now, node, message.metadata.message_type))
+            ready = self.clock.now + self.delays.get(node, 0.0)
+            self.box[question] = ready, self.answers[node](message)
             yield question
 
     def pull_messages(self, questions):
         for question in questions:
-            sent = self.box.get(question, [])
-            self.box[question] = []
+            ready, sent = self.box.get(question, (0.0, []))
+            if self.clock.now < ready:
+                continue
+            self.box[question] = ready, []
             if isinstance(sent, Exception):
                 raise sent
             yield from sent
@@ -149,7 +168,7 @@ class Log:
         self.notes.append(text)
 
 
-def config(**federated):
+def federation_config(**federated):
     c = default_config()
     c.num_clients = c.clients_per_round = CLIENTS
     c.local_steps, c.batch_size, c.seq_len = STEPS, 4, 16
@@ -177,12 +196,14 @@ class Server:
     `compiled` comes from `programs`, and is shared by servers of one kind.
     """
 
-    def __init__(self, grid, workdir, compiled, algorithm="fedavg", round_s=0.05, **options):
+    def __init__(
+        self, grid, workdir, compiled, algorithm="fedavg", round_s=0.05, wait_s=0.05, given=(),
+        config=None,
+    ):  # fmt: skip
         self.log, self.compiled, self.algorithm = Log(), compiled, algorithm
         self.sites = server.Sites(
-            grid, config(**options.pop("federated", {})), options.pop("given", {}),
-            wait_s=options.pop("wait_s", 0.05), round_s=round_s,
-        )  # fmt: skip
+            grid, config or federation_config(), dict(given), wait_s=wait_s, round_s=round_s
+        )
         self.state = simulation.initial_state(compiled, FACTORS, CLIENTS)
         self.sites.clients(self.sites.config, None, seed=0, workdir=workdir, progress=self.log)
 

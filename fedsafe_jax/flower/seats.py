@@ -132,7 +132,8 @@ class Seats:
             if message is None and now < asked.until:
                 continue
             del self._asked[node]
-            self._rest[node] = time.monotonic() + AGAIN
+            if message is not None:  # a silent node has had its time
+                self._rest[node] = time.monotonic() + AGAIN
             self._hear(node, message or ReplyError("no answer in time"))
 
     def benched(self, client: int) -> bool:

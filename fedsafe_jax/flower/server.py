@@ -89,6 +89,7 @@ class Sites:
         """
         del members
         config, seed, programs = self.config, arm_run.seed, arm_run.programs
+        self.seats.poll()
         cohort = rounds.draw_cohort(
             config,
             arm_run.planned.algorithm,

@@ -20,9 +20,9 @@ from forged_replies import (  # noqa: E402
     Server,
     assert_lines,
     assert_same,
-    config,
     described,
     description,
+    federation_config,
     flower_process,
     forger,
     honest,
@@ -323,7 +323,7 @@ DESCRIPTIONS = {
 def test_a_forged_description_is_left_out_by_name(name, tmp_path):
     grid = ScriptedGrid(nodes(n101=forger(DESCRIPTIONS[name], kind="query")))
     log = Log()
-    asked = config(min_answers=2)
+    asked = federation_config()
     asked.clients_per_round = 2
     room = seats.Seats(grid, asked, {}, patience=1.0, file=epath.Path(tmp_path) / "s", progress=log)
     room.gather(0.02)
