@@ -231,7 +231,10 @@ def test_control_variates_are_measured_too(name, value, compiled, without_forger
     scripted = {100 + i: honest(i, True) for i in range(CLIENTS)}
     scripted[101] = forger(values(lambda x: x * 0 + value, name), control=True)
     run = Server(
-        ScriptedGrid(scripted), epath.Path(tmp_path), compiled(algorithm="scaffold"), "scaffold"
+        ScriptedGrid(scripted),
+        epath.Path(tmp_path),
+        compiled(algorithm="scaffold"),
+        algorithm="scaffold",
     )
     assert run.round()["excluded"] == [FORGER]
     assert_same(run.adapter, without_forger(algorithm="scaffold"))
@@ -250,7 +253,7 @@ def test_lengths_are_measured_and_clipped_by_the_server(compiled, tmp_path):
 
     scripted[101] = forger(long, control=True)
     made = compiled(algorithm="scaffold", clip_norm=1.0)
-    run = Server(ScriptedGrid(scripted), epath.Path(tmp_path), made, "scaffold")
+    run = Server(ScriptedGrid(scripted), epath.Path(tmp_path), made, algorithm="scaffold")
     row = run.round()
     assert row["no_answer"] == row["excluded"] == [] and row["delta_norms"][FORGER] > 1e4
     assert row["cosines"][FORGER] > 0.5 and 0 <= row["loss"] < 1
