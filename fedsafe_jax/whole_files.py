@@ -180,7 +180,7 @@ def read_json(path: epath.PathLike, rename: bool = True) -> Any:
         return None
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8 alike
+    except (ValueError, RecursionError) as error:  # of JSON, nested too deep as well, and UTF-8
         if rename:
             set_aside(path, str(error))
         return None
@@ -207,7 +207,7 @@ def parse_lines(content: bytes, path: epath.PathLike) -> tuple[list[dict], str]:
             row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {row!r:.40}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == lines[-1][0] and not content.endswith(b"\n"):
                 return rows, f"line {number} is cut off ({error})"
             raise WorkdirError(

@@ -13,6 +13,7 @@ from fedsafe_jax.cai.forms import clean
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example, Messages
 from fedsafe_jax.data.shortening import system_turns
+from fedsafe_jax.filters.decision import flag
 from fedsafe_jax.random_streams import Purpose, generator
 
 
@@ -214,13 +215,14 @@ def revise(
     after = None
     if judge is not None:
         after = judge.unsafe([dialogues[i] for i in chosen], revisions)
+        still_unsafe = flag(after, judge.threshold)
     for place, i in enumerate(chosen):
         *earlier, last = ((int(j[place]), c[place], r[place]) for j, c, r in history)
         reason, mends = _unusable(initial[i], revisions[place], finished[place]), wrong[:, i].all()
         if rules is not None and rules.refuses(revisions[place]) != rules.wanted[i]:
             reason = reason or ("still harmful" if rules.wanted[i] else "over-refusal")
         if judge is not None:
-            mends &= after[place] < judge.threshold
+            mends &= not still_unsafe[place]
             if judge.wanted[i] and after[place] >= risk[i]:
                 reason = reason or "not safer"
         principle, critique, revision = last
@@ -279,7 +281,7 @@ def _wrong(
         wrong.append(refused != np.asarray(rules.wanted, bool))
     if judge is not None:
         risk = judge.unsafe(dialogues, answers)
-        wrong.append(np.asarray(judge.wanted, bool) & (risk >= judge.threshold))
+        wrong.append(np.asarray(judge.wanted, bool) & flag(risk, judge.threshold))
     return np.array(wrong, bool).reshape(-1, len(dialogues)), risk
 
 

@@ -66,19 +66,25 @@ def score(
 
     Returns:
       The rows with `p_unsafe` and `action`; an empty response is kept, as nothing was said.
+
+    Raises:
+      FilterError: there is no filter, it is damaged, or a score or the threshold is none.
     """
     from fedsafe_jax.filters import store
+    from fedsafe_jax.filters.decision import check_threshold, flag
     from fedsafe_jax.inference.language_model import load_pretrained
     from fedsafe_jax.runtime import devices
 
+    check_threshold(threshold)
     safety_filter = store.load(folder, load_pretrained)
     devices.announce()
     probability = safety_filter.score([pair for _, pair in pairs])
     threshold = threshold or safety_filter.decision.threshold
+    flagged = flag(probability, threshold)
     out = []
-    for (row, pair), p in zip(pairs, probability, strict=True):
+    for (row, pair), p, unsafe in zip(pairs, probability, flagged, strict=True):
         empty = not pair.response.strip()
-        done = action if p >= threshold and not empty else "keep"
+        done = action if unsafe and not empty else "keep"
         out.append(row | {"p_unsafe": 0.0 if empty else round(float(p), 6), "action": done})
     return out
 

@@ -5,6 +5,7 @@
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -15,7 +16,7 @@ from fedsafe_jax.cli.command import Command, Config, check_folder
 from fedsafe_jax.cli.config_help import filter_fields
 from fedsafe_jax.config import filter_config
 from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
-from fedsafe_jax.filters.decision import AT_BOUND
+from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
 from fedsafe_jax.filters.quality import shown
 from fedsafe_jax.runtime.libraries import prepare_libraries
@@ -91,10 +92,10 @@ def measure(safety_filter: SafetyFilter, held: list[Example], share: float, seed
     else:
         chosen = np.arange(len(held))
     p, y = probability[chosen], unsafe[chosen]
-    flagged = p >= safety_filter.decision.threshold
+    flagged = flag(p, safety_filter.decision.threshold)
     by_source = collections.defaultdict(list)
-    for i, flag in zip(chosen, flagged, strict=True):
-        by_source[f"{held[i].source}/{held[i].label}"].append(bool(flag))
+    for i, verdict in zip(chosen, flagged, strict=True):
+        by_source[f"{held[i].source}/{held[i].label}"].append(bool(verdict))
     rates = quality.quality(y, flagged)._asdict() | {"auroc": quality.auroc(y, p)}
     if y.all() or not y.any():  # not defined where all have one label
         rates |= dict.fromkeys(("precision", "recall", "hmean", "auroc"))
@@ -140,7 +141,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     )
     with storage(workdir):
         store.save(safety_filter, workdir)
-    results = {"counts": counts, "decision": safety_filter.decision._asdict()}
+    results = {"counts": counts, "decision": dataclasses.asdict(safety_filter.decision)}
     if trained is not None:
         results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}
     if held:

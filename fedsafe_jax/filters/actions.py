@@ -7,6 +7,7 @@ import numpy as np
 
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.refusals import REFUSAL
+from fedsafe_jax.filters.decision import flag
 
 
 class FilterCounts(NamedTuple):
@@ -145,10 +146,13 @@ def apply(
       threshold: P(unsafe) from which a pair is flagged.
       write_answers: gives the flagged pairs new answers, called once with all of them; for actions
         that need answers.
+
+    Raises:
+      FilterError: a probability or the threshold is none, see `decision.flag`.
     """
     chosen = ACTIONS[action]
     probability = np.asarray(probability, np.float32)
-    flagged = probability >= threshold
+    flagged = flag(probability, threshold)
     answers: dict[int, str] = {}
     if chosen.needs_answers and flagged.any():
         places = np.flatnonzero(flagged).tolist()

@@ -1,6 +1,7 @@
 """Scores of pairs kept under the workdir, by the content of filter and pair."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,11 @@ from etils import epath
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.filters.decision import Decision, FilterError, is_finite
 from fedsafe_jax.filters.protocol import SafetyFilter
+
+VERSION = 2  # of the files and of how pairs are scored; files of another one are not read
+LARGEST = float(np.finfo(np.float32).max)  # scores are float32
 
 
 def content_hash(*parts: object) -> str:
@@ -51,17 +56,20 @@ class ScoreCache:
       fingerprint: hash of the filter's settings, seed and training pairs.
       writes: False where another process of the run writes the file.
 
+    Whoever may write to the folder decides what is flagged: a score that was changed into another
+    number is believed.
+
     Raises:
       StorageError: the file cannot be read; `log_odds` raises it where it cannot be written.
     """
 
     def __init__(self, folder: epath.PathLike, fingerprint: str, writes: bool = True):
         self._writes = writes
-        self._path = epath.Path(folder) / f"{fingerprint}.json"
+        self._path = epath.Path(folder) / f"{fingerprint}.v{VERSION}.json"
         self._known: dict[str, float] = {}
-        self.decision: list[float] | None = None
+        self.decision: Decision | None = None
         if stored := self._stored():
-            self._known, self.decision = stored["log_odds"], stored["decision"]
+            self._known, self.decision = stored
 
     def log_odds(
         self, pairs: Sequence[Example], make_filter: Callable[[], SafetyFilter]
@@ -82,14 +90,14 @@ class ScoreCache:
             scores = safety_filter.log_odds(list(missing.values()))
             safety_filter.decision.probability(scores)  # raises before a wrong one is kept
             self._known |= {k: float(s) for k, s in zip(missing, scores, strict=True)}
-            self.decision = list(safety_filter.decision)
+            self.decision = safety_filter.decision
             self._write()
         return np.array([self._known[k] for k in keys], np.float32)
 
-    def _stored(self) -> dict | None:
+    def _stored(self) -> tuple[dict[str, float], Decision] | None:
         """Returns the scores that are kept; damaged ones are set aside, and computed anew."""
         if not self._writes:  # not to rename what the process that writes is reading
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 return _checked(json.loads(whole_files.read(self._path) or b"null"))
             return None
         stored = whole_files.read_json(self._path)
@@ -101,19 +109,24 @@ class ScoreCache:
 
     def _write(self) -> None:
         if self._writes:
-            content = {"decision": self.decision, "log_odds": self._known}
+            decision = dataclasses.asdict(self.decision)
+            content = {"decision": decision, "log_odds": self._known}
             whole_files.write(self._path, whole_files.to_json(content))
 
 
-def _checked(stored: Any) -> dict | None:
-    """Returns what a file of scores holds; raises `ValueError` where it holds something else."""
+def _checked(stored: Any) -> tuple[dict[str, float], Decision] | None:
+    """Returns the scores and the decision that a file holds; None where there is no file.
+
+    Raises:
+      ValueError: it holds something else, such as a score that is no finite number.
+    """
     if stored is None:
         return None
     try:
-        scores, decision = stored["log_odds"], stored["decision"]
-        ok = all(isinstance(x, float | int) for x in [*scores.values(), *(decision or ())])
-    except (TypeError, KeyError, AttributeError):
-        ok = False
-    if not ok:
-        raise ValueError("expected log_odds and decision")
-    return stored
+        scores, decision = stored["log_odds"], Decision(**stored["decision"])
+        wrong = [k for k, x in scores.items() if not (is_finite(x) and abs(x) <= LARGEST)]
+    except (TypeError, KeyError, AttributeError, FilterError) as error:
+        raise ValueError(f"expected log_odds and decision ({error!r:.80})") from None
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(scores)} scores are no finite numbers")
+    return scores, decision

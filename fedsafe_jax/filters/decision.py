@@ -1,7 +1,10 @@
 """Decision on a filter's raw scores: calibration, and a threshold chosen on validation pairs."""
 
+import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,22 +28,42 @@ class FilterError(ValueError):
     """The filter cannot be trained, loaded or applied as configured."""
 
 
-class Decision(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Decision:
     """How log-odds become a verdict.
 
+    There is no decision that lets pairs pass by a wrong number: one cannot be made.
+
     Attributes:
-      temperature: divisor of log-odds (Guo et al., 2017, arXiv 1706.04599).
+      temperature: divisor of log-odds, above 0 (Guo et al., 2017, arXiv 1706.04599).
       threshold: calibrated probability from which a pair is unsafe.
       bias: added to the divided log-odds, since the share of unsafe pairs in use is not that of
         the training data.
       at_bound: whether the fit of the calibration ended at a bound, so that its probabilities, and
         the threshold on them, mean little.
+
+    Raises:
+      FilterError: a number is none, is not finite, or is out of its range.
     """
 
     temperature: float = 1.0
     threshold: float = 0.5
     bias: float = 0.0
     at_bound: bool = False
+
+    def __post_init__(self):
+        check_threshold(self.threshold)
+        if not (is_finite(self.temperature) and self.temperature > 0):
+            raise FilterError(
+                f"the filter's temperature is {self.temperature!r:.40}: expected a number above 0; "
+                "train the filter again, or load another."
+            )
+        if not is_finite(self.bias) or not isinstance(self.at_bound, bool):
+            raise FilterError(
+                f"the filter's bias is {self.bias!r:.40} and at_bound {self.at_bound!r:.40}: "
+                "expected a finite number and true or false; train the filter again, or load "
+                "another."
+            )
 
     def probability(self, log_odds: ArrayLike) -> np.ndarray:
         """Returns the calibrated P(unsafe), float32 `[n]`, of log-odds `[n]`.
@@ -56,6 +79,50 @@ class Decision(NamedTuple):
                 "filter.learning_rate, or load another filter."
             )
         return expit(z).astype(np.float32)
+
+
+def is_finite(value: Any) -> bool:
+    """Tells whether a value from a file is a number that float64 can say."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits, which JSON may hold
+        return False
+
+
+def check_threshold(threshold: float) -> None:
+    """Checks a threshold on P(unsafe).
+
+    Raises:
+      FilterError: it is no number from 0 to 1, so that all pairs could pass by it.
+    """
+    if not (is_finite(threshold) and 0 <= threshold <= 1):
+        raise FilterError(
+            f"the filter's threshold is {threshold!r:.40}: expected a number from 0 to 1."
+        )
+
+
+def flag(probability: ArrayLike, threshold: float) -> np.ndarray:
+    """Returns whether each pair is unsafe, bool `[n]`: each that is not surely below the threshold.
+
+    Whatever is decided by a filter is decided here.
+
+    Args:
+      probability: P(unsafe) of each pair, `[n]`.
+      threshold: P(unsafe) from which a pair is unsafe.
+
+    Raises:
+      FilterError: one of them is no probability.
+    """
+    check_threshold(threshold)
+    p = np.asarray(probability)
+    if wrong := int((~((p >= 0) & (p <= 1))).sum()):  # NaN is neither
+        raise FilterError(
+            f"{wrong} of {p.size} scores of the filter are no probabilities, and nothing may pass "
+            "by them; load another filter."
+        )
+    return ~(p < threshold)
 
 
 def share_weights(unsafe: Sequence[bool], share: float) -> np.ndarray:
@@ -148,4 +215,4 @@ def fit(
     threshold = choose_threshold(
         decision.probability(log_odds), unsafe, target, precision_floor=precision_floor, share=share
     )
-    return decision._replace(threshold=threshold)
+    return dataclasses.replace(decision, threshold=threshold)

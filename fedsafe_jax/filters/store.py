@@ -1,5 +1,6 @@
 """Filters on disk: a folder with `filter.json`, safetensors and a tokenizer; no pickles."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ def save(safety_filter: Filter, folder: str | os.PathLike) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "max_length": safety_filter.max_length,
-        "decision": safety_filter.decision._asdict(),
+        "decision": dataclasses.asdict(safety_filter.decision),
         "kind": safety_filter.kind,
     }
     content |= FILTER_KINDS[safety_filter.kind].save(safety_filter, folder)
@@ -84,6 +85,8 @@ def load(folder: str | os.PathLike, load_model: LoadModel | None = None) -> Filt
         content = read_json(folder / NAME)
         kind, decision = FILTER_KINDS[content["kind"]], Decision(**content["decision"])
         return kind.load(folder, content, decision, load_model)
+    except FilterError as error:
+        raise FilterError(f"{folder}: {error}") from None
     except OSError as error:
         # Its files may be as they were: nothing asks for another training.
         reason = error.strerror or error

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -101,7 +102,8 @@ def train(
       seed: seed of order, split and dropout.
 
     Raises:
-      FilterError: one of the labels is missing, or no epoch gave a finite validation loss.
+      FilterError: one of the labels is missing, no epoch gave a finite validation loss, or the
+        weights are not finite.
     """
     _, unsafe = protocol.labelled(pairs)
     learned, held = _split(pairs, unsafe, options.validation_share, seed)
@@ -138,6 +140,12 @@ def train(
         raise protocol.FilterError(
             "the filter's validation loss was never finite; lower filter.learning_rate "
             f"({options.learning_rate})."
+        )
+    # Without validation nothing has looked at what was learned.
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(best_params)):
+        raise protocol.FilterError(
+            "the filter's training diverged: its weights are not finite; lower "
+            f"filter.learning_rate ({options.learning_rate})."
         )
     fitted = decision.Decision()
     if len(held):

@@ -18,7 +18,7 @@ from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.filters import cache, quality, store
 from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
-from fedsafe_jax.filters.decision import AT_BOUND, Decision
+from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.guard import GuardFilter
 from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
 from fedsafe_jax.filters.kinds import (
@@ -96,7 +96,7 @@ def filter_clients(
             before = categories.get(name, (0, 0))
             categories[name] = (before[0] + flagged, before[1] + seen)
     unsafe = [e.label == UNSAFE for e in everything]
-    measured = quality.quality(unsafe, verdicts.probability >= verdicts.threshold)
+    measured = quality.quality(unsafe, flag(verdicts.probability, verdicts.threshold))
     progress.note(
         f"filter: recall {quality.shown(measured.recall)}%, precision "
         f"{quality.shown(measured.precision)}%, threshold {verdicts.threshold:.2f}"
@@ -247,7 +247,7 @@ def score_pairs(
     fingerprint = _fingerprint(config, inputs, seed)
     scores = cache.ScoreCache(folder, fingerprint, multihost.is_primary())
     log_odds = scores.log_odds(pairs, make_filter)
-    decision = Decision(*scores.decision)
+    decision = scores.decision
     threshold = section.threshold or decision.threshold
     # What is flagged decides what is generated and trained, which must be the same everywhere.
     probability, threshold = multihost.broadcast((decision.probability(log_odds), threshold))

@@ -112,3 +112,7 @@ def test_training_that_diverges_is_one_error(packaged, pairs):
     options = TrainingOptions(epochs=1, learning_rate=float("nan"))
     with pytest.raises(protocol.FilterError, match="never finite; lower filter.learning_rate"):
         classifier.train(pairs[::8], packaged.tokenizer, 0, options=options)
+    # Without validation nothing has looked at it, and its filter would flag no pair.
+    options = options._replace(validation_share=0.0)
+    with pytest.raises(protocol.FilterError, match="diverged: its weights are not finite; lower"):
+        classifier.train(pairs[::8], packaged.tokenizer, 0, options=options)

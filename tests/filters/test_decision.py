@@ -1,11 +1,14 @@
 """Calibration and threshold, on scores whose distribution is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from filter_examples import pair
 from scipy.special import expit
 
-from fedsafe_jax.filters import decision, quality
+from fedsafe_jax.cai import revise
+from fedsafe_jax.filters import actions, decision, quality
 from fedsafe_jax.filters.cache import ScoreCache
 from fedsafe_jax.filters.decision import FilterError
 
@@ -36,7 +39,7 @@ def test_decisions_are_made_for_the_share_that_is_expected():
     best = max(hmean(t) for t in np.linspace(0.01, 0.99, 99))
     assert hmean(found.threshold) == pytest.approx(best, abs=1)
     separable = decision.fit([-3.0, -2.0, 2.0, 3.0], [False, False, True, True])
-    assert np.isfinite(separable).all() and separable.temperature > 0.05
+    assert np.isfinite(separable.bias) and 0.05 < separable.temperature < np.inf
 
 
 def test_thresholds_are_the_best_of_all():
@@ -71,7 +74,7 @@ def test_scores_of_a_filter_that_learned_little_are_calibrated():
 @pytest.mark.parametrize("raw", [np.full(200, -3.0), np.where(np.arange(200) % 2, -1.0, 1.0)])
 def test_scores_that_do_not_rise_with_the_labels_say_so(raw):
     scores = decision.fit(raw, np.arange(200) % 2 == 1)
-    assert scores.at_bound and np.isfinite(scores).all()
+    assert scores.at_bound and np.isfinite([scores.temperature, scores.bias]).all()
     probability = scores.probability(raw)
     np.testing.assert_allclose(probability, 0.5, atol=0.01)
 
@@ -92,3 +95,37 @@ def test_scores_that_are_not_finite_let_nothing_pass(tmp_path, wrong):
     with pytest.raises(FilterError, match="1 of 1 scores"):
         scores.log_odds([pair("a", "b", "safe", "x")], Overflowing)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["temperature", "threshold", "bias"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, "0.5", None, [0.5], True, 10**400])
+def test_no_decision_holds_a_wrong_number(field, value):
+    with pytest.raises(FilterError, match=field):
+        decision.Decision(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0.0}, {"temperature": -1.0}, {"threshold": -0.1}, {"threshold": 2}]
+)
+def test_no_decision_holds_a_number_out_of_its_range(fields):
+    """A negative temperature turns all verdicts round; above 1 a threshold flags nothing."""
+    with pytest.raises(FilterError, match=next(iter(fields))):
+        decision.Decision(**fields)
+    with pytest.raises(FilterError):
+        dataclasses.replace(decision.Decision(), **fields)
+
+
+def test_all_but_what_is_surely_below_is_flagged():
+    np.testing.assert_array_equal(decision.flag([0.1, 0.5, 0.9], 0.5), [False, True, True])
+    assert decision.flag(np.array([0.9], np.float32), 0.9).all()  # float32's 0.9 is below 0.9
+    for wrong in (np.nan, np.inf, -0.1, 1.1):
+        with pytest.raises(FilterError, match="1 of 2 scores"):
+            decision.flag([0.1, wrong], 0.5)
+        with pytest.raises(FilterError, match="threshold"):
+            decision.flag([0.1], wrong)
+        # As whoever acts, and whoever judges revisions, decides by it.
+        with pytest.raises(FilterError):
+            actions.apply("drop", [pair("a", "b", "unsafe", "x")], np.array([wrong]), 0.5)
+        judge = revise.Judge([True], lambda dialogues, answers, p=wrong: np.array([p]), 0.5)
+        with pytest.raises(FilterError):
+            revise._wrong([(("user", "a"),)], ["b"], None, judge)

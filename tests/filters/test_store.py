@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from filter_examples import packaged_pairs
 
+from fedsafe_jax.cli import filter_pairs
 from fedsafe_jax.filters import classifier, guard, protocol, store
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.inference import language_model
@@ -51,3 +52,31 @@ def test_storage_that_does_not_answer_asks_for_no_training(tmp_path, monkeypatch
     ) as error:
         store.load(tmp_path)
     assert "train it again" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": 7}, "threshold is 7"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"bias": "0"}, "bias is '0'"),
+        ({"at_bound": 1}, "at_bound 1"),
+        ({"limit": 1}, "damaged"),
+        ([0.5], "damaged"),
+        (None, "damaged"),
+    ],
+)
+def test_a_decision_that_lets_all_pass_is_one_line(tmp_path, damage, message):
+    content = {"kind": "classifier", "decision": damage}
+    (tmp_path / "filter.json").write_text(json.dumps(content))
+    with pytest.raises(protocol.FilterError, match=message) as error:
+        store.load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("threshold", ["nan", "-0.1", "1.5", "inf"])
+def test_a_threshold_that_flags_nothing_is_refused_first(tmp_path, threshold):
+    with pytest.raises(protocol.FilterError, match="threshold is"):
+        filter_pairs.score(str(tmp_path), [], "drop", float(threshold))

@@ -10,6 +10,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fedsafe_jax.filters import cache
+from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.models import lora
 from fedsafe_jax.pipeline import export
 from fedsafe_jax.report.blocks import figure
@@ -44,9 +45,9 @@ def test_records_of_a_run(workdir):
     assert [row["a"] for row in run_files.read_lines(path)] == [2, 3]
     assert [p.name for p in (workdir / "cai").glob("round_*.jsonl")] == ["round_000.jsonl"]
     scores = cache.ScoreCache(workdir / "filter_scores", "f")
-    scores.decision = [1.0, 0.5, 0.0]
+    scores.decision = Decision(1.0, 0.25)
     scores._write()
-    assert cache.ScoreCache(workdir / "filter_scores", "f").decision == [1.0, 0.5, 0.0]
+    assert cache.ScoreCache(workdir / "filter_scores", "f").decision == Decision(1.0, 0.25)
 
 
 def test_updates_of_clients(workdir):
