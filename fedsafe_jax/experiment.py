@@ -21,6 +21,7 @@ from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import fetch
 from fedsafe_jax.pipeline import (
@@ -35,7 +36,7 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.federation import SIMULATED, Federation
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
-from fedsafe_jax.pipeline.workdir import ArmFiles, claim, was_begun
+from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import (
     arm_secret,
@@ -194,14 +195,15 @@ class ArmRun:
         """Trains and evaluates, or reads what an earlier process finished.
 
         Returns:
-          `(outcomes by task, final LoRA factors)`; the factors are None without training.
+          `(outcomes by task, final LoRA factors)`; the factors are None without training, and of
+          an arm that was finished before and is not exported.
         """
         # The file is the first process's; the others need not see it. Without a whole one the arm
         # is evaluated again, from its newest checkpoint.
-        outcome = multihost.first(self._files.read_outcome)
+        outcome = multihost.first(lambda: self._files.read_outcome(self._check_outcome))
         if multihost.broadcast_bool(outcome is not None):
             self.progress.resumed(self.config.rounds if self.planned.arm.trains else 0)
-            return outcome or {}, self._final_factors()
+            return outcome or {}, self._final_factors(outcome)
         factors = self.train()
         outcome = self.evaluate(factors)
         self._files.write_outcome(outcome)
@@ -285,7 +287,14 @@ class ArmRun:
         options = evaluation.options_of(self.config, endpoint, base)
         outcome = evaluation.evaluate(self._language_model(factors), self.inputs.evals, options)
         outcome["seconds"] = time.monotonic() - started
+        if factors is not None:
+            outcome[HASH] = adapter_hash(multihost.local(factors, self.inputs.mesh))
         return outcome
+
+    def _check_outcome(self, outcome: dict) -> None:
+        """Raises what the tasks raise where an outcome is not of theirs."""
+        options = evaluation.options_of(self.config)
+        evaluation.summarise(self.inputs.evals, [outcome], options)
 
     def update_writer(self, state: FederatedState, t: int) -> Callable | None:
         """Returns what writes the updates of round `t`; None for a round that is not kept."""
@@ -324,14 +333,29 @@ class ArmRun:
         server = simulation.replicate(state.server, self.inputs.mesh)
         return state._replace(server=server), done
 
-    def _final_factors(self):
-        """Returns the LoRA factors of a finished arm, from its newest checkpoint."""
-        if not self.planned.arm.trains:
+    def _final_factors(self, outcome: dict | None) -> Any:
+        """Returns the LoRA factors of a finished arm that is exported, None of another arm.
+
+        Others need no checkpoint any more.
+
+        Args:
+          outcome: outcomes of the arm; None in all processes but the first.
+
+        Raises:
+          WorkdirError: the newest checkpoint is not what was evaluated.
+        """
+        chosen = export.exported_arm(self.config)
+        if chosen is None or (chosen.id, self.config.seeds[0]) != (self.planned.id, self.seed):
             return None
         saved = checkpoint.RoundCheckpoints(self._files.checkpoints, self.config.checkpoint_keep)
-        state, _ = self._restored(saved)
+        state, done = self._restored(saved)
         saved.close()
-        return state.server.factors
+        factors = state.server.factors
+        here = adapter_hash(multihost.local(factors, self.inputs.mesh))
+        multihost.first(
+            lambda: self._files.check_hash(outcome, done, self.config.rounds, found=here)
+        )
+        return factors
 
     def _language_model(self, factors) -> LanguageModel:
         """Returns the base model of this process, under the factors where there are some."""

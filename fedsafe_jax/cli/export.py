@@ -190,6 +190,7 @@ def main(values: flags.FlagValues) -> None:
     """Writes the adapter or the merged model, and prints how to load it."""
     from fedsafe_jax.inference.language_model import load_pretrained
     from fedsafe_jax.models import lora
+    from fedsafe_jax.models.adapter_hash import adapter_hash
     from fedsafe_jax.pipeline import export
 
     saved = Saved(values.workdir, values.arm, values.seed)
@@ -206,6 +207,7 @@ def main(values: flags.FlagValues) -> None:
         saved.workdir,
         saved.planned,
         seed=saved.seed,
+        adapter_sha256=adapter_hash(factors),
         note=note,
         of_client=values.client is not None,
     )

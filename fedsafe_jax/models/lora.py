@@ -177,6 +177,18 @@ def _named(base_model: str) -> str:
     return f" ({base_model})" if base_model else ""
 
 
+def peft_tensors(factors: dict) -> dict[str, np.ndarray]:
+    """Returns PEFT's tensors of factors: `lora_A` `[rank, in]` and `lora_B` `[out, rank]`."""
+    tensors = {}
+    for block, projections in factors["layers"].items():
+        for name, pair in projections.items():
+            for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
+                for i, leaf in enumerate(np.asarray(jax.device_get(stacked))):
+                    stem = f"{PEFT_PREFIX}.{i}.{block}.{name}"
+                    tensors[f"{stem}.lora_{letter}.weight"] = np.ascontiguousarray(leaf.T)
+    return tensors
+
+
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: str = "") -> None:
     """Writes PEFT's `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -199,14 +211,11 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base_model: s
     """
     folder, lora = pathlib.Path(folder), adapter.config
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for block, projections in adapter.factors["layers"].items():
-        for name, pair in projections.items():
-            for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
-                for i, leaf in enumerate(np.asarray(jax.device_get(stacked))):
-                    stem = f"{PEFT_PREFIX}.{i}.{block}.{name}"
-                    tensors[f"{stem}.lora_{letter}.weight"] = np.ascontiguousarray(leaf.T)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        peft_tensors(adapter.factors),
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -14,11 +14,14 @@ from fedsafe_jax.config import ConfigError, unsafe_sources
 from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.inference.language_model import LanguageModel, model_folder, save_pretrained
 from fedsafe_jax.models import base_model, lora
+from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.pipeline.workdir import HASH
 from fedsafe_jax.report import model_card
 from fedsafe_jax.runtime import multihost
+from fedsafe_jax.whole_files import WorkdirError
 
 NOT_EXPORTED = "nothing whole was exported, and the same command does it again"
 
@@ -109,6 +112,7 @@ def export_arm(
 
     Raises:
       StorageError: the storage does not take a file.
+      WorkdirError: the adapter is not the one that was evaluated.
     """
 
     def write() -> bool:
@@ -131,24 +135,39 @@ def _export_arm(
     results: dict,
 ) -> bool:
     """Exports as `export_arm` says; the others take part where the base spans processes."""
+    planned = exported_arm(config)
+    if planned is None:
+        return False
+    own = multihost.local(factors[planned.id], inputs.mesh)
+    adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
+    card = ""
+    if results:
+        summary = results["arms"][planned.id]
+        if (here := adapter_hash(own)) != summary[HASH][0]:
+            raise WorkdirError(
+                f"{workdir / 'results.json'} has the scores of adapter {summary[HASH][0]:.12}, and "
+                f"{here:.12} was to be exported under them; nothing is. Please report this."
+            )
+        card = model_card.text(
+            planned.id,
+            _settings(config),
+            summary=summary,
+            sets=inputs.evals,
+            license_fields=base_license(config.model),
+            note=_with_privacy(config, _seeds_note(config)),
+            harmful_share=_published_share(config, results, list(config.seeds)[0]),
+            adapter_sha256=here,
+        )
+    export(inputs.lm, adapter, workdir / "export", card)
+    return True
+
+
+def exported_arm(config: ConfigDict) -> PlannedArm | None:
+    """Returns the arm whose adapter of the first seed is exported, None where none is trained."""
     for planned in planned_arms(config):
         if planned.arm.name == config.export_arm and planned.arm.trains:
-            own = multihost.local(factors[planned.id], inputs.mesh)
-            adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
-            card = ""
-            if results:
-                card = model_card.text(
-                    planned.id,
-                    _settings(config),
-                    summary=results["arms"][planned.id],
-                    sets=inputs.evals,
-                    license_fields=base_license(config.model),
-                    note=_with_privacy(config, _seeds_note(config)),
-                    harmful_share=_published_share(config, results, list(config.seeds)[0]),
-                )
-            export(inputs.lm, adapter, workdir / "export", card)
-            return True
-    return False
+            return planned
+    return None
 
 
 def _seeds_note(config: ConfigDict) -> str:
@@ -173,6 +192,7 @@ def card_of_seed(
     workdir: epath.Path,
     planned: PlannedArm,
     seed: int,
+    adapter_sha256: str,
     note: str = "",
     of_client: bool = False,
 ) -> str:
@@ -183,12 +203,21 @@ def card_of_seed(
       workdir: folder of the run.
       planned: the arm.
       seed: the seed, whose own figures the card has where it was evaluated.
+      adapter_sha256: hash of the adapter that the card is for.
       note: a sentence on what this is, where it is not the arm's final model; the card has no
         figures then, as only final models are evaluated.
       of_client: whether it is what one client sent, which has no epsilon.
+
+    Raises:
+      WorkdirError: another adapter of the arm was evaluated.
     """
     path = workdir / "arms" / f"{planned.folder}_seed{seed}.json"
     outcome = {} if note else whole_files.read_json(path, rename=False) or {}
+    if not isinstance(outcome, dict) or (outcome and outcome.get(HASH) != adapter_sha256):
+        raise WorkdirError(
+            f"{path} has the scores of another adapter than the checkpoint of the last round "
+            f"holds ({adapter_sha256:.12}). Put that checkpoint back, or move the file away."
+        )
     sets = {k: one for k, one in evaluation.chosen_sets(config).items() if k in outcome}
     written = whole_files.read_json(workdir / "results.json", rename=False) or {}
     if not note and not outcome:
@@ -201,6 +230,7 @@ def card_of_seed(
         license_fields=base_license(config.model),
         note=_with_privacy(config, note, of_client),
         harmful_share=_published_share(config, written, seed),
+        adapter_sha256=adapter_sha256,
     )
 
 

@@ -13,6 +13,7 @@ from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import planned_arms, references
 from fedsafe_jax.pipeline.clients import Holdings
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.pipeline.workdir import HASH
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
 from fedsafe_jax.runtime import run_files
@@ -71,6 +72,9 @@ def summarise(
         | evaluation.summarise(inputs.evals, outcomes[planned.id], options)
         for planned in planned_arms(config)
     }
+    for planned in planned_arms(config):
+        if planned.arm.trains:  # by seed: a score is about the adapter that it stands beside
+            arms[planned.id][HASH] = [outcome[HASH] for outcome in outcomes[planned.id]]
     differences = comparison.differences(inputs.evals, outcomes, references(config), options)
     asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}

@@ -1,5 +1,6 @@
 """Beginning a run in its workdir, and going on with it; the files of an arm there."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
@@ -12,6 +13,9 @@ from fedsafe_jax.pipeline.read_files import files_of
 from fedsafe_jax.runtime import fingerprints, multihost, run_files
 from fedsafe_jax.runtime.client_updates import ClientUpdates
 from fedsafe_jax.runtime.progress import Progress
+from fedsafe_jax.whole_files import WorkdirError
+
+HASH = "adapter_sha256"  # of the adapter that was evaluated, in outcomes and results.json
 
 
 def was_begun(config: ConfigDict, workdir: epath.Path, progress: Progress) -> bool:
@@ -71,13 +75,48 @@ class ArmFiles(NamedTuple):
         folder = run_files.arm_folder(self.workdir, "updates", self.planned.folder, self.seed)
         return ClientUpdates(folder)
 
-    def read_outcome(self) -> dict | None:
-        """Returns the outcomes of an arm that is done, or None."""
+    def read_outcome(self, check: Callable[[dict], None]) -> dict | None:
+        """Returns the outcomes of an arm that is done, or None; damaged ones are set aside.
+
+        Args:
+          check: raises one of Python's own errors where outcomes are not those of the run's tasks.
+        """
         outcome = whole_files.read_json(self._outcome)
-        if outcome is not None and not isinstance(outcome, dict):
-            whole_files.set_aside(self._outcome, "it holds no outcomes")
+        if outcome is None:
+            return None
+        try:
+            if self.planned.arm.trains and not isinstance(outcome[HASH], str):
+                raise TypeError(f"{HASH} is no text")
+            check(outcome)
+        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            whole_files.set_aside(self._outcome, f"it holds no outcomes of the run ({error!r:.80})")
             return None
         return outcome
+
+    def check_hash(self, outcome: dict, rounds_done: int, rounds: int, found: str) -> None:
+        """Checks that outcomes are of the adapter that the newest checkpoint holds.
+
+        Args:
+          outcome: outcomes of the arm.
+          rounds_done: rounds of the newest checkpoint.
+          rounds: rounds of the run.
+          found: hash of its adapter.
+
+        Raises:
+          WorkdirError: they are not, and nothing is written under their scores.
+        """
+        if rounds_done == rounds and outcome[HASH] == found:
+            return
+        newest = f"is of round {rounds_done}" if rounds_done else "is not there"
+        problem = f"the newest checkpoint in {self.checkpoints} {newest}"
+        if rounds_done == rounds:
+            problem = f"the checkpoint {self.checkpoints / str(rounds)} holds another adapter"
+        raise WorkdirError(
+            f"{self._outcome} has the scores of the adapter after round {rounds}, but {problem}. "
+            "results.json and export/ are left as they are. Put that checkpoint back, or move "
+            f"{self._outcome.name} away: then the same command repeats the missing rounds, and "
+            "evaluates again."
+        )
 
     def write_outcome(self, outcome: dict) -> None:
         """Writes the outcomes of an arm that is done."""

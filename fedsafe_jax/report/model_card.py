@@ -20,6 +20,7 @@ def text(
     license_fields: Mapping[str, str] | None = None,
     note: str = "",
     harmful_share: float | None = None,
+    adapter_sha256: str = "",
 ) -> str:
     """Returns a model card that states base, data, arm and scores.
 
@@ -33,6 +34,8 @@ def text(
       note: a sentence on what this is, where it is not the arm's final model.
       harmful_share: share of the clients' pairs that is harmful, in [0, 1], as they hold it; None
         where it is not known, and the card says what was asked for.
+      adapter_sha256: hash of the adapter that the scores are of, see `models.adapter_hash`; "" to
+        leave it out.
     """
     rows = [
         (column.label, cell)
@@ -63,6 +66,7 @@ def text(
         rows=rows,
         sources=sources,
         note=note,
+        adapter_sha256=adapter_sha256,
         harmful=f"{share:.1%} of client data harmful{'' if held else ' as asked for'}",
     )
 

@@ -13,9 +13,11 @@ from etils import epath
 from safetensors import SafetensorError
 from small_run import BORDER, small_config
 
-from fedsafe_jax import experiment
+from fedsafe_jax import experiment, load_adapter
+from fedsafe_jax.cli import startup
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.models import base_model, hub
+from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.runtime import preemption, run_files
 from fedsafe_jax.runtime.owner import owned
 from fedsafe_jax.runtime.run_files import WorkdirError
@@ -156,15 +158,71 @@ def test_damaged_outcomes_of_an_arm_are_made_again(tmp_path, caplog):
     first = experiment.run(config, str(tmp_path))
     path = tmp_path / "arms" / "fl_seed0.json"
     whole = json.loads(path.read_text())
-    for content in ("", "[1]"):
+    no_figures = json.dumps(whole | {"utility": {}})
+    no_adapter = json.dumps({k: v for k, v in whole.items() if k != "adapter_sha256"})
+    for content in ("", "[1]", "{}", no_figures, no_adapter):
         path.write_text(content)
         again = experiment.run(config, str(tmp_path))
         assert again["arms"] == first["arms"]
         assert json.loads(path.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
     assert [p.name for p in sorted((tmp_path / "arms").glob("*.damaged*"))] == [
         "fl_seed0.json.damaged",
-        "fl_seed0.json.damaged2",
+        *(f"fl_seed0.json.damaged{i}" for i in range(2, 6)),
     ]
+
+
+def written_by(workdir) -> dict[str, bytes]:
+    """The scores and the export of a run, by file."""
+    files = [workdir / "results.json", *(workdir / "export").rglob("*")]
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in files if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["all gone", "newest damaged", "another adapter"])
+def test_scores_stand_beside_the_adapter_that_was_evaluated(tmp_path, damage):
+    """Else an untrained adapter would be exported under the scores of a trained one."""
+    config = small_config(rounds=2)
+    first = experiment.run(config, str(tmp_path))
+    outcome = tmp_path / "arms" / "fl_seed0.json"
+    hash_ = json.loads(outcome.read_text())["adapter_sha256"]
+    adapter = load_adapter(tmp_path / "export" / "adapter")
+    assert hash_ == adapter_hash(adapter.factors) == first["arms"]["fl"]["adapter_sha256"][0]
+    for name in ("adapter", "merged"):
+        assert hash_ in (tmp_path / "export" / name / "README.md").read_text()
+    before, checkpoints = written_by(tmp_path), tmp_path / "checkpoints" / "fl" / "seed0"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["1", "2"]
+    if damage == "all gone":
+        shutil.rmtree(checkpoints)
+    elif damage == "newest damaged":
+        for path in (checkpoints / "2" / "default").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    else:
+        shutil.rmtree(checkpoints / "2")
+        shutil.copytree(checkpoints / "1", checkpoints / "2")
+    with pytest.raises(run_files.WorkdirError) as error:
+        experiment.run(config, str(tmp_path))
+    said = {"all gone": "is not there", "newest damaged": "is of round 1"}
+    assert said.get(damage, "holds another adapter") in str(error.value)
+    assert "fl_seed0.json" in str(error.value) and "\n" not in str(error.value)
+    assert written_by(tmp_path) == before
+    if damage == "another adapter":
+        with pytest.raises(SystemExit):
+            place = (f"--workdir={tmp_path}", f"--output={tmp_path / 'new'}")
+            startup.start("export", ["--arm=fl", "--seed=0", *place])
+        assert not (tmp_path / "new" / "adapter_model.safetensors").exists()
+        return
+    # Told to, the same command repeats what is missing, and ends in the same scores and adapter.
+    outcome.unlink()
+    assert experiment.run(config, str(tmp_path))["arms"] == first["arms"]
+    adapter = "export/adapter/adapter_model.safetensors"
+    assert written_by(tmp_path)[adapter] == before[adapter]
+
+
+def test_arms_that_are_not_exported_need_no_checkpoint_any_more(tmp_path):
+    config = small_config(export_arm="fl+cai")
+    first = experiment.run(config, str(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert experiment.run(config, str(tmp_path))["arms"] == first["arms"]
 
 
 def test_markup_in_the_data_is_text_in_the_report(tmp_path):

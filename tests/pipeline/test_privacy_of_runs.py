@@ -94,13 +94,19 @@ def test_what_a_client_sent_has_no_epsilon(tmp_path):
     c, folder = private_config(), epath.Path(tmp_path)
     (folder / "results.json").write_text('{"seeds": [0], "data": {"harmful_share_held": [0.25]}}')
     planned = planned_arms(c)[0]
-    server = export.card_of_seed(c, folder, planned, seed=0, note="The server's.")
-    client = export.card_of_seed(c, folder, planned, seed=0, note="A client's.", of_client=True)
+    server = export.card_of_seed(
+        c, folder, planned, seed=0, adapter_sha256="", note="The server's."
+    )
+    client = export.card_of_seed(
+        c, folder, planned, seed=0, adapter_sha256="", note="A client's.", of_client=True
+    )
     assert "epsilon" in server and "epsilon" not in client
     assert "Not differentially private" in client
     assert "25.0%" not in server + client  # an exact figure of the clients' data
     c.federated.noise_multiplier = 0.0
-    plain = export.card_of_seed(c, folder, planned, seed=0, note="A client's.", of_client=True)
+    plain = export.card_of_seed(
+        c, folder, planned, seed=0, adapter_sha256="", note="A client's.", of_client=True
+    )
     assert "private" not in plain and "25.0%" in plain
 
 
