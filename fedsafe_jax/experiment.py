@@ -36,6 +36,7 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.federation import SIMULATED, Federation
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.pipeline.unfinished import Unfinished
 from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import (
@@ -282,13 +283,19 @@ class ArmRun:
         """Returns the outcomes of the finished arm for every item of every task."""
         self.progress.note(f"{self.planned.id} seed {self.seed}: evaluating")
         started = time.monotonic()
-        endpoint = evaluation.endpoint_of(self.config, together=spans_hosts(self.inputs.mesh))
+        trained = factors is not None
+        own = multihost.local(factors, self.inputs.mesh) if trained else None
+        hash_ = adapter_hash(own) if trained else ""
+        kept = Unfinished(self._files.unfinished, about=hash_)
+        together = spans_hosts(self.inputs.mesh)
+        endpoint = evaluation.endpoint_of(self.config, together, kept)
         base = self._language_model(None) if self.planned.arm.trains else None
         options = evaluation.options_of(self.config, endpoint, base)
-        outcome = evaluation.evaluate(self._language_model(factors), self.inputs.evals, options)
+        lm = self._language_model(factors)
+        outcome = evaluation.evaluate(lm, self.inputs.evals, options, kept)
         outcome["seconds"] = time.monotonic() - started
-        if factors is not None:
-            outcome[HASH] = adapter_hash(multihost.local(factors, self.inputs.mesh))
+        if trained:
+            outcome[HASH] = hash_
         return outcome
 
     def _check_outcome(self, outcome: dict) -> None:
@@ -353,7 +360,7 @@ class ArmRun:
         factors = state.server.factors
         here = adapter_hash(multihost.local(factors, self.inputs.mesh))
         multihost.first(
-            lambda: self._files.check_hash(outcome, done, self.config.rounds, found=here)
+            lambda: self._files.check_hash(outcome, done, self.config.rounds, here=here)
         )
         return factors
 

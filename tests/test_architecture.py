@@ -39,6 +39,7 @@ MAY_IMPORT = {
 # known first, as nothing may be trained on that is near it.
 STEPS = (
     "arms",
+    "unfinished",
     "evaluation",
     "read_files",
     "workdir",

@@ -9,7 +9,6 @@ packaged sets.
 """
 
 import json
-import os
 import pathlib
 import time
 
@@ -22,7 +21,7 @@ from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data import chat, template_check
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint
+from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint, EndpointError
 from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, load_items, select
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.pipeline.evaluation import evaluate, summarise, tasks
@@ -67,8 +66,10 @@ def options_of(values: flags.FlagValues) -> EvalOptions:
         raise UsageError("a judge is asked for: give both --judge_url and --judge_model.")
     endpoint = None
     if values.judge_url:
-        key = os.environ.get("OPENAI_API_KEY", "")
-        endpoint = ChatEndpoint(values.judge_url, values.judge_model, key)
+        try:
+            endpoint = ChatEndpoint.from_environment(values.judge_url, values.judge_model)
+        except EndpointError as error:
+            raise UsageError(f"--judge_url: {error}") from None
     return EvalOptions(
         max_new_tokens=values.max_new_tokens,
         max_length=values.max_length,

@@ -1,14 +1,13 @@
 """The tasks of a run: which ones, their items, outcomes of an arm, and the summary over seeds."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from fedsafe_jax import evals
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals.judges import ChatEndpoint
+from fedsafe_jax.evals.judges import ChatEndpoint, EndpointError
 from fedsafe_jax.evals.task import (
     HELDOUT,
     EvalOptions,
@@ -19,8 +18,10 @@ from fedsafe_jax.evals.task import (
     subset,
 )
 from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.pipeline.unfinished import Unfinished
 from fedsafe_jax.runtime import multihost
 
+STOPPED = "the first process has stopped; it says why."
 ROOMS: tuple[dict[str, Task], ...] = (evals.TASKS,)  # each room that has tasks
 
 
@@ -80,7 +81,7 @@ def options_of(
     )
 
 
-def endpoint_of(config: ConfigDict, together: bool) -> Callable | None:
+def endpoint_of(config: ConfigDict, together: bool, kept: Unfinished) -> Callable | None:
     """Returns the chat model that judges answers; None where the config names none.
 
     Only the first process asks it: in the others it is None, or waits for the first one's replies.
@@ -88,11 +89,12 @@ def endpoint_of(config: ConfigDict, together: bool) -> Callable | None:
     Args:
       config: config of the run.
       together: whether all processes generate together; see `_asked_by_first`.
+      kept: keeps the replies.
     """
     c = config.eval
     if not c.judge_url:
         return None
-    endpoint = ChatEndpoint(c.judge_url, c.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+    endpoint = kept.keeping(ChatEndpoint.from_environment(c.judge_url, c.judge_model))
     if together:
         return _asked_by_first(endpoint)
     return endpoint if multihost.is_primary() else None
@@ -106,19 +108,58 @@ def _asked_by_first(endpoint: Callable) -> Callable:
     """
 
     def ask(messages: Sequence[dict]) -> str:
-        reply = endpoint(messages) if multihost.is_primary() else ""
-        multihost.barrier("endpoint")
+        reply, failure = "", None
+        if multihost.is_primary():
+            try:
+                reply = endpoint(messages)
+            except EndpointError as error:
+                failure = error
+        if multihost.broadcast_bool(failure is not None):
+            raise failure or EndpointError(STOPPED)
         return reply
 
     return ask
 
 
-def evaluate(lm: LanguageModel, sets: Mapping[str, EvalSet], options: EvalOptions) -> dict:
-    """Runs every task on a model; returns the outcomes by the name of the set, ready for JSON."""
+def evaluate(
+    lm: LanguageModel,
+    sets: Mapping[str, EvalSet],
+    options: EvalOptions,
+    kept: Unfinished | None = None,
+) -> dict:
+    """Runs every task on a model.
+
+    Args:
+      lm: the model, under its adapter.
+      sets: the tasks with their items, by name.
+      options: sizes and judges.
+      kept: what an earlier process knew of this evaluation, whose tasks are not run again; it
+        receives what is known now, also where the judge does not answer. None to keep nothing.
+
+    Returns:
+      The outcomes by the name of the set, ready for JSON; {} in other processes than the first for
+      a task that is not run again.
+
+    Raises:
+      EndpointError: the judge does not answer.
+    """
     outcomes = {}
     for name, one in sets.items():
-        multihost.barrier("task")  # the processes may generate together
-        outcomes[name] = one.task.run(lm, one.items, options)
+        known = kept.outcomes.get(name) if kept else None
+        if multihost.broadcast_bool(known is not None):
+            outcomes[name] = known or {}
+            continue
+        failure = None
+        try:  # the processes may generate together
+            outcomes[name] = one.task.run(lm, one.items, options)
+        except EndpointError as error:
+            failure = error
+            if kept:
+                kept.write()
+        if multihost.broadcast_bool(failure is not None):
+            raise failure or EndpointError(STOPPED)
+        if kept:
+            kept.add(name, outcomes[name])
     return outcomes
 
 

@@ -70,6 +70,11 @@ class ArmFiles(NamedTuple):
         return run_files.arm_folder(self.workdir, "checkpoints", self.planned.folder, self.seed)
 
     @property
+    def unfinished(self) -> epath.Path:
+        """What is known of an evaluation that has not ended."""
+        return self._outcome.with_suffix(".unfinished.json")
+
+    @property
     def updates(self) -> ClientUpdates:
         """What clients sent in the rounds that are kept."""
         folder = run_files.arm_folder(self.workdir, "updates", self.planned.folder, self.seed)
@@ -93,19 +98,19 @@ class ArmFiles(NamedTuple):
             return None
         return outcome
 
-    def check_hash(self, outcome: dict, rounds_done: int, rounds: int, found: str) -> None:
+    def check_hash(self, outcome: dict, rounds_done: int, rounds: int, here: str) -> None:
         """Checks that outcomes are of the adapter that the newest checkpoint holds.
 
         Args:
           outcome: outcomes of the arm.
           rounds_done: rounds of the newest checkpoint.
           rounds: rounds of the run.
-          found: hash of its adapter.
+          here: hash of its adapter.
 
         Raises:
           WorkdirError: they are not, and nothing is written under their scores.
         """
-        if rounds_done == rounds and outcome[HASH] == found:
+        if rounds_done == rounds and outcome[HASH] == here:
             return
         newest = f"is of round {rounds_done}" if rounds_done else "is not there"
         problem = f"the newest checkpoint in {self.checkpoints} {newest}"
@@ -119,8 +124,11 @@ class ArmFiles(NamedTuple):
         )
 
     def write_outcome(self, outcome: dict) -> None:
-        """Writes the outcomes of an arm that is done."""
+        """Writes the outcomes of an arm that is done, in place of what was known of it before."""
         run_files.write_json(self._outcome, outcome)
+        if multihost.is_primary():
+            with whole_files.storage(self.unfinished, "cannot be removed"):
+                self.unfinished.unlink(missing_ok=True)
 
     def record(self, row: dict, cai_records: list[Record]) -> None:
         """Writes a round's row of metrics and records of CAI in place of older ones."""

@@ -13,6 +13,7 @@ from fedsafe_jax.data import named_templates, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.readers import EVALUATION_ONLY
+from fedsafe_jax.evals.judges import ChatEndpoint, EndpointError
 from fedsafe_jax.evals.task import TaskError, select
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.pipeline.arms import any_filter
@@ -77,6 +78,11 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
         check_override(f"eval.{known[0]}", default_config())
     if bool(c.judge_url) != bool(c.judge_model):
         raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
+    if c.judge_url:
+        try:
+            ChatEndpoint.from_environment(c.judge_url, c.judge_model)
+        except EndpointError as error:
+            raise ConfigError(f"eval.judge_url: {error}") from None
     try:
         chosen = select(c.tasks, tasks())
     except TaskError as error:

@@ -11,10 +11,14 @@ def one_line(error: BaseException) -> str:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Returns the exception types of storage that may answer later: one line, not wrong input."""
+    """Returns the exception types of what may answer later: one line, not wrong input.
+
+    A disk, a bucket, the endpoint of a judge: the same command goes on when it answers.
+    """
+    from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.whole_files import StorageError
 
-    return (StorageError,)
+    return (EndpointError, StorageError)
 
 
 def input_errors() -> tuple[type[Exception], ...]:
@@ -27,7 +31,6 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.data.chat_template import ChatTemplateError
     from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.data.partition import PartitionError
-    from fedsafe_jax.evals.judges import EndpointError
     from fedsafe_jax.evals.task import TaskError
     from fedsafe_jax.federated.registry import UnknownNameError
     from fedsafe_jax.filters.protocol import FilterError
@@ -37,10 +40,10 @@ def input_errors() -> tuple[type[Exception], ...]:
 
     data = ConstitutionError, PartitionError, SourceError, TaskError, WorkdirError
     return (
+        *storage_errors(),
         *data,
         ChatTemplateError,
         ClusterError,
-        EndpointError,
         FilterError,
         ModelError,
         TargetError,

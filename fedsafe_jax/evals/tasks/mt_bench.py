@@ -44,9 +44,12 @@ def load_questions(location: str, data_dir: str) -> list[list[str]]:
 
 
 def parse_rating(text: str) -> float | None:
-    """Returns the rating in `[[...]]`, or None where there is none from 1 to 10."""
-    match = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
-    rating = float(match.group(1)) if match else math.nan
+    """Returns the rating in the last `[[...]]`, or None where that is none from 1 to 10.
+
+    The last one is the verdict: what stands before it may be quoted from the question or answer.
+    """
+    given = re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", text)
+    rating = float(given[-1]) if given else math.nan
     return rating if LOWEST <= rating <= HIGHEST else None
 
 
@@ -106,8 +109,8 @@ def win_rate(
     def verdict(question, a, b):
         prompt = COMPARE.format(question=question, a=spoken(a), b=spoken(b))
         reply = judge([{"role": "user", "content": prompt}])
-        match = re.search(r"\[\[([ABC])\]\]", reply)
-        return {"A": 1.0, "B": 0.0}.get(match.group(1) if match else "C", 0.5)
+        given = re.findall(r"\[\[([ABC])\]\]", reply)  # the last one, as of ratings
+        return {"A": 1.0, "B": 0.0}.get(given[-1] if given else "C", 0.5)
 
     scores = []
     for question, ours, base in zip(questions, answers, base_answers, strict=True):
@@ -119,7 +122,7 @@ def win_rate(
 
 MT_BENCH = Task(
     name="mt_bench",
-    version=1,
+    version=2,
     title="MT-Bench questions",
     source="mt_bench/question.jsonl",
     columns=(Column("MT-Bench rating", "rating", "up", digits=2, unit=""),),

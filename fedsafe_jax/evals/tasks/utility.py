@@ -83,7 +83,7 @@ def values(outcome: dict, options: EvalOptions) -> dict[str, list[float]]:
 
 UTILITY = Task(
     name="utility",
-    version=1,
+    version=2,
     title="held-out answers",
     source=HELDOUT,
     columns=(
