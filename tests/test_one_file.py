@@ -92,7 +92,7 @@ def test_the_task_is_in_the_results_under_a_name_for_each_source(workdir):
     compared = {(d["arm"], d["reference"], d["task"], d["field"]) for d in results["differences"]}
     assert ("fl", "base", "toy_2", "spoken") in compared
     assert results["sources"]["toy_2"].endswith("#heldout")
-    assert results["versions"]["tasks"] == {"toy": 1, "toy_2": 1, "utility": 1}
+    assert results["versions"]["tasks"] == {"toy": 1, "toy_2": 1, "utility": 2}
     (row,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     assert row["eval"].keys() == {"toy", "toy_2", "utility"}
     # The server's step has the length of its learning rate, whatever the clients sent.
