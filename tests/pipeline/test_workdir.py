@@ -4,6 +4,7 @@ import pytest
 
 from fedsafe_jax.config import default_config
 from fedsafe_jax.pipeline import workdir
+from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.runtime import multihost, run_files
 
 
@@ -30,3 +31,17 @@ def test_all_hosts_wait_for_each_other_equally_often(tmp_path, monkeypatch, begu
         monkeypatch.setattr(multihost, "broadcast_bool", broadcast_bool)
         assert workdir.was_begun(default_config(), tmp_path, None) is begun
     assert waited[True] == waited[False]
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b"{}", b'{"arm": "fl"}', b"\xe4", b"[" * 100_000])
+def test_a_damaged_line_of_the_metrics_is_one_line(tmp_path, line):
+    planned = next(one for one in planned_arms(default_config()) if one.arm.trains)
+    files = workdir.ArmFiles(tmp_path, planned, 0)
+    row = {"arm": planned.id, "seed": 0, "round": 0}
+    files.record(row, [])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(run_files.WorkdirError, match=r"metrics\.jsonl") as error:
+        files.record(row | {"round": 1}, [])
+    assert "\n" not in str(error.value) and path.read_bytes() == before
