@@ -4,11 +4,17 @@ Every error of the storage is a `StorageError`, one line that names the file.
 """
 
 import contextlib
+import errno
+import glob
 import itertools
 import json
 import logging
 import math
 import os
+import pathlib
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -64,6 +70,62 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
     return folder
 
 
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a name to write to, in a folder beside a file that only its owner can enter.
+
+    Nobody can guess the folder's name, so no link can wait for the writer there. What a kill leaves
+    behind goes when the same file is written again.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        yield pathlib.Path(folder, path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced(path: epath.PathLike, private: bool = False) -> Iterator[pathlib.Path]:
+    """Gives an empty file to write to, which takes the place of `path` at the end of the block.
+
+    A kill or a loss of power leaves the old file or the new one. A link at `path` gives way, and is
+    not followed.
+
+    Args:
+      path: a local file, in a folder that exists.
+      private: lets nobody but the owner read the file; else the umask decides.
+
+    Raises:
+      OSError: the disk does not take it; the old file is still there.
+    """
+    path = pathlib.Path(path)
+    with _beside(path) as new:
+        # A new empty file tells the umask; `os.umask` would have to change it for all threads.
+        with open(new, "xb") as empty:
+            mode = 0o600 if private else stat.S_IMODE(os.fstat(empty.fileno()).st_mode)
+        yield new
+        os.chmod(new, mode)  # some writers put a file of their own in place of the empty one
+        _to_disk(new)  # else the rename may reach the disk before the content does
+        os.replace(new, path)
+        _to_disk(path.parent)
+
+
+def _to_disk(path: pathlib.Path) -> None:
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such call for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write(path: epath.PathLike, content: bytes, private: bool = False) -> None:
     """Writes a file such that a kill or a loss of power leaves the old file or the new one.
 
@@ -82,15 +144,46 @@ def write(path: epath.PathLike, content: bytes, private: bool = False) -> None:
         if "://" in os.fspath(path):  # an object appears whole, or not at all
             path.write_bytes(content)
             return
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            if private:  # before there is anything to read
-                os.fchmod(file.fileno(), 0o600)
+        with replaced(path, private) as new:
+            new.write_bytes(content)
+
+
+def create(path: epath.PathLike, content: bytes) -> bool:
+    """Writes a local file where there is none, whole from its first moment.
+
+    Args:
+      path: the file, in a folder that exists.
+      content: the whole content.
+
+    Returns:
+      False where there is one, or another process creates it at the same time.
+
+    Raises:
+      StorageError: the disk does not take it.
+    """
+    path = pathlib.Path(path)
+    with storage(path), _beside(path) as new:
+        new.write_bytes(content)
+        _to_disk(new)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return _create_plainly(path, content)
+    return True
+
+
+def _create_plainly(path: pathlib.Path, content: bytes) -> bool:
+    """Writes a file where there is none, on a disk that knows no second name of a file."""
+    try:
+        with open(path, "xb") as file:
             file.write(content)
-            file.flush()
-            # Else the rename may reach the disk before the content does.
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def read(path: epath.PathLike) -> bytes | None:

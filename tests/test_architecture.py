@@ -11,7 +11,7 @@ BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
 MAY_IMPORT = {
     "aot": SCIENCE | {"config", "pipeline"},
-    "models": set(),
+    "models": {"whole_files"},
     "data": set(),
     "config": set(),
     "whole_files": set(),

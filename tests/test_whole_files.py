@@ -2,7 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import resource
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -152,3 +155,105 @@ def test_files_get_the_mode_that_the_umask_asks_for(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_link_in_place_of_a_file_gives_way_and_is_not_followed(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "run" / "config.json"
+    victim.write_text("mine")
+    path.parent.mkdir()
+    for name in ("config.json", "config.json.tmp", ".config.json.tmp"):
+        path.with_name(name).symlink_to(victim)
+    (path.parent / ".config.json.aaaaaaaa.tmp").symlink_to(tmp_path)  # of a kill, it seems
+    whole_files.write(path, b"{}")
+    assert victim.read_text() == "mine" and not path.is_symlink()
+    assert path.read_bytes() == b"{}"
+
+
+def test_the_new_file_lies_where_nobody_else_can_enter_and_has_another_name_each_time(tmp_path):
+    path, seen = tmp_path / "a.json", set()
+    for _ in range(2):
+        with whole_files.replaced(path) as new:
+            assert new.parent.parent == tmp_path and new.parent.stat().st_mode & 0o777 == 0o700
+            new.write_text("{}")
+        seen.add(new)
+    assert len(seen) == 2 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_a_kill_left_behind_goes_with_the_next_writing(tmp_path):
+    path = tmp_path / "a.json"
+    for name in (".a.json.12345678.tmp", ".b.json.12345678.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name[1:7]).write_text("half of")
+    whole_files.write(path, b"{}")
+    assert sorted(os.listdir(tmp_path)) == [".b.json.12345678.tmp", "a.json"]
+
+
+def test_content_and_names_are_on_the_disk_before_a_writing_is_done(tmp_path, monkeypatch):
+    path, calls = tmp_path / "a.json", []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def replaced(old, new):
+        calls.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    whole_files.write(path, b"{}", private=True)
+    content, *rest = calls
+    assert content.endswith("/a.json") and rest == ["rename", str(tmp_path)]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("call", ["replace", "chmod"])
+def test_a_failing_rename_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+    path = tmp_path / "a.json"
+    whole_files.write(path, b"old")
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match="cannot be written"):
+        whole_files.write(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def _write_within(path, size, limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        whole_files.write(path, b"x" * size)
+    except StorageError as error:
+        sys.exit(str(error).count(str(path)) + 10)
+
+
+def test_a_file_larger_than_allowed_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    writer = multiprocessing.get_context("forkserver").Process(
+        target=_write_within, args=(path, 5000, 1000)
+    )
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 11  # one line that names the file
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_created_whole_and_by_one_alone(tmp_path, monkeypatch, links):
+    path = tmp_path / "owner.json"
+    if not links:  # as on FAT
+
+        def refuse(*args):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", refuse)
+    assert whole_files.create(path, b"first")
+    assert not whole_files.create(path, b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["owner.json"]
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert not whole_files.create(path, b"third") and not (tmp_path / "elsewhere").exists()

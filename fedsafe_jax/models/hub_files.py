@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.model_files import read_json, write_json
 
@@ -64,7 +65,8 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     _copy(source, folder, TOKENIZER_FILES + (TEMPLATE_FILES if same_template else ()))
     _mend(folder, tokenizer)
     if not same_template:
-        (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+        with whole_files.replaced(folder / TEMPLATE) as new:
+            new.write_text(tokenizer.chat_template, encoding="utf-8")
         path = folder / TOKENIZER_CONFIG
         content = read_json(path) if path.is_file() else {"tokenizer_class": FAST_CLASS}
         write_json(path, content | {"chat_template": tokenizer.chat_template})
@@ -160,7 +162,8 @@ def _copy(source: pathlib.Path, folder: pathlib.Path, patterns: tuple[str, ...])
             target = folder / path.relative_to(source)
             if path.resolve() != target.resolve():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                with whole_files.replaced(target) as new:
+                    shutil.copyfile(path, new)
 
 
 def _mend(folder: pathlib.Path, tokenizer: Any, written: bool = False) -> None:

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fedsafe_jax import whole_files
 from fedsafe_jax.models.decoder_config import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,7 +34,8 @@ def read_json(path: pathlib.Path) -> dict:
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes indented JSON with a final newline."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    with whole_files.replaced(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 class Tensors:

@@ -55,7 +55,7 @@ def write_adapter(adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
     lora.save_adapter(adapter, folder)
     base = base_model.loadable(adapter.base_model)
     card = model_card.for_library(card, "peft", base)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_card(folder, card)
 
 
 def write_merged(lm: LanguageModel, folder: epath.Path, card: str) -> None:
@@ -68,7 +68,12 @@ def write_merged(lm: LanguageModel, folder: epath.Path, card: str) -> None:
     """
     save_pretrained(lm, folder)
     card = model_card.for_library(card, "transformers")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_card(folder, card)
+
+
+def _write_card(folder: epath.Path, card: str) -> None:
+    with whole_files.replaced(folder / "README.md") as new:
+        new.write_text(card, encoding="utf-8")
 
 
 def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:

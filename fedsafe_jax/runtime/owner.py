@@ -160,13 +160,7 @@ def _create(path: epath.Path, content: dict) -> bool:
     if not _is_local(path):
         whole_files.write(path, encoded)
         return True
-    with whole_files.storage(path):
-        try:
-            with open(path, "xb") as file:
-                file.write(encoded)
-        except FileExistsError:
-            return False
-    return True
+    return whole_files.create(path, encoded)
 
 
 def _read(path: epath.Path) -> dict | None:
