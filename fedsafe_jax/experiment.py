@@ -43,6 +43,7 @@ from fedsafe_jax.runtime import (
     arm_secret,
     checkpoint,
     multihost,
+    own_folder,
     preemption,
     run_date,
     run_files,
@@ -79,6 +80,7 @@ def run(
     """
     validate(config)
     folder = epath.Path(workdir)
+    multihost.first(lambda: own_folder.claim_workdir(folder))
     config = config.copy_and_resolve_references()
     config.date = run_date.date_of(folder, config.date)
     # Before the model loads: whether the folder can be written to, and no other run does.

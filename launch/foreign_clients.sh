@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Loads exports in other installations: makes a venv for each version of transformers below FOLDER and
 # runs tests/test_foreign_clients.py against it. The environment of the tests needs torch and peft.
-# Usage: launch/foreign_clients.sh FOLDER [VERSION ...], such as: launch/foreign_clients.sh /tmp/foreign 4.57 5.23
+# Usage: launch/foreign_clients.sh FOLDER [VERSION ...], such as: launch/foreign_clients.sh runs/foreign 4.57 5.23
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { sed -n '4p' "$0" >&2; exit 2; }

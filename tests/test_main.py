@@ -229,15 +229,18 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
 
 
-def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
+def test_compiled_programs_are_kept_in_a_folder_of_the_user(tmp_path):
     code = f"""import jax
 from fedsafe_jax.runtime.libraries import prepare_libraries
-prepare_libraries({str(tmp_path)!r})
+prepare_libraries({str(tmp_path / "run")!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x @ x.T)(jax.numpy.ones((64, 64))).block_until_ready()"""
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "home")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
-    assert list((tmp_path / "compilation_cache").iterdir())
+    kept = tmp_path / "home" / "fedsafe_jax" / "programs"
+    assert list(kept.iterdir()) and kept.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "run").exists()  # a workdir may come from somebody else
 
 
 def test_dry_run_of_the_paper_counts_llama_8b():

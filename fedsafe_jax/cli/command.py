@@ -69,14 +69,19 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}."
 
 
-def check_folder(flag: str, folder: str) -> None:
+def check_folder(flag: str, folder: str, mode: int = 0o777) -> None:
     """Makes a folder for output before any compute; a bucket answers at the first write instead.
+
+    Args:
+      flag: name of the flag.
+      folder: what it says.
+      mode: mode of a new folder, of which the umask takes away.
 
     Raises:
       UsageError: it cannot be made or written to.
     """
     if "://" not in folder:
-        _check_written(f"--{flag}={folder}", pathlib.Path(folder))
+        _check_written(f"--{flag}={folder}", pathlib.Path(folder), mode)
 
 
 def check_file(flag: str, file: str) -> None:
@@ -90,9 +95,9 @@ def check_file(flag: str, file: str) -> None:
     _check_written(f"--{flag}={file}", pathlib.Path(file).parent)
 
 
-def _check_written(given: str, folder: pathlib.Path) -> None:
+def _check_written(given: str, folder: pathlib.Path, mode: int = 0o777) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         # A mode alone says little: root passes all of them, a read-only disk none.
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -11,6 +11,7 @@ from etils import epath
 from fedsafe_jax.cli.command import Command, Config, UsageError, check_folder
 from fedsafe_jax.cli.config_help import run_fields
 from fedsafe_jax.config import default_config
+from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate
 
@@ -29,7 +30,7 @@ def main(values: flags.FlagValues) -> None:
     """Prints the plan, or runs the experiment and prints where the report is."""
     config, workdir = values.config, values.workdir
     if not workdir and not config.dry_run:
-        raise UsageError("--workdir: give a folder for the run, such as --workdir=/tmp/demo")
+        raise UsageError("--workdir: give a folder for the run, such as --workdir=runs/demo")
     validate(config)
     from fedsafe_jax.federated.mesh import use_cores
 
@@ -39,7 +40,7 @@ def main(values: flags.FlagValues) -> None:
 
         print(dry_run.describe(config))
         return
-    check_folder("workdir", workdir)
+    check_folder("workdir", workdir, mode=own_folder.PRIVATE)
     prepare_libraries(workdir)
     from fedsafe_jax import experiment
     from fedsafe_jax.runtime import multihost, preemption

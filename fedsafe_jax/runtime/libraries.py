@@ -2,16 +2,17 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Mapping
 
 import jax
-from etils import epath
 from jax._src import xla_bridge
 
-from fedsafe_jax.runtime import cluster, devices, native_notes
+from fedsafe_jax.runtime import cluster, devices, native_notes, own_folder
+from fedsafe_jax.whole_files import WorkdirError
 
 
 def quiet_libraries() -> None:
@@ -57,19 +58,66 @@ def leave_out_absent_devices(
 
 
 def prepare_libraries(workdir: str) -> None:
-    """Silences libraries and keeps compiled programs in the workdir, for arms and resumed runs.
+    """Silences libraries and keeps compiled programs, for arms, resumed runs and other workdirs.
 
-    JAX_COMPILATION_CACHE_DIR takes precedence. The cache is set through `jax.config`: jax reads
-    its environment variables on import, and the package has imported jax by now.
+    They are kept in a folder of the user's own, `programs_folder`, and not in the workdir: compiled
+    programs are code, and a workdir may come from somebody else. A workdir in a bucket keeps them
+    there, for all hosts. JAX_COMPILATION_CACHE_DIR takes precedence, with a warning where others
+    may write to it. The cache is set through `jax.config`: jax reads its environment variables on
+    import, and the package has imported jax by now.
 
     Args:
       workdir: folder of the run.
     """
     quiet_libraries()
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = str(epath.Path(workdir).resolve() / "compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", cache)
+    given = jax.config.jax_compilation_cache_dir
+    if given is not None:
+        if (
+            "://" not in given
+            and os.path.isdir(given)
+            and (why := own_folder.why_not_private(given))
+        ):
+            logging.warning(
+                "JAX_COMPILATION_CACHE_DIR=%s: %s, and it holds programs that are run.", given, why
+            )
+        return
+    if "://" in workdir:
+        folder = f"{workdir.rstrip('/')}/compilation_cache"
+    else:
+        folder = programs_folder(os.environ)
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def programs_folder(environment: Mapping[str, str]) -> str:
+    """Returns the user's folder of compiled programs, created for the user alone if missing.
+
+    Args:
+      environment: environment variables by name; XDG_CACHE_HOME in place of `~/.cache`.
+
+    Returns:
+      `~/.cache/fedsafe_jax/programs`; "" with a warning where others may write to it, or where it
+      cannot be created: then each start compiles anew.
+    """
+    cache = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = pathlib.Path(cache, "fedsafe_jax", "programs")
+    try:
+        if not folder.is_absolute():
+            raise WorkdirError(f"{folder}: there is no home folder.")
+        own_folder.make_private(folder.parent)
+        own_folder.make_private(folder)
+        why = own_folder.why_not_private(folder)
+    except (OSError, WorkdirError) as error:
+        why = str(error)
+    if why:
+        logging.warning(
+            "Compiled programs are not kept: %s. Set JAX_COMPILATION_CACHE_DIR to a folder of your "
+            "own.",
+            why.rstrip("."),
+        )
+        return ""
+    return os.fspath(folder)
 
 
 def versions() -> dict[str, str]:
