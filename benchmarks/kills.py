@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py --folder=runs/kills [--kills=100] [--seed=0]
 
-Each chain is one run: it is killed with SIGKILL, the same command goes on and is killed at a later
-operation, and so on to its end. Then results.json, metrics.jsonl, the outcomes of the arms, what CAI
+Each chain is one run: killed with SIGKILL, gone on with by the same command, killed at a later
+operation, and so on to its end. Then results.json, metrics.jsonl, outcomes of the arms, what CAI
 recorded and every file of the export must be those of a run that nobody disturbed, to the bit, but
 for seconds. A process that ends by itself before its end must say why in one line. `kills.json` in
 the folder is written after each chain; the same command goes on after the last one.
@@ -35,7 +35,7 @@ RANDOM_PER_CHAIN = 3
 SETTINGS = (
     "rounds=2", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
     "batch_size=2", "seq_len=64", "filter.epochs=1", "filter.max_length=32",
-    "eval.tasks=('advbench','utility')", "eval.max_prompts=4", "eval.max_heldout=4",
+    "eval.tasks=('advbench','over_refusal')", "eval.max_prompts=4", "eval.max_heldout=4",
     "eval.max_new_tokens=4", "eval.batch_size=4", "cai.red_team_prompts=2", "cai.benign_prompts=1",
     "cai.steps=2", "cai.batch_size=2", "cai.pairs_per_step=1", "cai.replay_examples=4",
     "cai.max_new_tokens=8", "arms=('base','fl+filter+cai')", "keep_updates=True", "seeds=(0,)",
