@@ -1,11 +1,16 @@
 """Signals that end a run: SIGTERM on a preempted machine, SIGINT from Ctrl-C."""
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+AGAIN_S = 0.1  # after which a signal that was lost is sent again
 
 
 class Preempted(BaseException):
@@ -25,6 +30,7 @@ class Preempted(BaseException):
 class _Signals:
     def __init__(self):
         self.held, self.pending = 0, None
+        self.former_hook = sys.unraisablehook
 
     def handle(self, signum, frame):
         del frame
@@ -32,6 +38,15 @@ class _Signals:
             self.pending = signum
         else:
             raise Preempted(signum)
+
+    def unraisable(self, lost):
+        """Sends a signal again that came while Python ran a `__del__`, which drops exceptions."""
+        if isinstance(lost.exc_value, Preempted):
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), lost.exc_value.signum))
+            again.daemon = True
+            again.start()
+        else:
+            self.former_hook(lost)
 
 
 _signals = _Signals()
@@ -46,6 +61,8 @@ def listen() -> None:
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, _signals.handle)
     signal.signal(signal.SIGINT, _signals.handle)
+    if sys.unraisablehook != _signals.unraisable:
+        _signals.former_hook, sys.unraisablehook = sys.unraisablehook, _signals.unraisable
 
 
 def reached(step: int) -> None:
