@@ -3,7 +3,8 @@
 A second run in the same workdir is refused. The file has no lock, which buckets and network disks
 do not have: it is created where there is none, read back, and renewed every half minute. A run that
 was killed leaves it behind; the next run takes over at once where it can see that the process is
-gone, else ten minutes after the last sign of life. The processes of one run on several hosts have
+gone, else ten minutes after the last sign of life, when none has come for another minute. The
+processes of one run on several hosts have
 one owner, the first of them.
 """
 
@@ -28,6 +29,7 @@ from fedsafe_jax.whole_files import StorageError
 NAME = "owner.json"
 RENEWED_S = 30.0
 STALE_S = 600.0
+WATCHED_S = 2 * RENEWED_S  # clocks of hosts differ and jump: what is renewed meanwhile is alive
 SETTLED_S = 1.0  # two runs that start together have both written after this time
 
 
@@ -84,8 +86,8 @@ class Owner:
         for _ in range(3):  # a claim can lose against another one that takes over as well
             there = _read(self._path)
             if there is not None:
-                if not _is_gone(there):
-                    raise InUseError(_refusal(self._path, there))
+                if not _is_gone(there) and not self._stays_silent(there):
+                    raise InUseError(_refusal(self._path, _read(self._path) or there))
                 self._take_away(there)
             if not _create(self._path, self._content):
                 continue
@@ -95,6 +97,22 @@ class Owner:
             if _run_of(there) == self._content["run"]:
                 return
         raise InUseError(_refusal(self._path, there or {}))
+
+    def _stays_silent(self, there: dict) -> bool:
+        """Returns whether an owner that cannot be seen from here has ended, by its signs of life.
+
+        A clock alone does not decide: a run whose file changes while this one looks at it lives.
+        """
+        if _lives(there) or not _is_silent(there):
+            return False
+        logging.warning(
+            "%s is of a run on another host without a sign of life for long; it is taken over if "
+            "none comes within %.0f s.",
+            self._path,
+            WATCHED_S,
+        )
+        time.sleep(WATCHED_S)
+        return _read(self._path) in (there, None)
 
     def _take_away(self, stale: dict) -> None:
         """Removes the file of a run that is gone, unless another run has replaced it meanwhile."""
@@ -215,21 +233,40 @@ def _start_of(process: int) -> str:
     return "" if fields[0] == "Z" else fields[19]  # a zombie has ended
 
 
-def _is_gone(owner: dict) -> bool:
-    """Returns whether the run of an owner file has ended, as far as can be seen from here."""
+def _is_here(owner: dict) -> bool:
     here = _this_process()
-    same = owner.get("host") == here["host"] and owner.get("machine") == here["machine"]
-    if same and here["machine"] and owner.get("process_start"):
-        return _start_of(owner.get("process", 0)) != owner["process_start"]
-    if same and os.name == "posix" and not here["machine"]:
-        try:
-            os.kill(int(owner.get("process", 0)), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError, TypeError):
-            pass  # it is there, and another user's
+    return owner.get("host") == here["host"] and owner.get("machine") == here["machine"]
+
+
+def _is_gone(owner: dict) -> bool:
+    """Returns whether it can be seen from here that the run of an owner file has ended."""
+    if not _is_here(owner):
+        return False
+    if owner["machine"]:
+        started = owner.get("process_start")
+        return bool(started) and _start_of(owner.get("process", 0)) != started
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(int(owner.get("process", 0)), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, TypeError):
+        pass  # it is there, and another user's
+    return False
+
+
+def _lives(owner: dict) -> bool:
+    """Returns whether it can be seen from here that the process of an owner file is there."""
+    started = owner.get("process_start")
+    is_seen = bool(started) and _is_here(owner) and bool(owner["machine"])
+    return is_seen and _start_of(owner.get("process", 0)) == started
+
+
+def _is_silent(owner: dict) -> bool:
+    """Returns whether the last sign of life is old, by this host's clock."""
     beat = owner.get("heartbeat")
-    # Clocks of hosts differ; one that is far ahead is as silent as one that is far behind.
+    # One that is far ahead is as silent as one that is far behind.
     return not isinstance(beat, int | float) or abs(time.time() - beat) > STALE_S
 
 

@@ -23,6 +23,12 @@ class Bucket(MemoryFileSystem):
     pseudo_dirs = [""]
 
 
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    """A second at most for what would be a minute."""
+    monkeypatch.setattr(owner, "WATCHED_S", 0.05)
+
+
 @pytest.fixture(params=["disk", "bucket"])
 def workdir(request, tmp_path, monkeypatch):
     if request.param == "disk":
@@ -73,6 +79,47 @@ def test_another_hosts_run_is_stale_after_ten_minutes(workdir):
         with owned(workdir):
             assert written(workdir)["run"] not in ("another", left["run"])
         (workdir / "owner.json").write_text(json.dumps(left | {"host": "elsewhere"}))
+
+
+def test_a_clock_that_jumps_takes_no_workdir_from_a_run_that_lives(workdir, monkeypatch):
+    monkeypatch.setattr(owner, "RENEWED_S", 0.05)
+    monkeypatch.setattr(owner, "WATCHED_S", 0.5)
+    monkeypatch.setattr(owner, "_is_here", lambda there: False)  # as on another host
+    with owned(workdir) as first:
+        clock = time.time
+        for jump in (5000, -5000):
+            seen = iter([clock() + jump] * 3)  # of the second run, as it looks for the first time
+            silent = owner._is_silent
+
+            def jumped(there, seen=seen, silent=silent):
+                with monkeypatch.context() as patch:
+                    patch.setattr(time, "time", lambda: next(seen))
+                    return silent(there)
+
+            monkeypatch.setattr(owner, "_is_silent", jumped)
+            with pytest.raises(InUseError, match="is in use by process"):
+                Owner(workdir)
+            monkeypatch.setattr(owner, "_is_silent", silent)
+        first.check()
+
+
+def test_a_kill_within_the_claim_leaves_nothing_that_blocks(tmp_path, monkeypatch):
+    """The file is whole from its first moment: one that says nothing would be waited for."""
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*args):
+        raise KilledError
+
+    for call in ("link", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, kill)
+            with pytest.raises(KilledError):
+                Owner(epath.Path(tmp_path))
+        assert not (tmp_path / "owner.json").exists()
+    with owned(epath.Path(tmp_path)):
+        pass
 
 
 def _own_and_die(workdir):
@@ -131,6 +178,7 @@ def test_the_sign_of_life_is_renewed_and_a_take_over_noticed(tmp_path, monkeypat
 
 
 def _race(folder, ready, answers):
+    owner.WATCHED_S = 0.2
     ready.wait()
     try:
         Owner(epath.Path(folder))
