@@ -35,7 +35,7 @@ RANDOM_PER_CHAIN = 3
 SETTINGS = (
     "rounds=2", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
     "batch_size=2", "seq_len=64", "filter.epochs=1", "filter.max_length=32",
-    "eval.tasks=('advbench','over_refusal')", "eval.max_prompts=4", "eval.max_heldout=4",
+    "eval.max_prompts=4", "eval.max_heldout=4",
     "eval.max_new_tokens=4", "eval.batch_size=4", "cai.red_team_prompts=2", "cai.benign_prompts=1",
     "cai.steps=2", "cai.batch_size=2", "cai.pairs_per_step=1", "cai.replay_examples=4",
     "cai.max_new_tokens=8", "arms=('base','fl+filter+cai')", "keep_updates=True", "seeds=(0,)",

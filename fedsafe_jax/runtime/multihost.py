@@ -24,9 +24,15 @@ from fedsafe_jax.whole_files import StorageError, WorkdirError
 
 Result = TypeVar("Result")
 
-BARRIER_TIMEOUT_S = 24 * 3600  # how long a process waits for slower ones
+LOST_AFTER_S = 100  # without heartbeats a process counts as dead, and jax ends the others
+BARRIER_TIMEOUT_S = 4 * 3600  # how long a process waits for one that lives and does not come
+COMMAND_TIMEOUT_S = 24 * 3600  # the same, for a whole command that the first one does alone
 BROADCAST_BYTES = 256 << 20  # sent at once
 _barriers = itertools.count()
+
+
+class AbsentError(StorageError):
+    """Another process of the run has not come in time; the same command may go on later."""
 
 
 def join() -> None:
@@ -39,7 +45,7 @@ def join() -> None:
     arguments = cluster.arguments(os.environ, cluster.on_tpu_vm())
     if arguments is not None:
         try:
-            jax.distributed.initialize(**arguments)
+            jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=LOST_AFTER_S)
         except ValueError as error:  # what jax says of settings; lost connections are no ValueError
             raise ClusterError(
                 f"the other processes are not found ({error}); set JAX_COORDINATOR_ADDRESS, "
@@ -68,22 +74,36 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, timeout_s: float | None = None) -> None:
     """Blocks until every process reaches this barrier.
 
     A collective over devices times out after half a minute on CPU, less than the time by which
     processes may differ after work that each does alone. Hence a barrier comes before collectives.
-    A process that died is noticed by its missing heartbeats.
+    A process that died is noticed by its missing heartbeats: jax then aborts the others, within
+    two minutes and with its own message.
 
     Args:
       name: name of the barrier, the same in all processes.
+      timeout_s: how long to wait; None for `BARRIER_TIMEOUT_S`.
+
+    Raises:
+      AbsentError: a process has not come in this time.
     """
     if jax.process_count() > 1:
         check_joined()
         import orbax.checkpoint as ocp  # a second to import, which few runs need
 
         wait = ocp.multihost.get_barrier_sync_fn()
-        wait(key=f"{name}_{next(_barriers)}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
+        timeout_s = timeout_s or BARRIER_TIMEOUT_S
+        try:
+            wait(key=f"{name}_{next(_barriers)}", timeout_ms=int(timeout_s * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise AbsentError(
+                f"process {jax.process_index()} waited at '{name}' for processes that did not come "
+                f"within {timeout_s:.0f} s, or have ended: {reason:.300}. Start the same command "
+                "again on every host."
+            ) from error
 
 
 def on_first(work: Callable[[], None], name: str) -> None:
@@ -98,7 +118,7 @@ def on_first(work: Callable[[], None], name: str) -> None:
     join()
     if is_primary():
         work()
-    barrier(name)
+    barrier(name, COMMAND_TIMEOUT_S)
 
 
 def first(work: Callable[[], Result]) -> Result | None:
