@@ -15,7 +15,8 @@ import pathlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -279,12 +280,15 @@ def read_json(path: epath.PathLike, rename: bool = True) -> Any:
         return None
 
 
-def parse_lines(content: bytes, path: epath.PathLike) -> tuple[list[dict], str]:
+def parse_lines(
+    content: bytes, path: epath.PathLike, fields: Mapping[str, type] = types.MappingProxyType({})
+) -> tuple[list[dict], str]:
     r"""Parses JSON lines, split at "\n" alone: other separators of lines are text of a string.
 
     Args:
       content: content of the file.
       path: name of the file, for messages.
+      fields: what each row must have, with the type of its value.
 
     Returns:
       `(rows, what is wrong with the last line)`; "" for nothing. A last line that was cut off,
@@ -300,6 +304,11 @@ def parse_lines(content: bytes, path: epath.PathLike) -> tuple[list[dict], str]:
             row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {row!r:.40}")
+            for name, kind in fields.items():
+                if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
+                    raise ValueError(
+                        f"{name}: expected {kind.__name__}, found {row.get(name)!r:.40}"
+                    )
         except (ValueError, RecursionError) as error:
             if number == lines[-1][0] and not content.endswith(b"\n"):
                 return rows, f"line {number} is cut off ({error})"

@@ -257,3 +257,35 @@ def test_a_file_is_created_whole_and_by_one_alone(tmp_path, monkeypatch, links):
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
     assert not whole_files.create(path, b"third") and not (tmp_path / "elsewhere").exists()
+
+
+DEEP = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"null", b"{}", b'"\xe9"', b'{"arm": "fl", "seed": 0}', DEEP]
+    + [b'{"arm": "fl", "seed": "0", "round": 1}', b'{"arm": "fl", "seed": 0, "round": true}'],
+)
+def test_a_row_that_is_of_no_round_is_named(tmp_path, line):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    whole = b'{"arm": "fl", "seed": 0, "round": 0}\n'
+    path.write_bytes(whole + line + b"\n" + whole)
+    fields = run_files.OF_A_ROUND
+    for work in (
+        lambda: run_files.read_lines(path, fields),
+        lambda: run_files.replace_lines(path, lambda row: row["round"] > 0, [], fields=fields),
+    ):
+        with pytest.raises(WorkdirError, match="metrics.jsonl line 2 is damaged"):
+            work()
+    path.write_bytes(whole)
+    assert len(run_files.read_lines(path, fields)) == 1
+
+
+def test_json_that_is_nested_without_end_is_damaged(tmp_path):
+    (tmp_path / "a.json").write_bytes(DEEP)
+    assert whole_files.read_json(tmp_path / "a.json") is None
+    assert (tmp_path / "a.json.damaged").is_file()
+    (tmp_path / "config.json").write_bytes(DEEP)
+    with pytest.raises(WorkdirError, match="config.json is damaged"):
+        run_files.check_config(epath.Path(tmp_path), {"a": 1})

@@ -153,7 +153,7 @@ class ConstitutionalStage:
         if self._past is None:
             self._past = []
             for path in sorted(self.folder.glob("round_*.jsonl")):
-                for row in filter(self.mine, run_files.read_lines(path)):
+                for row in filter(self.mine, run_files.read_lines(path, run_files.OF_A_ROUND)):
                     if row["round"] < t:  # later ones are of rounds that are repeated now
                         self._past.append((row["round"], from_row(row)))
         return [record for _, record in self._past]

@@ -139,11 +139,13 @@ class ArmFiles(NamedTuple):
                 self.workdir / "cai" / f"round_{t:03d}.jsonl",
                 self.is_mine,
                 [key | to_row(r) for r in cai_records],
+                fields=run_files.OF_A_ROUND,
             )
         run_files.replace_lines(
             self.workdir / "metrics.jsonl",
             lambda old: self.is_mine(old) and old["round"] >= t,
             [row],
+            fields=run_files.OF_A_ROUND,
         )
 
     def is_mine(self, row: dict) -> bool:

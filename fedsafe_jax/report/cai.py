@@ -79,7 +79,7 @@ def _pairs(run: RunData) -> list[tuple[str, str, str]]:
     """
     pairs: list[tuple[str, str, str]] = []
     for path in sorted((run.workdir / "cai").glob("round_*.jsonl")):
-        for row in run_files.read_lines(path):
+        for row in run_files.read_lines(path, run_files.OF_A_ROUND):
             pair = (_asked(row), row["initial"], row["revision"])
             if row["preferred"] and pair not in pairs:
                 pairs.append(pair)

@@ -54,7 +54,7 @@ def write(
         results=results,
         outcomes=outcomes,
         sets=sets,
-        rows=run_files.read_lines(workdir / "metrics.jsonl"),
+        rows=run_files.read_lines(workdir / "metrics.jsonl", run_files.OF_A_ROUND),
     )
     shown = [section for part in PARTS for section in part.sections(run)]
     text = render("page.html", title=TITLE, sections=shown)

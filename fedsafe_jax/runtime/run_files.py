@@ -5,7 +5,8 @@ Only the primary process writes; in any other process a write does nothing.
 
 import json
 import logging
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -15,6 +16,7 @@ from fedsafe_jax.runtime import multihost
 from fedsafe_jax.whole_files import StorageError, WorkdirError
 
 __all__ = [
+    "OF_A_ROUND",
     "StorageError",
     "WorkdirError",
     "arm_folder",
@@ -25,6 +27,10 @@ __all__ = [
     "replace_lines",
     "write_json",
 ]
+
+
+NO_FIELDS: Mapping[str, type] = types.MappingProxyType({})
+OF_A_ROUND: Mapping[str, type] = types.MappingProxyType({"arm": str, "seed": int, "round": int})
 
 
 def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Path:
@@ -49,22 +55,31 @@ def write_json(path: epath.Path, content: Any) -> None:
         whole_files.write(path, whole_files.to_json(content, indent=1) + b"\n")
 
 
-def read_lines(path: epath.Path) -> list[dict]:
+def read_lines(path: epath.Path, fields: Mapping[str, type] = NO_FIELDS) -> list[dict]:
     """Reads the rows of a JSONL file; without the file there are none.
 
     A last line that was cut off is skipped, with a warning.
+
+    Args:
+      path: the file.
+      fields: what each row must have, such as `OF_A_ROUND`.
 
     Raises:
       WorkdirError: another line is damaged.
       StorageError: the storage does not give the file.
     """
-    rows, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path)
+    rows, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path, fields)
     if wrong:
         logging.warning("%s: %s, and is left out", path, wrong)
     return rows
 
 
-def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[dict]) -> None:
+def replace_lines(
+    path: epath.Path,
+    stale: Callable[[dict], bool],
+    rows: list[dict],
+    fields: Mapping[str, type] = NO_FIELDS,
+) -> None:
     """Drops stale rows of a JSONL file and appends new ones, atomically.
 
     A file whose last line was cut off stays beside the new one, as `NAME.damaged`.
@@ -73,6 +88,7 @@ def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[di
       path: the file, created if missing.
       stale: whether a row is to be dropped.
       rows: new rows.
+      fields: what each old row must have, such as `OF_A_ROUND`.
 
     Raises:
       WorkdirError: another line is damaged; nothing is changed.
@@ -80,7 +96,7 @@ def replace_lines(path: epath.Path, stale: Callable[[dict], bool], rows: list[di
     """
     if not multihost.is_primary():
         return
-    old, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path)
+    old, wrong = whole_files.parse_lines(whole_files.read(path) or b"", path, fields)
     if wrong:
         whole_files.set_aside(path, wrong, keep=True)
     kept = [row for row in old if not stale(row)]
@@ -108,7 +124,10 @@ def read_config(workdir: epath.Path) -> dict | None:
     content = whole_files.read(workdir / "config.json")
     if content is None:
         return None
-    stored = json.loads(content.decode("utf-8"))
+    try:
+        stored = json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
     if not isinstance(stored, dict):
         raise ValueError(f"expected an object, found {stored!r:.40}")
     return stored
