@@ -1,4 +1,4 @@
-"""Folders to which nobody else may write: that of a run, and that of compiled programs.
+"""Folders of a user's own: that of a run, and that of compiled programs.
 
 Who may write to a run's folder can change its checkpoints, plant links that the run writes through,
 and read answers to harmful prompts. Who may write to compiled programs runs code as this user.
@@ -72,7 +72,7 @@ def make_private(folder: epath.PathLike) -> pathlib.Path:
 
 
 def why_not_private(folder: epath.PathLike) -> str:
-    """Says why others may write to a local folder that exists; "" where nobody else may.
+    """Returns the reason for which a local folder is open to others; "" where it is not.
 
     Raises:
       OSError: the folder cannot be read.
