@@ -18,6 +18,7 @@ met at random moments.
 import argparse
 import collections
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -30,8 +31,8 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-PER_CHAIN = 10
-RANDOM_PER_CHAIN = 3
+PER_CHAIN = 6
+RANDOM_PER_CHAIN = 2
 SETTINGS = (
     "rounds=2", "num_clients=4", "clients_per_round=2", "examples_per_client=20", "local_steps=2",
     "batch_size=2", "seq_len=64", "filter.epochs=1", "filter.max_length=32",
@@ -197,7 +198,8 @@ def run_chain(folder: pathlib.Path, chain: int, seed: int, straight: dict) -> di
     shutil.rmtree(workdir, ignore_errors=True)
     deaths, lines, faults = [], [], []
     for target in plan(straight["operations"], chain, seed):
-        after = 0.0 if target else rng.uniform(0.2, straight["seconds"])
+        print(target or "a random moment", flush=True)
+        after = 0.0 if target else rng.uniform(0.2, straight["seconds"] / 2)
         done = run(workdir, target or "", after)
         if done["ended"] == "killed":
             phase = phase_of(target.split(" ", 1)[1]) if target else "random"
@@ -223,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--chains", type=int, default=0, help="ends after so many; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     values = parser.parse_args()
     folder, record = values.folder.resolve(), values.folder.resolve() / "kills.json"
@@ -241,7 +244,10 @@ def main() -> None:
         record.write_text(json.dumps(known, indent=1))
     operations = known["straight"]["operations"]
     print(f"{len(operations)} operations, {known['straight']['seconds']:.1f} s undisturbed")
+    until = len(known["chains"]) + values.chains if values.chains else math.inf
     while sum(len(chain["deaths"]) for chain in known["chains"]) < values.kills:
+        if len(known["chains"]) >= until:
+            break
         number = len(known["chains"])
         known["chains"].append(run_chain(folder, number, values.seed, known["straight"]))
         new = record.with_suffix(".new")
