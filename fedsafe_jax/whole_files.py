@@ -75,12 +75,8 @@ def make_folder(folder: epath.PathLike) -> epath.Path:
 def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a name to write to, in a folder beside a file that only its owner can enter.
 
-    Nobody can guess the folder's name, so no link can wait for the writer there. What a kill leaves
-    behind goes when the same file is written again.
+    Nobody can guess the folder's name, so no link can wait for the writer there.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
     folder = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         yield pathlib.Path(folder, path.name)
@@ -88,12 +84,26 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_left(folder: pathlib.Path, name: str = "", but: str = "") -> None:
+    """Removes what killed writers have left in a folder.
+
+    Args:
+      folder: a local folder.
+      name: the file that they wrote; "" for any.
+      but: one that is left alone.
+    """
+    for left in folder.glob(f".{glob.escape(name) or '*'}.{'[a-z0-9_]' * 8}.tmp"):
+        of_other = but and left.name.startswith(f".{but}.")
+        if left.is_dir() and not left.is_symlink() and not of_other:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replaced(path: epath.PathLike, private: bool = False) -> Iterator[pathlib.Path]:
     """Gives an empty file to write to, which takes the place of `path` at the end of the block.
 
-    A kill or a loss of power leaves the old file or the new one. A link at `path` gives way, and is
-    not followed.
+    A kill or a loss of power leaves the old file or the new one, and what is left of a new one goes
+    with the next writing. A link at `path` gives way, and is not followed.
 
     Args:
       path: a local file, in a folder that exists.
@@ -103,6 +113,7 @@ def replaced(path: epath.PathLike, private: bool = False) -> Iterator[pathlib.Pa
       OSError: the disk does not take it; the old file is still there.
     """
     path = pathlib.Path(path)
+    remove_left(path.parent, path.name)
     with _beside(path) as new:
         # A new empty file tells the umask; `os.umask` would have to change it for all threads.
         with open(new, "xb") as empty:

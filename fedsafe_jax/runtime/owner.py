@@ -95,8 +95,15 @@ class Owner:
                 time.sleep(SETTLED_S)
             there = _read(self._path)
             if _run_of(there) == self._content["run"]:
+                self._remove_left()
                 return
         raise InUseError(_refusal(self._path, there or {}))
+
+    def _remove_left(self) -> None:
+        """Removes what a killed run left half-written; another one may be looking at `NAME` now."""
+        if _is_local(self._path):
+            for folder, _, _ in os.walk(self._path.parent):
+                whole_files.remove_left(pathlib.Path(folder), but=NAME)
 
     def _stays_silent(self, there: dict) -> bool:
         """Returns whether an owner that cannot be seen from here has ended, by its signs of life.

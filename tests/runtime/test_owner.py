@@ -122,6 +122,16 @@ def test_a_kill_within_the_claim_leaves_nothing_that_blocks(tmp_path, monkeypatc
         pass
 
 
+def test_what_a_killed_run_left_half_written_goes_when_the_next_one_has_the_workdir(tmp_path):
+    left = [".inputs.json.abcd_123.tmp", "arms/.fl.json.abcd1234.tmp", "arms/.mine.tmp"]
+    for name in (*left, ".owner.json.abcd1234.tmp"):  # of a run that looks at the same moment
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "half").write_text("{")
+    with owned(epath.Path(tmp_path)):
+        there = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.tmp")]
+    assert sorted(there) == [".owner.json.abcd1234.tmp", "arms/.mine.tmp"]
+
+
 def _own_and_die(workdir):
     Owner(epath.Path(workdir))
     os._exit(9)
