@@ -174,3 +174,26 @@ def test_a_workdir_below_a_file_is_one_line(tmp_path):
     for name in ("a", "a/b"):
         with pytest.raises(WorkdirError, match="is a file, or lies below one"):
             own_folder.claim_workdir(tmp_path / name)
+
+
+def test_a_run_stops_before_it_reads_anything(tmp_path, monkeypatch):
+    """Nothing is computed, and nothing written, beside what is refused."""
+    from fedsafe_jax import experiment
+    from fedsafe_jax.config import default_config
+
+    def reads(config):
+        raise AssertionError("the inputs were read")
+
+    monkeypatch.setattr(experiment, "validate", lambda config: None)
+    monkeypatch.setattr(experiment, "load_inputs", reads)
+    (tmp_path / "elsewhere").mkdir()
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "cai").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkdirError, match="out of the folder of the run"):
+        experiment.run(default_config(), str(workdir))
+    (workdir / "cai").unlink()
+    workdir.chmod(0o777)
+    with pytest.raises(WorkdirError, match="anybody may write"):
+        experiment.run(default_config(), str(workdir))
+    assert not os.listdir(workdir) and not os.listdir(tmp_path / "elsewhere")
