@@ -62,7 +62,7 @@ def phase_of(name: str) -> str:
     return next((phase for phase, pattern in PHASES if re.search(pattern, name)), "other")
 
 
-def _watch(workdir: pathlib.Path, target: str, log: str) -> None:
+def watch(workdir: pathlib.Path, target: str, log: str) -> None:
     """Kills this process at the operation `target`, or writes all operations to a log."""
     file, pid, counts = open(log, "a") if log else None, os.getpid(), collections.Counter()
     prefix = str(workdir.resolve())
@@ -113,7 +113,7 @@ def _child(workdir: str, target: str, log: str, stderr: str) -> None:
     flags = [f"--config.{setting}" for setting in SETTINGS]
     sys.argv = ["fedsafe_jax.main", "--config=configs/demo.py", f"--workdir={workdir}", *flags]
     if target or log:
-        _watch(pathlib.Path(workdir), target, log)
+        watch(pathlib.Path(workdir), target, log)
     runpy.run_module("fedsafe_jax.main", run_name="__main__")
 
 

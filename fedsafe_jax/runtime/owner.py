@@ -75,6 +75,8 @@ class Owner:
         self._thread.join(timeout=10.0)
         try:
             if _run_of(_read(self._path)) == self._content["run"]:
+                if _is_local(self._path):  # while this run has it, no other one is claiming it
+                    whole_files.remove_left(pathlib.Path(self._path.parent), NAME)
                 with whole_files.storage(self._path, "cannot be removed"):
                     self._path.unlink(missing_ok=True)
         except StorageError as error:

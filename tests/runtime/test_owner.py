@@ -130,6 +130,7 @@ def test_what_a_killed_run_left_half_written_goes_when_the_next_one_has_the_work
     with owned(epath.Path(tmp_path)):
         there = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.tmp")]
     assert sorted(there) == [".owner.json.abcd1234.tmp", "arms/.mine.tmp"]
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == [".mine.tmp"]
 
 
 def _own_and_die(workdir):
