@@ -44,7 +44,7 @@ SETTINGS = (
 )  # fmt: skip
 OPERATIONS = "os.rename os.remove os.mkdir os.rmdir os.link os.chmod".split()
 PHASES = (  # of an operation, by the first part of the name that matches
-    ("start", r"owner\.json|config\.json|inputs\.json|^$"),
+    ("start", r"^\.?(owner|config|inputs)\.json|^ "),
     ("scores", r"filter_scores"),
     ("updates", r"updates"),
     ("checkpoint", r"checkpoints"),

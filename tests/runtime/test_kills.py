@@ -1,7 +1,7 @@
 """A run's files are killed at each operation on them, and the same bits come out.
 
-`benchmarks/kills.py` does the same to whole runs; here only files are written, so that operations of
-every kind can be the last one.
+`benchmarks/kills.py` does the same to whole runs; here only files are written, so that kinds of
+operation are met that are rare there.
 """
 
 import importlib.util
