@@ -33,6 +33,7 @@ from fedsafe_jax.models.cache import unrolls, unstack
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS
 from fedsafe_jax.models.sharding import CLIENTS, MODEL
+from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 from fedsafe_jax.pipeline import rounds
 from fedsafe_jax.pipeline.revision_rows import read_recipe
 from fedsafe_jax.random_streams import Purpose
@@ -218,10 +219,8 @@ def constitutional(run: Run) -> Iterator[Program]:
     shape = dataclasses.replace(run.shape, mesh=mesh)
     recipe = read_recipe(c)
     init, step = cai_train.make_step(Decoder(shape, run.lora.scale), recipe)
-    from transformers import AutoTokenizer
-
     # Words of one token each; the packaged tokenizer is at hand whatever the model is.
-    tokenizer = AutoTokenizer.from_pretrained(model_folder("package:model"))
+    tokenizer = read_tokenizer(model_folder("package:model"))
 
     def text(count: int) -> str:
         return " ".join(["water"] * max(1, count))

@@ -113,13 +113,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     Raises:
       FilterError: the config names a filter that cannot be trained.
     """
-    from transformers import AutoTokenizer
-
     from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.kinds import FILTER_KINDS
     from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
+    from fedsafe_jax.models.tokenizer_loading import read_tokenizer
     from fedsafe_jax.pipeline import filtering
     from fedsafe_jax.runtime import devices
     from fedsafe_jax.runtime.run_files import write_json
@@ -127,7 +126,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     if FILTER_KINDS[config.kind].make is None:
         raise FilterError(f"filter.kind='{config.kind}' is no filter that could be trained.")
     pairs, held, counts = read(config)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(config.tokenizer))
+    tokenizer = read_tokenizer(model_folder(config.tokenizer))
     targets = lora.expand_targets(config.lora_targets)
     mesh = make_mesh(model_parallel=config.model_parallel)
     devices.announce()

@@ -28,6 +28,7 @@ from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub import read_json
 from fedsafe_jax.models.hub_files import save_tokenizer
 from fedsafe_jax.models.tensor_files import save_file
+from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
@@ -231,8 +232,6 @@ def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierF
       content: the content of `filter.json`.
       decision: calibration and threshold.
     """
-    from transformers import AutoTokenizer
-
     # JSON has no tuples, and a config with lists could not be hashed for `jit`.
     shape = {k: tuple(v) if isinstance(v, list) else v for k, v in content["encoder"].items()}
     params: dict = {}
@@ -245,7 +244,7 @@ def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierF
     return ClassifierFilter(
         EncoderConfig(**shape),
         params,
-        AutoTokenizer.from_pretrained(folder),
+        read_tokenizer(folder),
         max_length=int(content["max_length"]),
         decision=decision,
         unsafe_classes=tuple(content["unsafe_classes"]),

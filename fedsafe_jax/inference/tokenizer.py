@@ -8,6 +8,7 @@ from typing import Any
 from fedsafe_jax.data import chat_template, named_templates
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.models import hub
+from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 
 PROBE = (("user", "Hi"),)
 
@@ -30,14 +31,7 @@ def load_tokenizer(
     Raises:
       ModelError: there is no tokenizer, or no chat template that renders a dialogue.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise hub.ModelError(
-            f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
-        ) from error
+    tokenizer = read_tokenizer(folder)
     if not getattr(tokenizer, "is_fast", False):
         raise hub.ModelError(
             f"{folder}: the tokenizer cannot say where its tokens stand in a text, which tells the "

@@ -13,6 +13,7 @@ from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub_files import check_vocabulary
 from fedsafe_jax.models.model_files import Tensors, read_json
+from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 from fedsafe_jax.random_streams import Purpose
 
 if TYPE_CHECKING:
@@ -231,15 +232,8 @@ def load_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> "PreTrainedTo
     Raises:
       ModelError: none that can be loaded, or one with tokens that the embedding has no row for.
     """
-    from transformers import AutoTokenizer
-
     folder = pathlib.Path(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: no tokenizer could be loaded; the folder needs a tokenizer.json."
-        ) from error
+    tokenizer = read_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, where=folder)
     return tokenizer
 

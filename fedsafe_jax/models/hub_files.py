@@ -14,6 +14,7 @@ from typing import Any
 from fedsafe_jax import whole_files
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.model_files import read_json, write_json
+from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -128,13 +129,11 @@ def unreachable_tokens(tokenizer: Any) -> set[str]:
 
 def _reloaded(source: pathlib.Path) -> Any:
     """The tokenizer of a folder as it is on disk; None where there is none any more."""
-    from transformers import AutoTokenizer
-
     if not any((source / name).is_file() for name in ("tokenizer.json", TOKENIZER_CONFIG)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+        return read_tokenizer(source)
+    except ModelError:
         return None
 
 
