@@ -38,7 +38,11 @@ DIALOGUE = (
     "{%- endif -%}"
 )
 
-_NEXT_TURN = re.compile(r"\n\s*(?:Human|Assistant|(?:Critique|Revision)(?:Request)?):")
+# White space is read once, from where it begins: at each of its line breaks anew, a text of line
+# breaks alone would take a time that grows as its square.
+_NEXT_TURN = re.compile(
+    r"(?<!\s)(?=[^\S\n]*+\n)\s++(?:Human|Assistant|(?:Critique|Revision)(?:Request)?):"
+)
 _LABEL = (
     r"(?:Critique|Revision|(?:[Tt]he )?[Rr]evised (?:[Rr]esponse|[Aa]nswer|[Vv]ersion)[^\n:]{0,40})"
 )

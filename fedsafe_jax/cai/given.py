@@ -14,13 +14,15 @@ from fedsafe_jax.data import sources
 from fedsafe_jax.data.dialogue_rows import turns_of
 from fedsafe_jax.data.examples import SAFE, Example, SourceError
 from fedsafe_jax.data.row_fields import text_of
+from fedsafe_jax.data.text_files import shorten
 
 FORMS = "{prompt, initial, revision} or DeRTa's {prefix, text, safe}"
 NO_SAFE_ANSWER = "no safe answer"  # why a harmful answer alone teaches nothing
 # How DeRTa writes a request; in the second form words of a harmful answer may follow it.
 ALPACA = re.compile(r"### Instruction:\n(.*?)\n\n### Response:(.*)", re.DOTALL)
 LLAMA = re.compile(r"\[INST\](.*?)\[\\?/?INST\](.*)", re.DOTALL)
-END_TOKENS = re.compile(r"(\s*(<\|[a-z_]+\|>|</s>))+\s*$")
+# End tokens such as "<|eot_id|>" and "</s>", each written backwards.
+_ENDS_BACKWARDS = re.compile(r"\s*+(?:(?:>\|[a-z_]++\|<|>s/<)\s*+)*+")
 LABELS = {"true": True, "false": False}
 
 
@@ -44,32 +46,52 @@ def read(locations: Sequence[str], data_dir: str) -> list[Record]:
     """
     records: list[Record] = []
     for location in locations:
-        labelled: dict[str, dict[str, str]] = {}
-        for place, row in sources.read_rows(location, data_dir):
-            if not isinstance(row, dict):
-                raise SourceError(f"{place}: expected an object, {FORMS}.")
-            if "revision" in row:
-                records.append(_record(place, row))
-            elif "safe" in row and "text" in row:
-                request, begun = _request(place, row)
-                answer = END_TOKENS.sub("", _text(place, row, "text")).strip()
-                label = LABELS.get(str(row["safe"]).strip().lower())
-                if label is None:  # the safe answer itself
-                    safe = END_TOKENS.sub("", _text(place, row, "safe")).strip()
-                    records.append(_mended(request, answer, safe))
-                else:
-                    answers = labelled.setdefault(request, {})
-                    answers.setdefault("harmful" if label else "safe", answer)
-                    if begun:
-                        answers.setdefault("begun", begun)
-            else:
-                raise SourceError(f"{place}: expected {FORMS}; it has {sorted(map(str, row))}.")
-        for request, answers in labelled.items():
-            harmful = answers.get("harmful") or answers.get("begun", "")
-            records.append(_mended(request, harmful, answers.get("safe", "")))
+        rows = sources.read_rows(location, data_dir)
+        with sources.quoting_no_other_file(location, data_dir):
+            records += _records(rows)
     if not any(not record.dropped for record in records):
         raise SourceError(f"cai.records={tuple(locations)}: no row has a revision to train on.")
     return records
+
+
+def _records(rows: Sequence[tuple[str, dict]]) -> list[Record]:
+    """The records of a file's rows."""
+    records: list[Record] = []
+    labelled: dict[str, dict[str, str]] = {}
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise SourceError(f"{place}: expected an object, {FORMS}.")
+        if "revision" in row:
+            records.append(_record(place, row))
+        elif "safe" in row and "text" in row:
+            request, begun = _request(place, row)
+            answer = without_end_tokens(_text(place, row, "text")).strip()
+            label = LABELS.get(str(row["safe"]).strip().lower())
+            if label is None:  # the safe answer itself
+                safe = without_end_tokens(_text(place, row, "safe")).strip()
+                records.append(_mended(request, answer, safe))
+            else:
+                answers = labelled.setdefault(request, {})
+                answers.setdefault("harmful" if label else "safe", answer)
+                if begun:
+                    answers.setdefault("begun", begun)
+        else:
+            names = shorten(sorted(map(str, row)), 200)
+            raise SourceError(f"{place}: expected {FORMS}; it has {names}.")
+    for request, answers in labelled.items():
+        harmful = answers.get("harmful") or answers.get("begun", "")
+        records.append(_mended(request, harmful, answers.get("safe", "")))
+    return records
+
+
+def without_end_tokens(text: str) -> str:
+    """Returns a text without the end tokens, and the white space about them, at its end.
+
+    Read from the end, as an expression that looks for its place from the start takes a time that
+    grows as the square of the text.
+    """
+    backwards = text[::-1]
+    return backwards[_ENDS_BACKWARDS.match(backwards).end() :][::-1]
 
 
 def _text(place: str, row: dict, name: str) -> str:
@@ -92,15 +114,29 @@ def _record(place: str, row: dict) -> Record:
     dropped = dropped or record.dropped
     if preferred is not None:
         record = record._replace(preferred=preferred)
-    earlier = tuple((i, critique, text) for i, critique, text in row.get("earlier") or ())
+    principle, earlier = row.get("principle") or 0, row.get("earlier") or []
+    if not re.fullmatch(r"\d{1,9}", str(principle)):  # a table has it as text
+        raise SourceError(f"{place}: 'principle' is {shorten(principle)}; expected its number.")
+    if not isinstance(earlier, list) or not all(map(_is_earlier, earlier)):
+        raise SourceError(
+            f"{place}: 'earlier' is {shorten(earlier)}; expected lists of principle, critique and "
+            "revision."
+        )
+    earlier = tuple((i, critique, text) for i, critique, text in earlier)
     return record._replace(
-        principle=int(row.get("principle") or 0),
+        principle=int(principle),
         critique=str(row.get("critique") or ""),
         earlier=earlier,
         dropped=dropped,
         preferred=record.preferred and not dropped,
         **_turns(place, row),
     )
+
+
+def _is_earlier(value: object) -> bool:
+    """Whether a value is an earlier revision: the principle's number, critique and text."""
+    is_list = isinstance(value, list) and len(value) == 3
+    return is_list and type(value[0]) is int and all(isinstance(v, str) for v in value[1:])
 
 
 def _turns(place: str, row: dict) -> dict:

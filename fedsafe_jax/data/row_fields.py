@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from fedsafe_jax.data import limits
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.text_files import shorten
 
@@ -16,12 +17,17 @@ def text_of(place: str, value: object, what: str) -> str:
 
     Raises:
       SourceError: the value is neither, or holds what no tokenizer reads: NUL, or half of a
-        surrogate pair.
+        surrogate pair; or the text is longer than `limits` allows.
     """
     if isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):
         raise SourceError(f"{place}: {what} must be text, found {shorten(value)}.")
+    if len(value) > limits.MOST_CHARACTERS:
+        raise SourceError(
+            f"{place}: {what} has {len(value):,} characters; at most {limits.MOST_CHARACTERS:,} are "
+            "read: split the text, or remove the row."
+        )
     if "\0" in value:
         raise SourceError(f"{place}: {what} holds a NUL character; remove it.")
     try:

@@ -7,15 +7,18 @@ set. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`:
 the source by a hash of the first user turn, so that no prompt and no conversation is on two sides.
 """
 
+import contextlib
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 from fedsafe_jax.data.examples import Example, SourceError
+from fedsafe_jax.data.packed_files import READABLE
 from fedsafe_jax.data.readers import READERS
 from fedsafe_jax.data.text_files import (
-    READABLE,
+    check_amount,
     csv_rows,
     one_line,
     parse_json,
@@ -46,19 +49,75 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     Raises:
       SourceError: the file is missing, empty, of an unknown kind, or a line does not parse.
     """
+    path = _path_of(location, data_dir)
+    if path is None:
+        return _hub_rows(location)
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is no regular file; give a file with text.")
+    with quoting_no_other_file(location, data_dir):
+        return _file_rows(path, location)
+
+
+def _path_of(location: str, data_dir: str) -> pathlib.Path | None:
+    """The file of a location; None for one of the Hub."""
     if location.startswith("package/"):
         folder = importlib.resources.files("fedsafe_jax") / "assets" / "demo"
-        path = pathlib.Path(str(folder)) / location.removeprefix("package/")
-    elif data_dir == "hub":
-        return _hub_rows(location)
-    else:
-        path = pathlib.Path(data_dir) / location
+        name = location.removeprefix("package/")
+        # A site may allow the packaged files alone to whoever writes the config.
+        if ".." in pathlib.PurePath(name).parts or pathlib.PurePath(name).is_absolute():
+            raise SourceError(f"{location}: leads out of the packaged files; name one of them.")
+        return pathlib.Path(str(folder)) / name
+    return None if data_dir == "hub" else pathlib.Path(data_dir) / location
+
+
+@contextlib.contextmanager
+def quoting_no_other_file(location: str, data_dir: str) -> Iterator[None]:
+    """Takes the words of a file out of errors about it, where it is a link to somewhere else.
+
+    Fetched data may hold a link to a file that is none of its own, such as one with a key; a link
+    is followed, as operators have their own, but what it leads to is quoted nowhere. A location
+    that is absolute, or has "..", was written by whoever wrote the config: its file is quoted.
+
+    Args:
+      location, data_dir: see `read_rows`.
+
+    Raises:
+      SourceError: as raised within, or with the place alone.
+    """
+    try:
+        yield
+    except SourceError as error:
+        path = _path_of(location, data_dir)
+        if path is None or not _is_link_out(path, location, data_dir):
+            raise
+        place = re.match(re.escape(str(path)) + r"(?: (?:line|row|item) \d{1,9})?", str(error))
+        raise SourceError(
+            f"{place[0] if place else path}: cannot be read as this source. It is a link out of "
+            f"{data_dir}, to {path.resolve()}, so nothing of it is shown; a copy in its place "
+            "would be."
+        ) from None
+
+
+def _is_link_out(path: pathlib.Path, location: str, data_dir: str) -> bool:
+    given = pathlib.PurePath(location)
+    folder = path.parent if given.is_absolute() or ".." in given.parts else pathlib.Path(data_dir)
+    if location.startswith("package/") or not path.exists():
+        return False
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def _file_rows(path: pathlib.Path, location: str) -> list[tuple[str, dict]]:
+    """Reads the rows of a file; see `read_rows`."""
     if not path.is_file():
         raise SourceError(
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
             "or data_dir='hub' to load it from the Hub."
         )
     name, text = read_text(path)
+    try:
+        check_amount(text)
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}.") from None
     suffix = pathlib.Path(name).suffix
     if suffix == ".csv":
         rows: list = csv_rows(path, text)
@@ -140,6 +199,12 @@ def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
     """Loads the training split of a Hub data set."""
     import datasets
 
+    if pathlib.Path(dataset_id).exists():
+        # The library would read the folder of that name, whoever put it there.
+        raise SourceError(
+            f"Hub dataset '{dataset_id}': a file or folder here has this name; give data_dir the "
+            "folder that holds it, or start elsewhere."
+        )
     try:
         data = datasets.load_dataset(dataset_id, split="train")
     except Exception as error:  # The library raises exceptions of many unrelated types.
@@ -219,7 +284,8 @@ def _load(source: str, data_dir: str) -> tuple[list[Example], Sequence[str]]:
     """Returns the examples of a source, and the names of its first row's fields."""
     name, location, part = parse_source(source)
     rows = read_rows(location, data_dir)
-    examples = list(READERS[name](rows))
+    with quoting_no_other_file(location, data_dir):
+        examples = list(READERS[name](rows))
     if not examples:
         raise SourceError(f"{location}: the reader '{name}' finds no example in {len(rows)} rows.")
     if part:

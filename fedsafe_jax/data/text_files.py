@@ -1,24 +1,23 @@
 """Text of files as users have them, and the JSON and CSV in it; what is wrong is one line.
 
-The only reader of text that is given to the package: it knows byte order marks, compression,
-damaged archives and the encodings that spreadsheets write.
+The only reader of text that is given to the package: it knows byte order marks, the encodings that
+spreadsheets write, and how much of what may be in a file (`limits`). `packed_files` unpacks.
 """
 
 import codecs
 import csv
-import gzip
 import io
 import json
+import math
 import pathlib
-import sys
-import zipfile
-import zlib
 
 from absl import logging
 
+from fedsafe_jax.data import limits
 from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.packed_files import read_bytes
 
-READABLE = (".json", ".jsonl", ".csv", ".txt")
+OTHER_PACKERS = (".bz2", ".xz", ".zst", ".lzma", ".7z", ".rar", ".tar", ".tgz", ".gz", ".zip")
 # The longer mark first: that of UTF-32 begins as that of UTF-16 does.
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -31,7 +30,8 @@ MARKS = (
 
 def shorten(value: object, length: int = 60) -> str:
     """Returns the start of a value's `repr`, which has no line breaks, to show in an error."""
-    shown = repr(value)
+    # The start of a text is enough: the whole may have a million characters.
+    shown = repr(value[: length + 1] if isinstance(value, str) else value)
     return shown if len(shown) <= length else shown[: length - 3] + "..."
 
 
@@ -55,35 +55,10 @@ def read_text(path: pathlib.Path) -> tuple[str, str]:
     Raises:
       SourceError: the file cannot be read, unpacked or decoded; the message names the line.
     """
-    try:
-        if path.suffix == ".zip":
-            name, data = _from_zip(path)
-        elif path.suffix == ".gz":
-            name, data = path.stem, gzip.decompress(path.read_bytes())
-        else:
-            name, data = path.name, path.read_bytes()
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceError(
-            f"{path}: damaged, or no {path.suffix} file ({one_line(error)}). Pack or copy it again."
-        ) from None
-    except (NotImplementedError, RuntimeError) as error:  # encrypted, or a rare compression
-        raise SourceError(f"{path}: cannot be unpacked ({one_line(error)}).") from None
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({one_line(error)}).") from None
+    name, data = read_bytes(path)
+    if (suffix := pathlib.PurePath(name).suffix) in OTHER_PACKERS:
+        raise SourceError(f"{path}: {suffix} is not unpacked; pack it as .gz or .zip.")
     return name, decode(data, path)
-
-
-def _from_zip(path: pathlib.Path) -> tuple[str, bytes]:
-    with zipfile.ZipFile(path) as archive:
-        members = [m.filename for m in archive.infolist() if not m.is_dir()]
-        members = [m for m in members if not m.startswith("__MACOSX")]
-        texts = [m for m in members if pathlib.PurePath(m).suffix in READABLE]
-        if len(texts) != 1:
-            raise SourceError(
-                f"{path}: expected one file of {', '.join(READABLE)} inside, found "
-                f"{shorten(texts or members)}."
-            )
-        return texts[0], archive.read(texts[0])
 
 
 def decode(data: bytes, path: pathlib.Path) -> str:
@@ -116,8 +91,8 @@ def decode(data: bytes, path: pathlib.Path) -> str:
 def _without_twins(pairs: list[tuple[str, object]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        before: set[str] = set()
+        twin = next(name for name, _ in pairs if name in before or before.add(name))
         raise ValueError(f"the key {shorten(twin)} occurs twice")
     return row
 
@@ -128,16 +103,67 @@ def _constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
 
+def _integer(digits: str) -> int:
+    if len(digits) > limits.MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; at most {limits.MOST_DIGITS} are read")
+    return int(digits)
+
+
+def _fraction(digits: str) -> float:
+    if len(digits) > limits.MOST_DIGITS or math.isinf(number := float(digits)):
+        raise ValueError(f"the number {digits[:20]} is too large or too long to be read")
+    return number
+
+
+def check_amount(text: str) -> None:
+    """Checks how many rows or values a text may hold, before memory is taken for them.
+
+    Raises:
+      ValueError: more than `limits` allows.
+    """
+    lines = max(text.count("\n"), text.count("\r"))
+    values = sum(map(text.count, "[{,")) if len(text) > limits.MOST_VALUES else 0
+    for count, most, what in (
+        (lines, limits.MOST_ROWS, "lines"),
+        (values, limits.MOST_VALUES, "values"),
+    ):
+        if count > most:
+            raise ValueError(f"{count:,} {what}; at most {most:,} are read: split it into several")
+
+
 def parse_json(text: str):
     """Parses JSON. Returns its value, NaN as None.
 
     Raises:
-      ValueError: not JSON, a key twice in an object, an infinity, or deeper than can be read.
+      ValueError: not JSON, a key twice in an object, an infinity, a number of too many digits, or
+        more values or deeper ones than `limits` allows.
     """
+    check_amount(text)
     try:
-        return json.loads(text, object_pairs_hook=_without_twins, parse_constant=_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_twins,
+            parse_constant=_constant,
+            parse_int=_integer,
+            parse_float=_fraction,
+        )
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        value = None
+    else:
+        if text.count("[") + text.count("{") <= limits.MOST_NESTED or not _is_deep(value):
+            return value
+    raise ValueError(
+        f"nested too deeply; lists and objects of {limits.MOST_NESTED} levels are read"
+    )
+
+
+def _is_deep(value: object) -> bool:
+    """Whether lists and objects are nested more than `limits.MOST_NESTED` deep."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(limits.MOST_NESTED):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for part in inner for v in part if isinstance(v, list | dict)]
+    return bool(level)
 
 
 def csv_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict[str, str]]]:
@@ -147,12 +173,16 @@ def csv_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict[str, str]]]:
       SourceError: a name of a column occurs twice, columns are not separated by commas, a row has
         too many cells, or a quote is open.
     """
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # The module's own is 131,072.
+    before = csv.field_size_limit(limits.MOST_CHARACTERS)  # The module's own is 131,072.
     number = 1
-    rows = []
+    rows: list[tuple[str, dict[str, str]]] = []
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
         names = reader.fieldnames or []
+        if len(names) > limits.MOST_COLUMNS:
+            raise SourceError(
+                f"{path} row 1: {len(names):,} columns; at most {limits.MOST_COLUMNS:,} are read."
+            )
         if twins := sorted({name for name in names if names.count(name) > 1}):
             raise SourceError(f"{path} row 1: the column {shorten(twins[0])} occurs twice.")
         if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), "")):
@@ -166,9 +196,16 @@ def csv_rows(path: pathlib.Path, text: str) -> list[tuple[str, dict[str, str]]]:
                     f"{path} row {number}: {len(row[None])} more cells than the {len(names)} "
                     f"columns {shorten(names, 200)}; put text with commas in double quotes."
                 )
+            if len(rows) * len(names) > limits.MOST_VALUES:
+                raise SourceError(
+                    f"{path}: more than {limits.MOST_VALUES:,} cells; split it into several."
+                )
             rows.append((f"{path} row {number}", row))
     except csv.Error as error:
-        raise SourceError(f"{path} row {number + 1}: not CSV ({one_line(error)}).") from None
+        words = one_line(error)
+        if "field limit" in words:
+            words = f"a cell has more than {limits.MOST_CHARACTERS:,} characters; split its text"
+        raise SourceError(f"{path} row {number + 1}: not CSV ({words}).") from None
     finally:
         csv.field_size_limit(before)
     return rows

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.filters import stream, training
+from fedsafe_jax.filters import classifier_file, stream, training
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.pair_rows import Encoded, PairBatch, encode_pairs, pad
 from fedsafe_jax.filters.protocol import FilterError, labelled
@@ -231,21 +230,18 @@ def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierF
       folder: folder of the filter.
       content: the content of `filter.json`.
       decision: calibration and threshold.
+
+    Raises:
+      FilterError: what is there is no classifier, see `classifier_file`.
+      ModelError: its weights are not finite, or there is no tokenizer.
     """
-    # JSON has no tuples, and a config with lists could not be hashed for `jit`.
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in content["encoder"].items()}
-    params: dict = {}
-    for name, value in load_file(folder / TENSORS).items():
-        *parents, last = name.split("/")
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = jnp.asarray(value)
+    where = folder / "filter.json"
+    config = classifier_file.encoder_config(content["encoder"], where)
     return ClassifierFilter(
-        EncoderConfig(**shape),
-        params,
+        config,
+        classifier_file.tensors(folder / TENSORS, config),
         read_tokenizer(folder),
-        max_length=int(content["max_length"]),
+        max_length=classifier_file.pair_length(content["max_length"], where),
         decision=decision,
-        unsafe_classes=tuple(content["unsafe_classes"]),
+        unsafe_classes=classifier_file.unsafe_classes(content["unsafe_classes"], config, where),
     )

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.filters import stream, training
+from fedsafe_jax.filters.classifier_file import pair_length
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.guard_prompts import render_pairs, template_of, verdict_ids
-from fedsafe_jax.filters.protocol import labelled
+from fedsafe_jax.filters.protocol import FilterError, labelled
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
@@ -307,15 +309,24 @@ def load(
       load_model: loads a language model by path or Hub id.
       guardian: whether the guard was trained to answer as well.
     """
-    adapter, base = lora.load_adapter(folder), load_model(content["base_model"])
+    where = folder / "filter.json"
+    name, template = content["base_model"], content["template"]
+    if not isinstance(name, str) or not name or template not in ("own", "policy", "short"):
+        raise FilterError(
+            f"{where}: base_model and template are not what training writes; train it again."
+        )
+    # A folder that came from elsewhere decides what is read here: that is not done without a word.
+    logging.info("%s: its base model '%s' is read, which filter.json names", folder, name[:200])
+    # `reload` reads the same base again, whatever adapter_config.json says.
+    adapter, base = lora.load_adapter(folder)._replace(base_model=name), load_model(name)
     lora.check_base(adapter, base.config)
     return GuardFilter(
         Decoder(base.config, adapter.config.scale),
         base.params,
         adapter,
         tokenizer=base.tokenizer,
-        max_length=int(content["max_length"]),
+        max_length=pair_length(content["max_length"], where),
         decision=decision,
-        template=content["template"],
+        template=template,
         guardian=guardian,
     )

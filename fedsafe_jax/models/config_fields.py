@@ -83,6 +83,22 @@ IGNORED = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), frozenset({"tie_word_embeddings"})),
 }
 LAYER_TYPES = "full_attention", "sliding_attention"
+# The largest values that a config may claim, far above those of models in use: what takes time or
+# memory by them is not begun on a typing error, or by a folder that means harm.
+LARGEST = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 4_096,
+    "num_key_value_heads": 4_096,
+    "head_dim": 16_384,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**21,
+    "vocab_size": 2**24,
+    "type_vocab_size": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+    "sliding_window": 2**31 - 1,
+    "local_attention": 2**31 - 1,
+    "num_labels": 10_000,
+}
 QUANTISED = ("quantization_config", "compression_config")
 ROPE_FIELDS = {
     "default": {"rope_theta", "partial_rotary_factor"},
@@ -155,6 +171,7 @@ def complete(raw: Mapping) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    _check_claims(raw)
     try:
         return AutoConfig.for_model(**raw)
     except Exception as error:  # the library's own classes of errors, TypeError, KeyError, ...
@@ -221,6 +238,21 @@ def check_numbers(hf: "PretrainedConfig", names: Collection[str], whole: bool = 
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
             kind = "a positive integer" if whole else "a positive number"
             raise ModelError(f"{name}={_short(value)}; expected {kind}.")
+        if value > (most := LARGEST.get(name, math.inf)):
+            raise ModelError(f"{name}={_short(value)}; expected at most {most:,}.")
+
+
+def _check_claims(raw: Mapping) -> None:
+    """Checks the sizes of a raw config by which transformers makes lists, before it does.
+
+    Raises:
+      ModelError: a size of another type, or larger than in any model.
+    """
+    for name, most in LARGEST.items():
+        if isinstance(value := raw.get(name), bool) or (
+            value is not None and not (isinstance(value, int) and value <= most)
+        ):
+            raise ModelError(f"{name}={_short(value)}; expected an integer of at most {most:,}.")
 
 
 def check_rope(parameters: Any) -> None:
@@ -244,7 +276,7 @@ def check_rope(parameters: Any) -> None:
             continue
         if name not in ROPE_FIELDS[kind]:
             raise ModelError(f"rope scaling '{kind}' with {name}={_short(value)} is not supported.")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise ModelError(
                 f"rope_parameters: {name}={_short(value)}; expected a positive number."
             )

@@ -12,7 +12,7 @@ from fedsafe_jax.models import config_fields
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig
 from fedsafe_jax.models.hub_files import check_vocabulary
-from fedsafe_jax.models.model_files import Tensors, read_json
+from fedsafe_jax.models.model_files import Tensors, check_finite, read_json
 from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 from fedsafe_jax.random_streams import Purpose
 
@@ -186,8 +186,10 @@ def load_classifier(
     prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in tensors.names())), "")
     blank = jnp.zeros((1, 8), jnp.int32)
     key = random_streams.key(Purpose.FILTER_START, seed)
-    fresh = Classifier(config).init(key, blank, blank, blank == 0)["params"]
     has_head = _has_head(tensors, head["head"], config.num_labels)
+
+    def draw():
+        return Classifier(config).init(key, blank, blank, blank == 0)["params"]
 
     def read(path, leaf):
         *where, kind = (key.key for key in path)
@@ -209,6 +211,7 @@ def load_classifier(
         tensors.check_dtype(name)
         value = tensors.read(name, (slice(None),) * len(tensors.shape(name)))
         value = value.astype(np.float32)
+        check_finite(value, f"{folder}: tensor '{name}'")
         if part[1] > 1 and family == "modernbert":
             value = np.split(value, part[1])[part[0]]
         value = value.T if kind == "kernel" else value
@@ -219,7 +222,20 @@ def load_classifier(
             )
         return jnp.asarray(value)
 
-    return config, jax.tree_util.tree_map_with_path(read, fresh)
+    # From shapes first: what config.json claims takes no memory unless the tensors have it.
+    if config.num_layers > len(tensors.names()):
+        raise ModelError(
+            f"{folder}: config.json says {config.num_layers} layers, but there are "
+            f"{len(tensors.names())} tensors."
+        )
+    params = jax.tree_util.tree_map_with_path(read, jax.eval_shape(draw))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        params = jax.tree.map(
+            lambda leaf, drawn: drawn if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
+            params,
+            draw(),
+        )
+    return config, params
 
 
 def load_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> "PreTrainedTokenizerBase":

@@ -18,7 +18,14 @@ from jax.sharding import Mesh
 from fedsafe_jax.models import config_fields
 from fedsafe_jax.models.decoder import param_shapes
 from fedsafe_jax.models.decoder_config import DecoderConfig, ModelError, from_hf
-from fedsafe_jax.models.model_files import INDEX, SINGLE, Tensors, read_json, write_json
+from fedsafe_jax.models.model_files import (
+    INDEX,
+    SINGLE,
+    Tensors,
+    check_finite,
+    read_json,
+    write_json,
+)
 from fedsafe_jax.models.quantize import Quantized, dequantize, quantize
 from fedsafe_jax.models.sharding import fetch, is_shared, leaf_sharding, share, writes
 from fedsafe_jax.models.tensor_files import save_file
@@ -194,7 +201,9 @@ def check_tensors(tensors: Tensors, config: DecoderConfig) -> None:
         )
     for what, names in (("missing", missing), ("not of this model", extra)):
         if names:
-            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            some = ", ".join(n[:100] for n in sorted(names)[:3]) + (
+                ", ..." if len(names) > 3 else ""
+            )
             raise ModelError(
                 f"{tensors.folder}: {len(names)} tensors are {what}: {some}. "
                 "The weights do not belong to this config.json."
@@ -294,6 +303,7 @@ def _reader(tensors: Tensors, leaf: Leaf, dtype: str) -> Callable:
             for i, name in enumerate(leaf.names[layers]):
                 part = tensors.read(name, inner)
                 out[i if leaf.stacked else ...] = part.T if leaf.transposed else part
+                check_finite(out[i if leaf.stacked else ...], f"{tensors.folder}: tensor '{name}'")
             known[key] = out
         return known[key]
 

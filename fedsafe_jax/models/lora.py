@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from fedsafe_jax.models import base_model as base_names
 from fedsafe_jax.models import peft_config
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig, ModelError
-from fedsafe_jax.models.model_files import FLOATS, write_json
+from fedsafe_jax.models.model_files import FLOATS, check_finite, write_json
 from fedsafe_jax.models.tensor_files import save_file
 
 PEFT_PREFIX = "base_model.model.model.layers"
 BLOCK_OF = {name: block for block, names in PROJECTIONS.items() for name in names}
 
+MOST_FACTOR = 1_000_000  # largest number in a factor; those of adapters in use are below 100
 LAYERS_HINT = " An adapter of some layers alone (layers_to_transform of PEFT) is not supported."
 
 
@@ -309,14 +310,18 @@ def _read_factors(
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; pickled adapters (.bin) are not loaded.")
-    pattern = re.compile(rf"{re.escape(PEFT_PREFIX)}\.(\d+)\.(\w+)\.(\w+)\.lora_([AB])\.weight")
+    pattern = re.compile(
+        rf"{re.escape(PEFT_PREFIX)}\.([0-9]{{1,5}})\.(\w+)\.(\w+)\.lora_([AB])\.weight"
+    )
     factors: dict = {}
     try:
         with safe_open(path, framework="numpy") as file:
             for key in sorted(file.keys()):
                 match = pattern.fullmatch(key)
                 if not match or BLOCK_OF.get(match[3]) != match[2]:
-                    raise ModelError(f"{path}: tensor '{key}' belongs to no known projection.")
+                    raise ModelError(
+                        f"{path}: tensor '{key[:200]}' belongs to no known projection."
+                    )
                 part = file.get_slice(key)
                 shape, dtype = part.get_shape(), part.get_dtype()
                 if dtype not in FLOATS:
@@ -331,8 +336,12 @@ def _read_factors(
                         f"adapter_config.json says r={rank}."
                     )
                 tensor = part[:].astype(np.float32)
-                if not np.isfinite(tensor).all():
-                    raise ModelError(f"{path}: tensor '{key}' has numbers that are not finite.")
+                check_finite(tensor, f"{path}: tensor '{key}'")
+                if (most := float(np.abs(tensor).max(initial=0.0))) > MOST_FACTOR:
+                    raise ModelError(
+                        f"{path}: tensor '{key}' has the number {most:.3g}; expected at most "
+                        f"{MOST_FACTOR:,}, far above those of any adapter."
+                    )
                 by_letter = factors.setdefault((match[2], match[3]), {})
                 by_layer = by_letter.setdefault(match[4], {})
                 if by_layer and next(iter(by_layer.values())).shape != tensor.T.shape:

@@ -14,18 +14,46 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+MOST_BYTES = 2**28  # of a JSON file; the largest in use, a vocabulary, have 40 MB
+PIECE = 2**20  # numbers that are looked at at once
+
+
+def check_finite(numbers: np.ndarray, where: str) -> None:
+    """Checks that a tensor has no NaN and no infinity, with which a model answers nonsense.
+
+    One core looks at 1 to 4 GB a second, about as fast as a disk is read.
+
+    Args:
+      numbers: floats of any shape.
+      where: file and tensor, for the message.
+
+    Raises:
+      ModelError: it has.
+    """
+    flat = numbers.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        if not np.isfinite(flat[start : start + PIECE]).all():
+            raise ModelError(
+                f"{where} has numbers that are not finite in {flat.dtype.name}: the file is "
+                "damaged, or its training diverged; download it again, or use another."
+            )
+
+
 def read_json(path: pathlib.Path) -> dict:
     """Reads an object from a JSON file of a model folder.
 
     Raises:
-      ModelError: no such file, or not JSON.
+      ModelError: no such file, too large, or not JSON.
     """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; a Hugging Face model folder holds a {path.name}.")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ModelError(f"{path}: has {size:,} bytes; at most {MOST_BYTES:,} are read.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({error}).") from error
+        words = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise ModelError(f"{path}: not JSON ({words}).") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a {type(content).__name__}; expected an object {{...}}.")
     return content
@@ -119,9 +147,11 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
     """Reads which file each tensor is in, from an index of files."""
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise ModelError(f"{path}: weight_map={files!r}; expected the file of each tensor.")
+        raise ModelError(f"{path}: weight_map={files!r:.60}; expected the file of each tensor.")
     for name, file in files.items():
         # Files of other folders are none of the model's.
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise ModelError(f"{path}: '{name}' is in {file!r}; expected a file of the folder.")
+            raise ModelError(
+                f"{path}: '{name[:60]}' is in {file!r:.60}; expected a file of the folder."
+            )
     return files

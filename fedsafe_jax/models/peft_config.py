@@ -7,10 +7,10 @@ value asks for nothing; any other is refused by name, also when a later PEFT bri
 
 import math
 import pathlib
-import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from fedsafe_jax.models import expressions
 from fedsafe_jax.models.config_fields import is_empty
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.model_files import read_json
@@ -39,6 +39,10 @@ HARMLESS = (
 )  # fmt: skip
 
 
+# The largest rank and numerator of the scale that an adapter may claim, far above those in use.
+MOST_RANK, MOST_ALPHA = 65_536, 1_000_000
+
+
 class PeftConfig(NamedTuple):
     """What a plain LoRA's config tells.
 
@@ -58,11 +62,17 @@ class PeftConfig(NamedTuple):
     targets: tuple[str, ...] | str
     base_model: str
 
-    def adapts(self, module: str) -> bool:
-        """Returns whether a module, such as `model.layers.0.mlp.up_proj`, is to be adapted."""
+    def adapted_of(self, modules: Collection[str]) -> set[str]:
+        """Returns those of modules, such as `model.layers.0.mlp.up_proj`, that are to be adapted.
+
+        Raises:
+          ExpressionError: see `expressions.matching`.
+        """
+        if self.targets == "all-linear":
+            return set(modules)
         if isinstance(self.targets, str):
-            return self.targets == "all-linear" or bool(re.fullmatch(self.targets, module))
-        return any(_names(target, module) for target in self.targets)
+            return expressions.matching(self.targets, modules)
+        return {m for m in modules if any(_names(target, m) for target in self.targets)}
 
 
 def read(folder: pathlib.Path) -> PeftConfig:
@@ -87,18 +97,22 @@ def read(folder: pathlib.Path) -> PeftConfig:
         if not known:
             plain = repr(PLAIN[field][0]) if field in PLAIN else "none"
             raise ModelError(
-                f"{path}: {field}={value!r} is not supported; expected {plain} (a plain LoRA)."
+                f"{path}: {field}={value!r:.200} is not supported; expected {plain} (a plain LoRA)."
             )
     rank, alpha, dropout = raw["r"], raw["lora_alpha"], raw.get("lora_dropout") or 0.0
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ModelError(f"{path}: r={rank!r}; expected a positive integer.")
-    if not _is_number(alpha):
-        raise ModelError(f"{path}: lora_alpha={alpha!r}; expected a number.")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_RANK:
+        raise ModelError(f"{path}: r={rank!r:.60}; expected a positive integer to {MOST_RANK:,}.")
+    if not _is_number(alpha) or not 0 < alpha <= MOST_ALPHA:
+        raise ModelError(
+            f"{path}: lora_alpha={alpha!r:.60}; expected a positive number to {MOST_ALPHA:,}."
+        )
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise ModelError(f"{path}: lora_dropout={dropout!r}; expected a number from 0 to below 1.")
+        raise ModelError(
+            f"{path}: lora_dropout={dropout!r:.60}; expected a number from 0 to below 1."
+        )
     for field, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
         if not isinstance(raw.get(field), (kind, type(None))):
-            raise ModelError(f"{path}: {field}={raw[field]!r}; expected a {kind.__name__}.")
+            raise ModelError(f"{path}: {field}={raw[field]!r:.60}; expected a {kind.__name__}.")
     return PeftConfig(
         rank,
         alpha,
@@ -123,15 +137,22 @@ def check_targets(
     Raises:
       ModelError: a module has factors and is not named, or the reverse.
     """
-    if extra := sorted(module for module in adapted if not config.adapts(module)):
+    try:
+        named = config.adapted_of({*adapted, *known})
+    except expressions.ExpressionError as error:
+        raise ModelError(
+            f"{path.with_name('adapter_config.json')}: target_modules={config.targets!r:.80} is no "
+            f"regular expression of use ({error}); name the projections."
+        ) from None
+    if extra := sorted(set(adapted) - named):
         raise ModelError(
             f"{path}: has factors of {extra[0]}, which adapter_config.json's target_modules="
-            f"{config.targets!r} does not name."
+            f"{config.targets!r:.200} does not name."
         )
-    if missing := sorted(m for m in known if config.adapts(m) and m not in adapted):
+    if missing := sorted((set(known) & named) - set(adapted)):
         raise ModelError(
             f"{path}: has no factors of {missing[0]}, which adapter_config.json's target_modules="
-            f"{config.targets!r} names."
+            f"{config.targets!r:.200} names."
         )
     for target in () if isinstance(config.targets, str) else config.targets:
         if not any(_names(target, module) for module in adapted):
@@ -149,15 +170,9 @@ def _names(target: str, module: str) -> bool:
 def _targets(path: pathlib.Path, given: Any) -> tuple[str, ...] | str:
     """Reads `target_modules`: names, or one expression."""
     if isinstance(given, str) and given:
-        try:
-            re.compile(given)
-        except re.error as error:
-            raise ModelError(
-                f"{path}: target_modules={given!r} is no regular expression ({error})."
-            ) from error
-        return given
+        return given  # tried by `check_targets`
     if not isinstance(given, list) or not given or not all(isinstance(x, str) for x in given):
-        raise ModelError(f"{path}: target_modules={given!r}; expected names of projections.")
+        raise ModelError(f"{path}: target_modules={given!r:.200}; expected names of projections.")
     return tuple(given)
 
 
