@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from fedsafe_jax.data import control_tokens
+from fedsafe_jax.data import control_tokens, template_sandbox
 
 Turns = Sequence[tuple[str, str]]  # (role, text)
 
@@ -128,16 +128,25 @@ class ChatTemplate:
           ChatTemplateError: the template refuses the turns.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                tokenize=False,
-                chat_template=self._text,
-                add_generation_prompt=generation_prompt,
-                **self._arguments,
+            text = template_sandbox.render(
+                self._text,
+                {
+                    "messages": [{"role": role, "content": text} for role, text in turns],
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": generation_prompt,
+                    **self.tokenizer.special_tokens_map,
+                    **self._arguments,
+                },
             )
+        except template_sandbox.TooMuchError as error:
+            raise ChatTemplateError(f"{self.name} is refused: {error}.") from None
         except _FAILURES as error:
             roles = ", ".join(role for role, _ in turns)
-            raise ChatTemplateError(f"{self.name} refuses the turns {roles}: {error}") from error
+            said = " ".join(str(error).split())[:300]
+            raise ChatTemplateError(
+                f"{self.name} refuses the turns {roles[:200]}: {said}"
+            ) from error
         if generation_prompt and self.closes_thoughts and self.opens_thought(text):
             text = text.rstrip() + "\n\n</think>\n\n"
         return text

@@ -25,8 +25,8 @@ def text_of(place: str, value: object, what: str) -> str:
         raise SourceError(f"{place}: {what} must be text, found {shorten(value)}.")
     if len(value) > limits.MOST_CHARACTERS:
         raise SourceError(
-            f"{place}: {what} has {len(value):,} characters; at most {limits.MOST_CHARACTERS:,} are "
-            "read: split the text, or remove the row."
+            f"{place}: {what} has {len(value):,} characters; at most {limits.MOST_CHARACTERS:,} "
+            "are read: split the text, or remove the row."
         )
     if "\0" in value:
         raise SourceError(f"{place}: {what} holds a NUL character; remove it.")

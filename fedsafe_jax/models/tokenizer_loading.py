@@ -79,7 +79,7 @@ def _lies_elsewhere(folder: pathlib.Path, name: str) -> bool:
 
 
 def _expressions(value: Any) -> Iterator[str]:
-    """Yields the regular expressions of a `tokenizer.json`; its vocabulary is not looked through."""
+    """Yields the regular expressions of a `tokenizer.json`, without looking through its words."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == "Regex" and isinstance(inner, str):
