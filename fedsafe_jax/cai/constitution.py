@@ -3,12 +3,15 @@
 import importlib.resources
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedsafe_jax.cai.forms import LABELS
 from fedsafe_jax.data.examples import SourceError
-from fedsafe_jax.data.text_files import one_line, parse_json, read_text
+from fedsafe_jax.data.text_files import one_line, parse_json, read_text, shorten
 
+# Far above those in use: Anthropic's has 16 principles, of a few hundred characters each.
+MOST_PRINCIPLES, MOST_CHARACTERS = 10_000, 100_000
 PACKAGED = "package:constitution"
 Turns = tuple[tuple[str, str], ...]  # (role, text), roles as in `forms.LABELS`
 
@@ -61,23 +64,47 @@ def load(path: str, few_shots: str = "") -> Constitution:
                 for c in raw.values()
             ]
             shots = []
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ConstitutionError(
             f"{path}: expected critic/revision or prompt/edit_request."
         ) from error
+    if len(principles) > MOST_PRINCIPLES or len(shots) > MOST_PRINCIPLES:
+        raise ConstitutionError(
+            f"{path}: {len(principles):,} principles and {len(shots):,} examples; at most "
+            f"{MOST_PRINCIPLES:,} are read."
+        )
+    for number, principle in enumerate(principles, 1):
+        _check_texts(f"{path}: principle {number}", principle)
     if not principles:
         raise ConstitutionError(f"{path}: holds no principle.")
     if few_shots:
         texts = _read(few_shots, "cai.few_shot_file")
         if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise ConstitutionError(f"{few_shots}: expected a list of dialogues as texts.")
+        for number, text in enumerate(texts):
+            _check_texts(f"{few_shots}: example {number}", [text])
         shots = [parse_few_shot(text) for text in texts]
     for number, shot in enumerate(shots):
+        _check_texts(f"{few_shots or path}: example {number}", [t for turn in shot for t in turn])
         if not shot or shot[-1][0] != "revision":
             raise ConstitutionError(
                 f"{few_shots or path}: example {number} does not end in a revision."
             )
     return Constitution(principles, shots)
+
+
+def _check_texts(place: str, texts: Sequence) -> None:
+    """Checks that all that models are asked with is text of a bearable length.
+
+    Raises:
+      ConstitutionError: one is not.
+    """
+    for text in texts:
+        if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+            raise ConstitutionError(
+                f"{place} holds {shorten(text)}; expected texts of at most {MOST_CHARACTERS:,} "
+                "characters."
+            )
 
 
 def parse_few_shot(text: str) -> Turns:

@@ -4,8 +4,10 @@ A field that is in neither list may change what the model computes, so it is ref
 when a later transformers brings it. What transformers itself cannot read is refused in its words.
 """
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedsafe_jax.models.decoder_config import ModelError
@@ -115,6 +117,28 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
+# What values of types that no config has raise where they are used.
+UNFIT = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Names the file in errors about its fields; a value that fits nowhere is one, too.
+
+    Raises:
+      ModelError: as raised within, behind the path.
+    """
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except UNFIT as error:
+        words = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path}: a field has a value of another kind than in any model ({words})."
+        ) from error
+
+
 def check_quantised(raw: Mapping) -> None:
     """Checks that the weights beside a config are not quantised.
 
@@ -144,9 +168,9 @@ def check_fields(raw: Mapping, fields: Mapping[str, Collection[str]]) -> None:
       ModelError: an unsupported family, or a field that may change what is computed.
     """
     family = raw.get("model_type", "none given")
-    if family not in fields:
+    if not isinstance(family, str) or family not in fields:
         raise ModelError(
-            f"model_type '{family}' is not supported; supported are {', '.join(sorted(fields))}."
+            f"model_type {_short(family)} is not supported; supported are {', '.join(sorted(fields))}."
         )
     known = set(fields[family]) | HARMLESS | IGNORED.get(family, frozenset()) | _of_generation()
     for name, value in raw.items():

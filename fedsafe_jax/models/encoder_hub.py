@@ -264,15 +264,13 @@ def read_config(
     """
     path = pathlib.Path(folder) / "config.json"
     raw = read_json(path)
-    try:
+    with config_fields.naming(path):
         config_fields.check_quantised(raw)
         config_fields.check_fields(raw, config_fields.ENCODER_FIELDS)
         hf = config_fields.complete(raw)
         if num_labels is not None:
             hf.num_labels = num_labels
         return hf, from_hf(hf)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
 
 
 def _has_head(tensors: Tensors, stem: str, num_labels: int) -> bool:

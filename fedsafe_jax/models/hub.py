@@ -102,10 +102,8 @@ def read_config(folder: pathlib.Path, dtype: str = "float32") -> DecoderConfig:
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     raw = read_json(path)
-    try:
+    with config_fields.naming(path):
         config = from_hf(hf_config(raw), dtype)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
     if config.tie_embeddings and has_own_head(folder):
         config = dataclasses.replace(config, tie_embeddings=False)
     return config

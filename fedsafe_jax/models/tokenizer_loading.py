@@ -14,6 +14,7 @@ from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.model_files import read_json
 
 CONFIG = "tokenizer_config.json"
+MOST_CHARACTERS = 10_000  # of an expression; the longest in use has 1,000
 # Texts on which a broken expression shows itself when a tokenizer is loaded.
 PROBES = ("Hello, world! 123", "a" * 80 + "!", " " * 80 + "!", "1" * 80 + "!", "\n" * 80 + "!")
 
@@ -65,6 +66,11 @@ def _check_files(folder: pathlib.Path) -> None:
                     )
     if (path := folder / "tokenizer.json").is_file():
         for expression in _expressions(read_json(path)):
+            if len(expression) > MOST_CHARACTERS:
+                raise ModelError(
+                    f"{path}: an expression has {len(expression):,} characters; at most "
+                    f"{MOST_CHARACTERS:,} are read."
+                )
             if may_not_end(expression):
                 raise ModelError(
                     f"{path}: the expression {expression[:60]!r} repeats what repeats, so it may "

@@ -41,6 +41,24 @@ def test_both_public_forms_of_a_constitution(tmp_path):
     [
         ('{"constitutions": [{"critic": "x"}]}', "", "expected critic/revision"),
         ('{"constitutions": []}', "", "holds no principle"),
+        ('{"constitutions": [{"critic": 7, "revision": "y"}]}', "", "principle 1 holds 7"),
+        ('{"constitutions": [{"critic": null, "revision": "y"}]}', "", "principle 1 holds None"),
+        ('{"a": {"prompt": [], "edit_request": []}}', "", "expected critic/revision"),
+        ('{"a": {"prompt": [[]], "edit_request": ["x"]}}', "", "expected critic/revision"),
+        ("[" * 99_999, "", "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "", "5000 digits"),
+        (
+            '{"constitutions": [{"critic": "' + "x" * 200_000 + '", "revision": "y"}]}',
+            "",
+            "at most",
+        ),
+        (f'{{"constitutions": [{",".join(["{}"] * 3)}]}}', "", "expected critic/revision"),
+        (
+            '{"constitutions": [{"critic": "x", "revision": "y"}], "system_chat": '
+            '[[{"role": 7, "content": "a"}]]}',
+            "",
+            "example 0 ",
+        ),
         ("{", "", "not JSON"),
         ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '{"a": 1}', "list of dialogues"),
         ('{"constitutions": [{"critic": "x", "revision": "y"}]}', '["Human: a"]', "example 0"),

@@ -28,6 +28,18 @@ VALUES = st.one_of(
     st.sampled_from(["", "LORA", "none", "all", "pissa", "gaussian", "q_proj", "all-linear"]),
     st.lists(st.sampled_from(["q_proj", "v_proj", "lm_head", 0, 1]), max_size=3),
     st.dictionaries(st.sampled_from(["q_proj", "v_proj"]), st.integers(1, 9), max_size=2),
+    st.sampled_from(
+        [
+            float("nan"),
+            float("inf"),
+            10**400,
+            -(10**9),
+            "x" * 20_000,
+            "\x1b[2J",
+            ["../q_proj"],
+            [[]],
+        ]
+    ),
 )
 
 
@@ -54,7 +66,9 @@ def plain(rank, alpha, seed):
     return config, tensors
 
 
-TENSOR_DAMAGE = ("", "missing", "renamed", "cut", "not_finite", "half", "layer_alone")
+TENSOR_DAMAGE = (
+    "", "missing", "renamed", "cut", "not_finite", "half", "layer_alone", "whole", "huge", "number",
+)  # fmt: skip
 
 
 def damaged(tensors, kind):
@@ -67,6 +81,12 @@ def damaged(tensors, kind):
         tensors[names[0]] = np.ascontiguousarray(tensors[names[0]][:-1])
     elif kind == "not_finite":
         tensors[names[0]][0, 0] = np.nan
+    elif kind == "whole":
+        tensors[names[0]] = tensors[names[0]].astype(np.int32)
+    elif kind == "huge":
+        tensors[names[0]][0, 0] = 3e38
+    elif kind == "number":
+        tensors[names[0].replace("layers.0", "layers." + "9" * 5000)] = tensors.pop(names[0])
     elif kind == "half":
         tensors |= {name: t.astype(np.float16) for name, t in tensors.items()}
     elif kind == "layer_alone":

@@ -20,8 +20,20 @@ NAMES = (
 WORDS = st.sampled_from(
     ("user", "assistant", "gpt", "safe", "text", "1", "\n\nHuman: a\n\nAssistant: b", "3_x", " ")
 )
+# What costs much to read, or may stand for no text.
+HOSTILE = st.sampled_from(
+    (
+        10**4000,
+        -(10**399),
+        "\x1b[2J\r\n",
+        "\0",
+        "\ud800",
+        "a" * 9999,
+        json.loads("[" * 60 + "]" * 60),
+    )
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | WORDS,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | WORDS | HOSTILE,
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
     ),

@@ -2,13 +2,14 @@
 
 import functools
 import pathlib
+import time
 
 from fuzzing import REFUSALS, fuzzed, refused
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 import fedsafe_jax
-from fedsafe_jax.data import chat
+from fedsafe_jax.data import chat, chat_template
 
 FOLDER = pathlib.Path(fedsafe_jax.__file__).parent / "assets" / "model"
 END = "<|end|>"
@@ -108,3 +109,31 @@ def test_the_answer_and_the_end_token_are_learned_or_the_template_is_refused(
     assert whole.startswith(prompt.rstrip().removesuffix("<think>").rstrip()) or (
         "think" in prompt
     ), (prompt, whole)
+
+
+PIECES = st.sampled_from(
+    (
+        "{% for i in range(99999) %}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}",
+        "{% set ns = namespace(s='ab', a=[1]) %}", "{% set ns.s = ns.s + ns.s %}", "{{ ns.s }}",
+        "{% set ns.s = ns.s.replace('a', ns.s) %}", "{% set ns.a = [ns.a, ns.a] %}", "{{ ns.a }}",
+        "{{ 'a' * 10000000000 }}", "{{ 10 ** 9999 }}", "{{ ns.s.center(99999999) }}", "{{ bos_token",
+        "{% macro f(x) %}", "{{ f(1) }}{{ f(2) }}", "{% endmacro %}", "{{ f(3) }}", "}}", "{%", "{#",
+        "{{ messages | tojson(indent=99999999) }}", "{{ ''.__class__.__mro__ }}", "{% include 'a' %}",
+        "{{ '%9999999d' % 1 }}", "{{ cycler }}", "{{ ns.s | center(99999999) }}", "text", "\n", "-%}",
+        "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% import 'os' as os %}",
+    )
+)  # fmt: skip
+
+
+@fuzzed
+@given(st.lists(PIECES, max_size=8))
+def test_any_template_ends_with_a_text_or_one_line(pieces):
+    tokenizer = tokenizer_of("".join(pieces) or "x")
+    start = time.monotonic()
+    try:
+        text = chat_template.of(tokenizer).write([("user", "Hi"), ("assistant", "Hello")])
+    except REFUSALS as error:
+        refused(error)
+    else:
+        assert len(text) <= 500_000_000
+    assert time.monotonic() - start < 60
