@@ -79,7 +79,8 @@ SIZE = 1_000_000
 ALPHABET = (
     "a", " ", "\n", "1", "[", "]", "#", "*", "|", "<", ">", "_", ".", "(", "\\", '"', "\u3000", "é",
     "\n\n", " \n", "a ", "a\n", "1.", "[[1", "[[", "<|a|>", "</s>", "<|a|> ", "<think>", "<think> ",
-    "[INST]", "[/INST]", "### Instruction:\n", "\n\n### Response:", "\n\nHuman:", "Human", "\nHuman",
+    "[INST]", "[/INST]", "### Instruction:\n", "\n\n### Response:", "\n\nHuman:", "Human",
+    "\nHuman",
     "Here is ", "Here is", "**Revision", "# Revision", "Sure, ", "The revised answer", "___",
 )  # fmt: skip
 

@@ -170,7 +170,8 @@ def check_fields(raw: Mapping, fields: Mapping[str, Collection[str]]) -> None:
     family = raw.get("model_type", "none given")
     if not isinstance(family, str) or family not in fields:
         raise ModelError(
-            f"model_type {_short(family)} is not supported; supported are {', '.join(sorted(fields))}."
+            f"model_type {_short(family)} is not supported; supported are "
+            f"{', '.join(sorted(fields))}."
         )
     known = set(fields[family]) | HARMLESS | IGNORED.get(family, frozenset()) | _of_generation()
     for name, value in raw.items():

@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedsafe_jax.filters import classifier, guard, protocol, store
-from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.inference.language_model import load_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.models.decoder_config import ModelError
@@ -29,7 +28,7 @@ def made(tmp_path_factory):
     params = Classifier(config).init(key, blank, blank, blank == 0)["params"]
     tokenizer = read_tokenizer(base_model.PACKAGED_FOLDER)
     folder = tmp_path_factory.mktemp("filter") / "c"
-    store.save(classifier.ClassifierFilter(config, params, tokenizer, 64), folder)
+    store.save(classifier.ClassifierFilter(config, params, tokenizer, max_length=64), folder)
     return folder
 
 
@@ -135,7 +134,7 @@ def guarded(tmp_path_factory):
     factors = lora.init(jax.random.key(0), lm.config, config)
     adapter = lora.Adapter(factors, config, "org/elsewhere")
     folder = tmp_path_factory.mktemp("guard") / "g"
-    made = guard.GuardFilter(lm.model, lm.params, adapter, lm.tokenizer, 64, Decision())
+    made = guard.GuardFilter(lm.model, lm.params, adapter, tokenizer=lm.tokenizer, max_length=64)
     store.save(made, folder)
     path = folder / "filter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "package:model"}))

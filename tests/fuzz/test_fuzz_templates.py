@@ -116,10 +116,14 @@ PIECES = st.sampled_from(
         "{% for i in range(99999) %}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}",
         "{% set ns = namespace(s='ab', a=[1]) %}", "{% set ns.s = ns.s + ns.s %}", "{{ ns.s }}",
         "{% set ns.s = ns.s.replace('a', ns.s) %}", "{% set ns.a = [ns.a, ns.a] %}", "{{ ns.a }}",
-        "{{ 'a' * 10000000000 }}", "{{ 10 ** 9999 }}", "{{ ns.s.center(99999999) }}", "{{ bos_token",
-        "{% macro f(x) %}", "{{ f(1) }}{{ f(2) }}", "{% endmacro %}", "{{ f(3) }}", "}}", "{%", "{#",
-        "{{ messages | tojson(indent=99999999) }}", "{{ ''.__class__.__mro__ }}", "{% include 'a' %}",
-        "{{ '%9999999d' % 1 }}", "{{ cycler }}", "{{ ns.s | center(99999999) }}", "text", "\n", "-%}",
+        "{{ 'a' * 10000000000 }}", "{{ 10 ** 9999 }}", "{{ ns.s.center(99999999) }}",
+        "{{ bos_token",
+        "{% macro f(x) %}", "{{ f(1) }}{{ f(2) }}", "{% endmacro %}", "{{ f(3) }}", "}}",
+        "{%", "{#",
+        "{{ messages | tojson(indent=99999999) }}", "{{ ''.__class__.__mro__ }}",
+        "{% include 'a' %}",
+        "{{ '%9999999d' % 1 }}", "{{ cycler }}", "{{ ns.s | center(99999999) }}", "text",
+        "\n", "-%}",
         "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% import 'os' as os %}",
     )
 )  # fmt: skip
