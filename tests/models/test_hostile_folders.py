@@ -27,7 +27,7 @@ def change(path, **fields):
     path.write_text(json.dumps(raw))
 
 
-def refused(call, *said, seconds=10.0):
+def refused(call, *said, seconds=30.0):
     """Asserts that a call is refused in one short line, soon."""
     start = time.monotonic()
     with pytest.raises(ModelError) as caught:
