@@ -81,7 +81,7 @@ def checked(message: Message | ReplyError, parse: Callable[[RecordDict], Read]) 
         if message.has_error():
             raise ReplyError(message.error.reason)
         if "refused" in message.content:
-            raise ReplyError(message.content.config_records["refused"].get("reason", ""))
+            raise ReplyError(wire.refusal(message.content.config_records["refused"]))
         return parse(message.content)
     except (ReplyError, wire.WireError) as error:
         raise ReplyError(said(error.args[0])) from None

@@ -22,6 +22,8 @@ from fedsafe_jax.federated.round_programs import ChunkInputs, ClientMetrics, Cli
 from fedsafe_jax.federated.schedules import step_rates
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.cache import content_hash, folder_hash
+from fedsafe_jax.flower import site_policy
+from fedsafe_jax.flower.site_policy import SettingsError, SiteSettings
 from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.decoder import Decoder
@@ -36,53 +38,14 @@ from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.validation import validate
 from fedsafe_jax.whole_files import WorkdirError, make_folder, storage
 
-# Two base models are the same when these files are.
-BASE_FILES = ("*.safetensors", "config.json", "tokenizer.json")
-
-
-class SiteSettings(NamedTuple):
-    """Settings of a site, which its operator chooses.
-
-    Attributes:
-      client: number of the site, 0 to `num_clients - 1`, each once in a federation.
-      sources: sources of the site's pairs, as in `data.sources`.
-      data_dir: folder that the sources' locations are relative to.
-      workdir: folder of the site's filter scores, compiled programs and state.
-      model: folder of the base model; "" for the model that the config names.
-      filter: folder of a trained filter; "" for the filter that the config describes.
-    """
-
-    client: int
-    sources: tuple[str, ...]
-    data_dir: str
-    workdir: str
-    model: str = ""
-    filter: str = ""
-
-
-def settings_of(node_config: dict) -> SiteSettings:
-    """Reads the settings of a site from `flower-supernode --node-config`.
-
-    Args:
-      node_config: values by key; Flower's simulation adds `partition-id` and `num-partitions`.
-
-    Raises:
-      ConfigError: a key is missing, unknown or of another type.
-    """
-    names = {field.replace("_", "-"): field for field in SiteSettings._fields}
-    given = {k: v for k, v in node_config.items() if k not in ("partition-id", "num-partitions")}
-    for key in given.keys() - names.keys():
-        raise ConfigError(f"--node-config {key}: no such key; expected {', '.join(names)}.")
-    for key in ("client", "sources", "data-dir", "workdir"):
-        if key not in given:
-            raise ConfigError(
-                f"--node-config: {key} is missing; a site needs client (its number, from 0 on), "
-                "sources, data-dir and workdir."
-            )
-    if not isinstance(given["client"], int):
-        raise ConfigError(f"--node-config client={given['client']!r}: expected a number from 0 on.")
-    fields = {names[key]: value for key, value in given.items()}
-    return SiteSettings(**fields | {"sources": tuple(str(fields["sources"]).split(","))})
+# Two base models are the same when these files are: weights, and what makes a dialogue into tokens
+# and ends an answer. Which of them a model has differs; one that is missing is part of the hash.
+BASE_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "merges.txt",
+)  # fmt: skip
 
 
 def base_fingerprint(model: str) -> str:
@@ -110,8 +73,10 @@ class Site:
       config: config of the run, from the server; the site's settings replace fields of it.
       settings: settings of the site.
       note: takes a line about what the site does.
+      federation: name of the federation, see `wire.config_record`.
 
     Raises:
+      PolicyError: the config names what the operator does not allow.
       ConfigError, SourceError, ModelError, FilterError: naming what is wrong at this site.
     """
 
@@ -120,21 +85,28 @@ class Site:
         config: ml_collections.ConfigDict,
         settings: SiteSettings,
         note: Callable[[str], None] = lambda text: None,
+        federation: str = "",
     ):
+        # First: a check may open what a field names.
+        for line in site_policy.apply(config, settings):
+            note(line)
         validate(config)
         if not 0 <= settings.client < config.num_clients:
-            raise ConfigError(
+            raise SettingsError(
                 f"--node-config client={settings.client}: this run has "
                 f"num_clients={config.num_clients}."
             )
         config.safe_sources, config.data_dir = settings.sources, settings.data_dir
-        config.model = settings.model or config.model
-        config.filter.load = settings.filter or config.filter.load
         self.config, self.settings = config, settings
         # Named by the config, so that another federation never reads this one's scores or state.
-        self.folder = epath.Path(settings.workdir) / content_hash(config.to_dict())
-        (arm,) = (arm for arm in arms_of(config) if arm.trains)
-        (self.seed,), (self.algorithm,) = config.seeds, config.algorithms
+        self.folder = epath.Path(settings.workdir) / content_hash(config.to_dict(), federation)
+        trained = [arm for arm in arms_of(config) if arm.trains]
+        if not len(config.seeds) == len(config.algorithms) == len(trained) == 1:
+            raise ConfigError(
+                f"seeds={tuple(config.seeds)}, algorithms={tuple(config.algorithms)}, "
+                f"arms={tuple(config.arms)}: a federation trains one arm, once."
+            )
+        (arm,), (self.seed,), (self.algorithm,) = trained, config.seeds, config.algorithms
         trains_filter = arm.filter and not config.filter.load
         self.inputs = load_inputs(config, ("site", "filter_pairs") if trains_filter else ("site",))
         pairs = self.inputs.site
@@ -187,7 +159,16 @@ class Site:
           server: arrays as in `template`.
           t: the round, from 0.
           steps: local steps that this client completes.
+
+        Raises:
+          ConfigError: the run has no such round, or its rounds have fewer steps.
         """
+        for name, value, most in (
+            ("round", t, self.config.rounds - 1),
+            ("steps", steps, self.config.local_steps),
+        ):
+            if type(value) is not int or not 0 <= value <= most:
+                raise ConfigError(f"{name}={value!r}: expected 0 to {most}.")
         config, mine = self.config, self.settings.client
         batches = rounds.local_batches(
             config, {mine: self.encoded}, self.seed, t=t, ids=[mine], steps=[steps]

@@ -15,6 +15,34 @@ from flax import traverse_util
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from fedsafe_jax.config import ConfigError, check_override, default_config
+from fedsafe_jax.filters.actions import ACTIONS
+from fedsafe_jax.filters.cache import content_hash
+
+# Why a site refuses, by the code that it sends: the text of an error may quote the site's files,
+# so it stays in the site's log, and the server prints these sentences.
+REFUSALS = {
+    "settings": "its operator's --node-config is not valid for this run",
+    "config": "the run's config is not valid there, or its version of the package is another one",
+    "policy": "the run's config names what its operator does not allow",
+    "filter": "its safety filter cannot be used, or the run would train without it",
+    "data": "its pairs, or the evaluation prompts there, cannot be read, or none is left",
+    "model": "its base model cannot be loaded, or does not fit the run",
+    "message": "the server's message does not fit the run there",
+    "storage": "its workdir cannot be read or written",
+    "internal": "an error that the package does not expect",
+}
+
+# Fields that the operator of a site sets there, whatever the run's config says.
+OPERATORS_OWN = (
+    "safe_sources", "unsafe_sources", "data_dir", "harmful_share", "partition", "dirichlet_alpha",
+    "examples_per_client", "size_sigma", "attack",
+)  # fmt: skip
+# Fields that a site reads of the server's own sections: what revised answers need, and which
+# prompts must not be trained on.
+SENT_OF_CAI = ("constitution", "max_new_tokens")
+SENT_OF_EVAL = ("tasks", "max_prompts", "max_heldout")
+# Stands for the judge's address: tasks that a judge grades are valid, and no site can ask it.
+JUDGE_AT_SERVER = {"judge_url": "https://judge.invalid", "judge_model": "at the server"}
 
 NPY = "numpy.ndarray"  # Flower's name for an array whose bytes are an .npy file
 MOST_HEADER = 256  # bytes of the header of an .npy file; numpy's own have 128
@@ -84,23 +112,80 @@ def _array(name: str, sent: Array, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
-    """Packs the config of a run as JSON."""
-    return ConfigRecord({"config": json.dumps(config.to_dict())})
+    """Packs what a site needs of a run's config.
+
+    The rest (where the server's data, judge and revisions are) stays at the server; a site has the
+    package's defaults there.
+
+    Args:
+      config: config of the run.
+
+    Returns:
+      `config`, the fields as JSON; `federation`, a hash of the whole config, by which a site knows
+      the federation again.
+    """
+    whole = config.to_dict()
+    whole["eval"] |= {"judge_url": "", "judge_model": ""}  # may hold a password: not even hashed
+    federation = content_hash(whole)
+    sent = {k: v for k, v in whole.items() if k not in OPERATORS_OWN}
+    # Only an action that has answers revised asks for principles.
+    revised = ACTIONS[config.filter.action].needs_answers
+    sent["cai"] = {k: v for k, v in whole["cai"].items() if revised and k in SENT_OF_CAI}
+    sent["eval"] = {k: v for k, v in whole["eval"].items() if k in SENT_OF_EVAL}
+    if config.eval.judge_url:
+        sent["eval"] |= JUDGE_AT_SERVER
+    return ConfigRecord({"config": json.dumps(sent), "federation": federation})
 
 
 def config_of(record: ConfigRecord) -> ml_collections.ConfigDict:
-    """Unpacks the config of a record.
+    """Unpacks the config of a record; fields that it does not hold have the package's defaults.
 
     Args:
       record: a record that `config_record` packed.
 
     Raises:
-      ConfigError: a field that this version of the package does not know, or of another type.
+      ConfigError: no JSON object; a field that this version of the package does not know, or of
+        another type; a number that is not finite, or has more than 64 bits.
     """
+
+    def no_number(text: str) -> None:
+        raise ConfigError(f"the server's config holds {text}, which is no number.")
+
+    try:
+        said = json.loads(record["config"], parse_constant=no_number)
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ConfigError("the server's config is no JSON.") from None
+    if not isinstance(said, dict):
+        raise ConfigError(f"the server's config is a {type(said).__name__}, expected an object.")
     config = default_config()
-    for name, value in traverse_util.flatten_dict(json.loads(record["config"]), sep=".").items():
+    for name, value in traverse_util.flatten_dict(said, sep=".").items():
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, str | int | float):
+                raise ConfigError(f"{name}: expected text, numbers, or a list of them.")
+            if isinstance(one, int | float) and not abs(one) < 2**63:
+                raise ConfigError(f"{name}={one}: expected less than 2**63.")
         set_field(config, name, tuple(value) if isinstance(value, list) else value)
     return config
+
+
+def refused(code: str) -> ConfigRecord:
+    """Packs a refusal; `code` is a key of `REFUSALS`."""
+    return ConfigRecord({"code": code})
+
+
+def refusal(record: ConfigRecord) -> str:
+    """Returns the sentence of a refusal; no text of a site is in it.
+
+    Args:
+      record: a record that `refused` packed, or whatever else a site sent.
+    """
+    code = record.get("code")
+    known = REFUSALS.get(code) if isinstance(code, str) else None
+    if known is None:
+        return "it refused with a code that is not known here"
+    return f"{known} (code {code}; the reason is in the site's own log)"
 
 
 def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:

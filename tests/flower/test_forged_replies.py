@@ -117,6 +117,7 @@ def header(text, size=64):
 
 INF, NAN = float("inf"), float("nan")
 ESCAPES = "\x1b[2J\x1b]0;owned\x07 WARNING: forged\u202e line " + "x" * 10**6
+UNKNOWN_CODE = "a code that is not known here"
 # What a site may send in place of an update; the second value is the record that names it, or a
 # part of the reason.
 UPDATES = {
@@ -125,10 +126,11 @@ UPDATES = {
     "error of a traceback": (lambda content: Error(2, "Trace\n  deep\nEnd: x\n\n"), "End: x"),
     "error with escapes": (lambda content: Error(0, ESCAPES), "x"),
     "bytes that cannot be unpacked": (lambda content: RecursionError(), "cannot be unpacked"),
-    "refused": (replaced("refused", ConfigRecord(text("no data"))), "no data"),
-    "refused with escapes": (replaced("refused", ConfigRecord(text(ESCAPES))), "…"),
-    "refused with a number": (replaced("refused", ConfigRecord(text(5))), "no text, but int"),
-    "refused without reason": (replaced("refused", ConfigRecord({})), "no reason given"),
+    "refused": (replaced("refused", ConfigRecord({"code": "data"})), "(code data; the reason is in"),
+    "refused with a text": (replaced("refused", ConfigRecord(text("no data"))), UNKNOWN_CODE),
+    "refused with escapes": (replaced("refused", ConfigRecord({"code": ESCAPES})), UNKNOWN_CODE),
+    "refused with a number": (replaced("refused", ConfigRecord({"code": 5})), UNKNOWN_CODE),
+    "refused without code": (replaced("refused", ConfigRecord({})), UNKNOWN_CODE),
     "refused as arrays": (replaced("refused", ArrayRecord({})), "KeyError"),
     "no update": (without("update"), "KeyError"),
     "update as numbers": (replaced("update", MetricRecord({"x": 1})), "KeyError"),
@@ -290,8 +292,8 @@ def with_text(old, new):
 DESCRIPTIONS = {
     "error": lambda content: Error(0, ""),
     "escapes": lambda content: Error(0, ESCAPES),
-    "refused by a number": replaced("refused", ConfigRecord(text(5))),
-    "refused by bytes": replaced("refused", ConfigRecord(text(b"\xff"))),
+    "refused by a number": replaced("refused", ConfigRecord({"code": 5})),
+    "refused by bytes": replaced("refused", ConfigRecord({"code": b"\xff"})),
     "nothing": without("site"),
     "a number for JSON": json_text(5),
     "no JSON": json_text("not JSON"),

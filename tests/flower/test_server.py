@@ -32,9 +32,11 @@ def test_sites_that_do_not_fit_are_left_out_by_name(folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "node 101 is left out: client 1's base model differs" in said
     assert "node 102 is left out: the seat of client 0 is node 100's" in said
-    assert "client=7: this run has num_clients=3" in said
-    assert "node 104 is left out: --node-config: sources is missing" in said
-    assert "absent.jsonl" in said
+    for node in (103, 104):
+        assert f"node {node} is left out: its operator's --node-config is not valid" in said
+    assert "node 105 is left out: its pairs, or the evaluation prompts there, cannot be" in said
+    # The text is in each site's log, which is this process's here.
+    assert "client=7: this run has num_clients=3" in said and "absent.jsonl" in said
 
 
 def test_a_description_that_cannot_be_read_is_left_out(folder, tmp_path, capsys):

@@ -15,14 +15,16 @@ from test_flower import node_config, run_config  # noqa: E402
 
 from fedsafe_jax.config import ConfigError  # noqa: E402
 from fedsafe_jax.data import chat  # noqa: E402
-from fedsafe_jax.flower import replies, server, site  # noqa: E402
+from fedsafe_jax.flower import replies, server, site, site_policy  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
 from fedsafe_jax.whole_files import WorkdirError  # noqa: E402
 
 
 def test_settings_are_read_and_checked(folder):
-    settings = site.settings_of(node_config(folder, 1) | {"partition-id": 1, "num-partitions": 3})
-    assert settings == site.SiteSettings(
+    settings = site_policy.settings_of(
+        node_config(folder, 1) | {"partition-id": 1, "num-partitions": 3}
+    )
+    assert settings == site_policy.SiteSettings(
         client=1,
         sources=("chat:site1.jsonl",),
         data_dir=str(folder),
@@ -33,16 +35,16 @@ def test_settings_are_read_and_checked(folder):
         ({"color": "red"}, "color: no such key"),
     ):
         with pytest.raises(ConfigError, match=message):
-            site.settings_of(node_config(folder, 1) | change)
+            site_policy.settings_of(node_config(folder, 1) | change)
     with pytest.raises(ConfigError, match="no such key; expected client, sources"):
-        site.settings_of({"client": 0, "source": "x"})
+        site_policy.settings_of({"client": 0, "source": "x"})
 
 
 @pytest.fixture(scope="module")
 def site_and_lines(folder, tmp_path_factory):
     """A site, and the lines that it wrote while it loaded and filtered its pairs."""
     workdir = tmp_path_factory.mktemp("site")
-    settings = site.settings_of(node_config(folder, 1) | {"workdir": str(workdir)})
+    settings = site_policy.settings_of(node_config(folder, 1) | {"workdir": str(workdir)})
     lines = []
     return site.Site(server.read_config(run_config(workdir)), settings, lines.append), lines
 
