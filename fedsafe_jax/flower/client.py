@@ -33,7 +33,7 @@ def _site(config_json: str, federation: str, settings: SiteSettings) -> Site:
 
 
 def _log(text: str) -> None:
-    """Prints to the site's own log, which Flower sends to nobody."""
+    """Prints to the site's own log, which Flower does not send to the server."""
     print(text, file=sys.stderr, flush=True)
 
 
