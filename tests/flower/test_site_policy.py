@@ -15,7 +15,9 @@ from fedsafe_jax.filters.protocol import FilterError  # noqa: E402
 from fedsafe_jax.flower import site, site_policy, wire  # noqa: E402
 from fedsafe_jax.flower.site_policy import PolicyError, SettingsError, SiteSettings  # noqa: E402
 
-SETTINGS = SiteSettings(0, ("chat:mine.jsonl",), "/mine", "/mine/work")
+SETTINGS = SiteSettings(
+    client=0, sources=("chat:mine.jsonl",), data_dir="/mine", workdir="/mine/work"
+)
 PLACES = (
     "/etc/passwd", "../secret.json", "~/secret.json", "owner/model", "https://elsewhere.example/x",
     "file:///etc/passwd", "chat:/etc/passwd", "chat:../secret.jsonl", "chat:owner/data",
