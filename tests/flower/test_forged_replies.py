@@ -126,7 +126,7 @@ UPDATES = {
     "error of a traceback": (lambda content: Error(2, "Trace\n  deep\nEnd: x\n\n"), "End: x"),
     "error with escapes": (lambda content: Error(0, ESCAPES), "x"),
     "bytes that cannot be unpacked": (lambda content: RecursionError(), "cannot be unpacked"),
-    "refused": (replaced("refused", ConfigRecord({"code": "data"})), "(code data; the reason is in"),
+    "refused": (replaced("refused", ConfigRecord({"code": "data"})), "(code data;"),
     "refused with a text": (replaced("refused", ConfigRecord(text("no data"))), UNKNOWN_CODE),
     "refused with escapes": (replaced("refused", ConfigRecord({"code": ESCAPES})), UNKNOWN_CODE),
     "refused with a number": (replaced("refused", ConfigRecord({"code": 5})), UNKNOWN_CODE),
