@@ -97,6 +97,7 @@ def test_records_and_cuts_of_dialogues_are_shown(run):
     turns = [{"role": "user", "content": "I tie a knot."}, {"role": "user", "content": "How long?"}]
     record = {"prompt": "How long?", "initial": "Hm.", "revision": "An hour.", "preferred": True}
     (workdir / "cai").mkdir()
+    record |= {"arm": "fl", "seed": 0, "round": 0}
     lines = [record | {"messages": turns}, record]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (workdir / "cai" / "round_000.jsonl").write_text(text)
