@@ -43,7 +43,8 @@ EVIL = """
 import pathlib
 from flwr.serverapp import ServerApp
 from flwr.clientapp import ClientApp
-server, client = ServerApp(), ClientApp()
+server = ServerApp()
+client = ClientApp()
 @server.main()
 def main(grid, context):
     pathlib.Path("{mark}").write_text("was here")
