@@ -19,6 +19,7 @@ from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
 from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
 from fedsafe_jax.filters.quality import shown
+from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate_filter
 from fedsafe_jax.whole_files import storage
@@ -153,6 +154,7 @@ def main(values: flags.FlagValues) -> None:
     """Trains and prints the counts, the epochs, the decision and the measured quality."""
     validate_filter(values.config)
     check_folder("workdir", values.workdir)
+    own_folder.claim_workdir(values.workdir)
     prepare_libraries(values.workdir)
     results = train(values.config, values.workdir)
     print(f"pairs: {json.dumps(results['counts'])}")

@@ -35,6 +35,7 @@ from fedsafe_jax.pipeline.clients import describe_encoding, encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.random_streams import Purpose
+from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.validation import validate
 from fedsafe_jax.whole_files import WorkdirError, make_folder, storage
 
@@ -99,6 +100,7 @@ class Site:
         config.safe_sources, config.data_dir = settings.sources, settings.data_dir
         self.config, self.settings = config, settings
         # Named by the config, so that another federation never reads this one's scores or state.
+        own_folder.claim_workdir(settings.workdir)
         self.folder = epath.Path(settings.workdir) / content_hash(config.to_dict(), federation)
         trained = [arm for arm in arms_of(config) if arm.trains]
         if not len(config.seeds) == len(config.algorithms) == len(trained) == 1:
