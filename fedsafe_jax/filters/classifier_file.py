@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file
 
+from fedsafe_jax import random_streams
 from fedsafe_jax.filters.protocol import FilterError
 from fedsafe_jax.models.config_fields import LARGEST
 from fedsafe_jax.models.encoder import ACTIVATIONS, Classifier, EncoderConfig
 from fedsafe_jax.models.model_files import check_finite
+from fedsafe_jax.random_streams import Purpose
 
 SIZES = {  # names of `LARGEST` in an `EncoderConfig`; without types and window there are none of it
     "num_layers": "num_hidden_layers",
@@ -110,7 +112,9 @@ def tensors(path: pathlib.Path, config: EncoderConfig) -> dict:
         )
     blank = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(
-        lambda: Classifier(config).init(jax.random.key(0), blank, blank, blank == 0)["params"]
+        lambda: Classifier(config).init(
+            random_streams.key(Purpose.SHAPES, 0), blank, blank, blank == 0
+        )["params"]
     )
     flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
     expected = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in flat}

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -227,7 +228,8 @@ def test_three_sites_train_and_a_hostile_one_does_not_get_in(federation, tmp_pat
         "round-seconds": 200,
     }
     text = " ".join(f"{k}={json.dumps(v)}" for k, v in settings.items())
-    line = re.sub("--run-config .*", lambda _: f"--run-config '{text}'", here.command("flwr run"))
+    quoted = shlex.quote(text)  # tuples in it have quotes of their own
+    line = re.sub("--run-config .*", lambda _: f"--run-config {quoted}", here.command("flwr run"))
     done = here.run(line, timeout=900)
     assert (tmp_path / "server/results.json").is_file(), "\n".join(
         [done.stdout[-3000:], done.stderr[-3000:], here.log("superlink")[-3000:]]
