@@ -36,6 +36,14 @@ app = ServerApp()
 BENCHED = "benched"  # in place of a question
 
 
+class RunFailed(Exception):
+    """The run ended with an error, which the message says in one line.
+
+    Flower sends an app's last lines to `flwr run --stream`, and marks the run as failed, where it
+    ends with an `Exception`; with `SystemExit` nobody would see why.
+    """
+
+
 class Sites:
     """The clients of a federation, behind Flower's grid.
 
@@ -224,5 +232,6 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, dict(context.run_config))
     except (ConfigError, SitesError, *input_errors()) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        line = one_line(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        raise RunFailed(line) from None

@@ -112,3 +112,10 @@ def test_sizes_that_sites_claim_set_no_weight_by_default(tmp_path):
     overrides = "federated.weighting=examples federated.min_answers=3"
     config = server.read_config(run_config(tmp_path, overrides))
     assert config.federated.weighting == "examples" and config.federated.min_answers == 3
+
+
+def test_an_error_ends_the_app_such_that_flower_says_it(tmp_path, capsys):
+    context = type("Context", (), {"run_config": run_config(tmp_path, "rounds=two")})
+    with pytest.raises(server.RunFailed, match="rounds='two': expected a value of type int"):
+        server.main(LocalGrid([]), context)
+    assert capsys.readouterr().err.startswith("error: rounds='two'")
