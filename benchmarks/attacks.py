@@ -91,7 +91,7 @@ def run_cell(attacker: str, rule: str, seed: int, share: float, folder: pathlib.
     experiment.run(config, str(workdir))
     outcome = json.loads((workdir / "arms" / f"fl_seed{seed}.json").read_text())
     lines = (workdir / "metrics.jsonl").read_text().split("\n")
-    judge = config.eval.judge
+    judge = "start"  # as all cells of the table
     return {
         "attacker": attacker,
         "rule": rule,

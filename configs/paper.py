@@ -71,5 +71,6 @@ def get_config(arg="fedavg"):
     )
     c.eval.max_new_tokens = 256
     c.eval.max_length = 1024
-    c.eval.judge = "keyword"  # OpenFedLLM's, which the paper builds on
+    # OpenFedLLM's, which the paper builds on, and then this project's own
+    c.eval.judges = ("keyword", "rules", "start")
     return c

@@ -200,10 +200,15 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval.max_new_tokens = 24  # longest answer, in tokens
     c.eval.max_length = 256  # longest dialogue that is scored, in tokens
     c.eval.batch_size = 64  # prompts answered at once
-    c.eval.judge = "start"  # judge of the headline rates; all judges are reported
-    # OpenAI-compatible endpoint that grades and compares answers; "" for none
-    c.eval.judge_url = ""
-    c.eval.judge_model = ""  # model name at judge_url; the key is read from OPENAI_API_KEY
+    # judges of the answers; the first one's verdicts are the headline, and all are reported: rules,
+    # start, keyword, classifier:FOLDER, guard:FOLDER, chat:MODEL@URL#RUBRIC (the key is read from
+    # OPENAI_API_KEY)
+    c.eval.judges = ("rules", "start", "keyword")
+    c.eval.judge_cache = ""  # folder of the replies of chat judges, by content; "" to keep none
+    c.eval.temperature = 0.0  # temperature of the answers; 0 for greedy
+    c.eval.samples = 1  # answers to each prompt
+    c.eval.system = ""  # system prompt of dialogues that have none
+    c.eval.prefix = ""  # text that every answer begins with, as an attacker would force it
     # items of each task evaluated after every round, for curves; 0 for none
     c.eval.every_round_prompts = 0
     return c
@@ -261,12 +266,25 @@ def filter_config() -> ml_collections.ConfigDict:
     return c
 
 
+# Fields of earlier versions, and what takes their place.
+RETIRED = {
+    "eval.judge": "name judges in eval.judges, the headline's first, such as "
+    "--config.eval.judges=\"('start', 'keyword')\".",
+    "eval.judge_url": "name the endpoint in eval.judges, such as "
+    "--config.eval.judges=\"('rules', 'chat:MODEL@URL#mt_bench')\".",
+    "eval.judge_model": "name the model in eval.judges, such as "
+    "--config.eval.judges=\"('rules', 'chat:MODEL@URL#mt_bench')\".",
+}
+
+
 def check_override(name: str, config: ml_collections.ConfigDict) -> None:
     """Raises `ConfigError` when `name` (as "filter.epochs") is no field, naming the nearest."""
     known = [
         f"{k}.{n}" for k, v in config.items() if isinstance(v, ml_collections.ConfigDict) for n in v
     ]
     known += [k for k, v in config.items() if not isinstance(v, ml_collections.ConfigDict)]
+    if name in RETIRED:
+        raise ConfigError(f"--config.{name}: it is gone; {RETIRED[name]}")
     if name not in known:
         last = name.rsplit(".", 1)[-1]
         tasks = [str(entry).partition("=")[0] for entry in config.get("eval", {}).get("tasks", ())]

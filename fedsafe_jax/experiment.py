@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.federated import simulation
-from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.filters.actions import FilterCounts
@@ -36,7 +35,6 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.federation import SIMULATED, Federation
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
-from fedsafe_jax.pipeline.unfinished import Unfinished
 from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import (
@@ -288,12 +286,9 @@ class ArmRun:
         trained = factors is not None
         own = multihost.local(factors, self.inputs.mesh) if trained else None
         hash_ = adapter_hash(own) if trained else ""
-        kept = Unfinished(self._files.unfinished, about=hash_)
-        together = spans_hosts(self.inputs.mesh)
-        endpoint = evaluation.endpoint_of(self.config, together, kept)
         base = self._language_model(None) if self.planned.arm.trains else None
-        options = evaluation.options_of(self.config, endpoint, base)
-        lm = self._language_model(factors)
+        options = evaluation.options_of(self.config, base)
+        lm, kept = self._language_model(factors), self._files.answers(hash_)
         outcome = evaluation.evaluate(lm, self.inputs.evals, options, kept)
         outcome["seconds"] = time.monotonic() - started
         if trained:

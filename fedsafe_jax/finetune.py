@@ -14,7 +14,6 @@ from fedsafe_jax.federated.algorithms import ALGORITHMS, Hyperparameters
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
-from fedsafe_jax.federated.registry import look_up
 from fedsafe_jax.federated.round_programs import RoundSpec, make_round
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
@@ -22,6 +21,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.lora import Adapter, LoraConfig
 from fedsafe_jax.random_streams import Purpose
+from fedsafe_jax.registry import look_up
 
 
 def finetune(

@@ -9,8 +9,8 @@ import fedsafe_jax as fs
 from fedsafe_jax import validation
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.federated import aggregation, algorithms, compression
-from fedsafe_jax.federated.registry import UnknownNameError
 from fedsafe_jax.models.hub import ModelError
+from fedsafe_jax.registry import UnknownNameError
 
 PAIRS = [("What is your favourite fruit?", "Bananas."), ("Which fruit do you like?", "Bananas.")]
 

@@ -25,7 +25,9 @@ from fedsafe_jax.evals.statistics import wilson
         ("eval.hhh=mine.jsonl", "tasks are chosen by eval.tasks, such as --config.eval.tasks="),
         ("eval.tasks=('hh',)", "eval.tasks: 'hh': no such task; expected some of advbench"),
         ("eval.tasks=('advbench',)", "never shown without 'over_refusal'"),
-        ("eval.tasks=('mt_bench',)", "give eval.judge_url"),
+        ("eval.tasks=('mt_bench',)", "needs a judge of rating, such as chat:MODEL@URL#mt_bench"),
+        ("eval.judge=start", "--config.eval.judge: it is gone; name judges in eval.judges"),
+        ("eval.judges=('rule',)", "Did you mean 'rules'?"),
         ("data_dir=/no/such/folder", None),
         ("safe_sources=('chat:package/none.jsonl',)", "none.jsonl: no such file"),
         ("safe_sources=('chat:mine.jsonl',)", "unsafe_sources: safe_sources are your own, and"),
@@ -191,7 +193,7 @@ def test_evaluate_prompts_and_adapter(finished, tmp_path):
     for line in result["prompts"]:
         assert f"{line['prompt']!r} -> {line['answer']!r}" in done.stdout
     for judge, rate in result["rates"].items():
-        refused = sum(line["refused"][judge] for line in result["prompts"])
+        refused = sum(line["verdicts"][judge]["refused"] for line in result["prompts"])
         low, high = (100 * bound for bound in wilson(refused, 2))
         shown = f"{judge}: {50 * refused:.1f}% refused (95% interval {low:.1f} to {high:.1f})"
         assert shown in done.stdout and rate["n"] == 2

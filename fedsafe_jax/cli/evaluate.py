@@ -8,8 +8,11 @@ whole dialogue, a list of {role, content}. Without further flags the packaged mo
 packaged sets.
 """
 
+import functools
 import json
+import os
 import pathlib
+import sys
 import time
 
 from absl import flags
@@ -19,10 +22,19 @@ from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
-from fedsafe_jax.data import chat, template_check
+from fedsafe_jax.data import template_check
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint, EndpointError
-from fedsafe_jax.evals.task import HELDOUT, EvalOptions, EvalSet, TaskError, load_items, select
+from fedsafe_jax.evals import answers, judges
+from fedsafe_jax.evals.judges import JudgeError, Tools
+from fedsafe_jax.evals.task import (
+    HELDOUT,
+    EvalOptions,
+    EvalSet,
+    TaskError,
+    check_judges,
+    load_items,
+    select,
+)
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.pipeline.evaluation import evaluate, summarise, tasks
 
@@ -50,32 +62,55 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("batch_size", 64, "Rows generated at once.", lower_bound=1, **here)
     whole("max_length", 256, "Tokens of a scored dialogue.", lower_bound=16, **here)
     whole("max_prompts", 0, "Prompts taken of each set; 0 for all.", lower_bound=0, **here)
-    flags.DEFINE_enum("judge", "start", sorted(JUDGES), "Judge of the headline rates.", **here)
-    text("base", None, "Model that --judge_url compares the answers with.", **here)
-    text("judge_url", "", "OpenAI-compatible base URL.", **here)
-    text("judge_model", "", "Model name at --judge_url.", **here)
+    flags.DEFINE_list(
+        "judges",
+        list(judges.DEFAULT),
+        f"Judges, the headline's first, some of {', '.join(judges.forms())}; chat ones take their "
+        "key from OPENAI_API_KEY.",
+        **here,
+    )
+    text("judge_cache", "", "Folder of chat judges' replies; '' to keep none.", **here)
+    text("base", None, "Model that a judge of preference compares the answers with.", **here)
+    flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
+    whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
+    text("system", "", "System prompt of dialogues that have none.", **here)
+    text("prefix", "", "Text that every answer begins with.", **here)
 
 
 def options_of(values: flags.FlagValues) -> EvalOptions:
     """Returns the sizes and judges that the flags ask for; the base model is not loaded yet.
 
     Raises:
-      UsageError: half of a judge is given, or a comparison without one.
+      UsageError: a judge is unknown, or the base has none that compares.
     """
-    if bool(values.judge_url) != bool(values.judge_model) or (values.base and not values.judge_url):
-        raise UsageError("a judge is asked for: give both --judge_url and --judge_model.")
-    endpoint = None
-    if values.judge_url:
-        try:
-            endpoint = ChatEndpoint.from_environment(values.judge_url, values.judge_model)
-        except EndpointError as error:
-            raise UsageError(f"--judge_url: {error}") from None
+    from fedsafe_jax import load_pretrained
+
+    tools = Tools(
+        functools.partial(load_pretrained, dtype=values.dtype),
+        values.judge_cache,
+        os.environ.get("OPENAI_API_KEY", ""),
+    )
+    try:
+        chosen = judges.make(values.judges, tools)
+    except JudgeError as error:
+        raise UsageError(f"--judges: {error}") from None
+    if not chosen:
+        raise UsageError(f"--judges: give some of {', '.join(judges.forms())}.")
+    if values.base and not any(one.measures == judges.PREFERENCE for one in chosen):
+        raise UsageError(
+            f"--base: add a judge that compares, {judges.EXAMPLES[judges.PREFERENCE]}, to --judges."
+        )
+    if values.samples > 1 and not values.temperature:
+        raise UsageError("--samples: greedy answers are all the same; give --temperature.")
     return EvalOptions(
         max_new_tokens=values.max_new_tokens,
         max_length=values.max_length,
         batch_size=values.batch_size,
-        judge=values.judge,
-        endpoint=endpoint,
+        judges=chosen,
+        temperature=values.temperature,
+        samples=values.samples,
+        system=values.system,
+        prefix=values.prefix,
     )
 
 
@@ -90,14 +125,11 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
         raise UsageError(f"--tasks: give some of {', '.join(tasks())}.")
     try:
         chosen = select(values.tasks, tasks())
+        check_judges(chosen, [judge.spec for judge in options.judges])
     except TaskError as error:
         raise UsageError(f"--tasks: {error}") from None
     sets = {}
     for name, one in chosen.items():
-        if one.task.needs_endpoint and options.endpoint is None:
-            raise UsageError(
-                f"--tasks: '{name}' is graded by a chat model; give --judge_url and --judge_model."
-            )
         if one.source == HELDOUT:
             raise UsageError(
                 f"--tasks: '{name}' reads the pairs that a run holds out; give {name}=SOURCE."
@@ -123,27 +155,32 @@ def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions)
 def run_prompts(lm: LanguageModel, requests: list[Example], options: EvalOptions) -> dict:
     """Judges the answers to prompts, printing a line each and the rates with intervals."""
     from fedsafe_jax.evals import statistics
-    from fedsafe_jax.evals.tasks import refusal
 
     if note := repeats(requests):
         print(note)
-    answers = refusal.answer(lm, requests, options)
-    refused = refusal.judge_answers(answers)
-    lines = []
-    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        prompt = request.dialogue
-        verdicts = {name: values[i] for name, values in refused.items()}
-        shown = " ".join(f"{name}={'refused' if v else 'answered'}" for name, v in verdicts.items())
-        print(f"{shown} | {prompt!r} -> {answer!r}")
-        line = {"prompt": prompt, "answer": answer, "refused": verdicts}
-        whole = {"messages": chat.to_dicts(request.messages)} if len(request.messages) > 1 else {}
-        lines.append(line | whole)
+    judging = tuple(one for one in options.judges if one.measures in (judges.REFUSAL, judges.HARM))
+    rows, problems = answers.judge(answers.ask(lm, requests, options), judging)
+    for problem in problems.values():
+        print(f"warning: {problem}", file=sys.stderr)
+    answers.check(rows, judging)
+    rows = [{"prompt": requests[row["item"]].dialogue} | row for row in rows]
+    for row in rows:
+        shown = " ".join(f"{spec}={_in_words(said)}" for spec, said in row["verdicts"].items())
+        print(f"{shown} | {row['prompt']!r} -> {row['answer']!r}")
     rates = {}
-    for name, values in refused.items():
-        mean, interval = statistics.rate([values])
-        rates[name] = {"refused": mean, "ci95": interval, "n": len(lines)}
-        print(f"{name}: {mean:.1f}% refused (95% interval {interval[0]:.1f} to {interval[1]:.1f})")
-    return {"rates": rates, "prompts": lines}
+    for one in judging:
+        mean, interval = statistics.rate([answers.by_item(rows, one.spec, "refused")])
+        rates[one.spec] = {"refused": mean, "ci95": interval, "n": len(requests)}
+        if mean is not None:
+            low, high = interval
+            print(f"{one.spec}: {mean:.1f}% refused (95% interval {low:.1f} to {high:.1f})")
+    return {"rates": rates, "prompts": rows}
+
+
+def _in_words(said: dict | None) -> str:
+    if said is None:
+        return "failed"
+    return "refused" if said["refused"] else "answered"
 
 
 def main(values: flags.FlagValues) -> None:
@@ -152,8 +189,6 @@ def main(values: flags.FlagValues) -> None:
 
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.models.adapter_hash import adapter_hash
-    from fedsafe_jax.pipeline.workdir import HASH
     from fedsafe_jax.runtime import devices, multihost, run_files
 
     if values.output:
@@ -174,13 +209,11 @@ def main(values: flags.FlagValues) -> None:
     def work():
         local = make_mesh(jax.local_devices())
         lm = load_pretrained(values.model, values.dtype, mesh=local, **template)
-        chosen, evaluated = options, None
+        chosen = options
         if values.base:
             chosen = options._replace(base=load_pretrained(values.base, values.dtype, **template))
         if values.adapter:
-            adapter = load_adapter(values.adapter)
-            lm, evaluated = lm.with_adapter(adapter), adapter_hash(adapter.factors)
-            print(f"adapter: {values.adapter}, SHA-256 of its tensors {evaluated}")
+            lm = lm.with_adapter(load_adapter(values.adapter))
         template_check.check(lm.tokenizer, [(request.source, request) for request in prompts])
         for name, one in sets.items():
             template_check.check(
@@ -189,7 +222,7 @@ def main(values: flags.FlagValues) -> None:
         devices.announce()
         result = run_prompts(lm, prompts, chosen) if prompts else run_tasks(lm, sets, chosen)
         if values.output:
-            result |= {"model": values.model, "adapter": values.adapter, HASH: evaluated}
+            result |= {"model": values.model, "adapter": values.adapter}
             result["seconds"] = time.monotonic() - started
             run_files.write_json(pathlib.Path(values.output), json.loads(json.dumps(result)))
 

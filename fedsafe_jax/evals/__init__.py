@@ -1,6 +1,7 @@
 """Evaluations of a language model: tasks, judges, scores of given answers, intervals."""
 
-from fedsafe_jax.evals.judges import JUDGES, ChatEndpoint
+from fedsafe_jax.evals.judges import JUDGES
+from fedsafe_jax.evals.judges.endpoint import ChatEndpoint
 from fedsafe_jax.evals.task import Column, EvalOptions, EvalSet, Task
 from fedsafe_jax.evals.tasks import TASKS
 

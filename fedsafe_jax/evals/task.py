@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.evals import judges
+from fedsafe_jax.evals.judges import Judge
 from fedsafe_jax.random_streams import Purpose, generator
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
@@ -79,17 +81,27 @@ class EvalOptions(NamedTuple):
       max_new_tokens: longest answer, in tokens.
       max_length: longest dialogue that is scored, in tokens.
       batch_size: prompts answered at once.
-      judge: rule whose refusals give the headline rates, a key of `judges.JUDGES`.
-      endpoint: `messages -> text`, a chat model that grades; None without one.
-      base: the base model, which `endpoint` compares answers with; None for no comparison.
+      judges: judges of the answers; the first that measures what a task asks is its headline.
+      base: the base model, whose answers judges of preference compare with; None for none.
+      temperature: temperature of the answers; 0 for greedy.
+      samples: answers to each prompt.
+      system: system prompt of dialogues that have none; "" for none.
+      prefix: text that every answer begins with, as an attacker would force it; "" for none.
     """
 
     max_new_tokens: int = 64
     max_length: int = 256
     batch_size: int = 64
-    judge: str = "start"
-    endpoint: Callable[[Sequence[dict]], str] | None = None
+    judges: tuple[Judge, ...] = judges.make(judges.DEFAULT)
     base: Any = None
+    temperature: float = 0.0
+    samples: int = 1
+    system: str = ""
+    prefix: str = ""
+
+    def judges_of(self, task: "Task") -> tuple[Judge, ...]:
+        """Returns the judges that measure what a task asks, the headline's first."""
+        return tuple(judge for judge in self.judges if judge.measures in task.measures)
 
 
 class Task(NamedTuple):
@@ -103,15 +115,20 @@ class Task(NamedTuple):
       columns: figures shown; the first one is the headline.
       load: `(source, data_dir) -> items`.
       prompts: `items -> texts` that no training example may be near.
-      run: `(lm, items, options) -> outcomes`, a JSON-ready dict with a value for every item.
+      run: `(lm, items, options) -> outcomes`, a JSON-ready dict with a value for every item, for
+        what needs no generated answers; None for nothing.
+      ask: `(lm, items, options) -> rows`, answers that are generated, see `answers.ask`; None for a
+        task that only scores given ones.
+      score: `(rows, options) -> outcomes`, of the rows that `ask` gave, with their verdicts.
+      measures: what judges of the answers may measure, such as `(REFUSAL, HARM)`; () for a task
+        whose answers no judge reads.
+      optional: whether `ask` is left out, instead of being an error, where no judge measures that.
       summarise: `(outcomes by seed, options) -> {field: value, interval: [low, high], ...}`.
       values: `(outcome, options) -> {field of a column: value of each item}`: bool or from 0 to 1
         for a rate in percent, float for another figure, None for an item without a value. Arms are
         compared by them, item by item; None for a task whose arms are not compared.
-      generates: whether answers are generated; a task that only scores given answers is cheaper.
       beside: name of the task without which this one is never shown, such as over-refusal for
         refusal; "" for none.
-      needs_endpoint: whether `options.endpoint` is required.
     """
 
     name: str
@@ -121,12 +138,19 @@ class Task(NamedTuple):
     columns: tuple[Column, ...]
     load: Callable[[str, str], list]
     prompts: Callable[[list], list[str]]
-    run: Callable[[Any, list, EvalOptions], dict]
     summarise: Callable[[Sequence[dict], EvalOptions], dict]
+    run: Callable[[Any, list, EvalOptions], dict] | None = None
+    ask: Callable[[Any, list, EvalOptions], list[dict]] | None = None
+    score: Callable[[list[dict], EvalOptions], dict] | None = None
     values: Callable[[dict, EvalOptions], dict[str, Sequence]] | None = None
-    generates: bool = True
+    measures: tuple[str, ...] = ()
+    optional: bool = False
     beside: str = ""
-    needs_endpoint: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are always generated; a task that scores given ones is cheaper."""
+        return self.ask is not None and not self.optional
 
 
 class EvalSet(NamedTuple):
@@ -191,11 +215,34 @@ def _check(name: str, task: Task) -> None:
         raise TaskError(f"'{name}': the task calls itself '{task.name}'; both must be the same.")
     if not task.columns:
         raise TaskError(f"'{name}': a task needs at least one column.")
+    if task.run is None and (task.ask is None or task.score is None):
+        raise TaskError(f"'{name}': a task needs run, or ask with score.")
     for column in task.columns:
         if column.better not in ARROWS:
             raise TaskError(
                 f"'{name}': column '{column.title}' has better={column.better!r}; expected "
                 f"{' or '.join(ARROWS)}."
+            )
+
+
+def check_judges(sets: Mapping[str, EvalSet], specs: Sequence[str]) -> None:
+    """Checks that some judge measures what each task asks.
+
+    Args:
+      sets: the chosen sets by name.
+      specs: specs of the judges.
+
+    Raises:
+      TaskError: a task has no judge; the message says what would do.
+      JudgeError: a spec is wrong.
+    """
+    measured = {judges.measures(spec) for spec in specs}
+    for name, one in sets.items():
+        task = one.task
+        if task.measures and not task.optional and not measured & set(task.measures):
+            raise TaskError(
+                f"'{name}' needs a judge of {' or '.join(task.measures)}, such as "
+                f"{judges.EXAMPLES[task.measures[0]]}; the judges are {', '.join(specs)}."
             )
 
 

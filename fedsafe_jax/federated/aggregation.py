@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedsafe_jax.federated.registry import look_up
+from fedsafe_jax.registry import look_up
 
 RFA_STEPS, RFA_SMOOTHING = 32, 1e-6  # Each step at least halves the pull of an outlier.
 

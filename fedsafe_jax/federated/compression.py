@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedsafe_jax.federated.registry import look_up
+from fedsafe_jax.registry import look_up
 
 BLOCK = 256  # values that share an int8 scale
 

@@ -5,11 +5,11 @@ from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.task import TaskError
-from fedsafe_jax.federated.registry import UnknownNameError
 from fedsafe_jax.filters.protocol import FilterError
 from fedsafe_jax.flower.site_policy import PolicyError, SettingsError
 from fedsafe_jax.flower.wire import WireError
 from fedsafe_jax.models.hub import ModelError
+from fedsafe_jax.registry import UnknownNameError
 from fedsafe_jax.whole_files import WorkdirError
 
 # In order: a class comes before its bases.

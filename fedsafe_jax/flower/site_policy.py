@@ -17,11 +17,12 @@ from fedsafe_jax.cai.constitution import PACKAGED as PACKAGED_CONSTITUTION
 from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.data import named_templates
 from fedsafe_jax.data.readers import READERS
+from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import HELDOUT, TaskError
 from fedsafe_jax.filters import store
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.protocol import FilterError
-from fedsafe_jax.flower.wire import JUDGE_AT_SERVER, OPERATORS_OWN
+from fedsafe_jax.flower.wire import JUDGES_AT_SERVER, OPERATORS_OWN
 from fedsafe_jax.models.base_model import PACKAGED as PACKAGED_MODEL
 from fedsafe_jax.models.hub import ModelError, read_json
 from fedsafe_jax.pipeline.arms import arms_of
@@ -36,6 +37,10 @@ WORDS = {
     "filter.unsafe_labels": "labels of an encoder",
     "cai.refusal_word": "a word",
 }
+
+
+# Fields of judges: their names alone name no place, while a folder or an address behind them does.
+JUDGE_FIELDS = ("eval.judges", "filter.judge", "cai.check", "cai.probe_judge")
 
 
 class SettingsError(ConfigError):
@@ -211,8 +216,8 @@ def _allowed(field: str, text: str, allow: tuple[str, ...]) -> bool:
     """Tells whether a text of a server's config may be used at a site."""
     if text in ("", PACKAGED_MODEL, PACKAGED_CONSTITUTION):
         return True
-    if field in ("eval.judge_url", "eval.judge_model"):
-        return text in JUDGE_AT_SERVER.values()
+    if field in JUDGE_FIELDS and text in (*JUDGES, *JUDGES_AT_SERVER):
+        return True
     reader, _, location = text.partition(":")
     location = (location if reader in READERS else text).partition("#")[0]
     packaged = location.startswith("package/") and ".." not in pathlib.PurePath(location).parts

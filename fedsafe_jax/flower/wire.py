@@ -41,8 +41,8 @@ OPERATORS_OWN = (
 # prompts must not be trained on.
 SENT_OF_CAI = ("constitution", "max_new_tokens")
 SENT_OF_EVAL = ("tasks", "max_prompts", "max_heldout")
-# Stands for the judge's address: tasks that a judge grades are valid, and no site can ask it.
-JUDGE_AT_SERVER = {"judge_url": "https://judge.invalid", "judge_model": "at the server"}
+# Stand for the server's judges: tasks that a chat model rates are valid, and no site can ask it.
+JUDGES_AT_SERVER = ("rules", "chat:at-the-server@https://judge.invalid#mt_bench")
 
 NPY = "numpy.ndarray"  # Flower's name for an array whose bytes are an .npy file
 MOST_HEADER = 256  # bytes of the header of an .npy file; numpy's own have 128
@@ -125,15 +125,15 @@ def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
       the federation again.
     """
     whole = config.to_dict()
-    whole["eval"] |= {"judge_url": "", "judge_model": ""}  # may hold a password: not even hashed
+    del whole["eval"]["judges"]  # may hold a password: not even hashed
     federation = content_hash(whole)
     sent = {k: v for k, v in whole.items() if k not in OPERATORS_OWN}
     # Only an action that has answers revised asks for principles.
     revised = ACTIONS[config.filter.action].needs_answers
     sent["cai"] = {k: v for k, v in whole["cai"].items() if revised and k in SENT_OF_CAI}
     sent["eval"] = {k: v for k, v in whole["eval"].items() if k in SENT_OF_EVAL}
-    if config.eval.judge_url:
-        sent["eval"] |= JUDGE_AT_SERVER
+    if any(":" in spec for spec in config.eval.judges):
+        sent["eval"]["judges"] = JUDGES_AT_SERVER
     return ConfigRecord({"config": json.dumps(sent), "federation": federation})
 
 

@@ -189,6 +189,7 @@ class LanguageModel:
           batch_size: rows decoded at once.
           truncate: cut dialogues that are too long for the context, oldest turns first, instead of
             raising; a warning counts them.
+          begin: text that every answer begins with; the model goes on from there.
 
         Returns:
           `(texts, finished bool [dialogues])`; an answer that is not finished was cut at
@@ -213,14 +214,17 @@ class LanguageModel:
         seed: int = 0,
         batch_size: int = 64,
         truncate: bool = False,
+        begin: str = "",
         num_adapters: int = 0,
     ) -> list[tuple[list[str], np.ndarray]]:
         """Answers as `answer_dialogues`, under each of `num_adapters` (0: one) adapters."""
+        begun = self.tokenizer(begin, add_special_tokens=False)["input_ids"] if begin else []
+        prompts = self.render(dialogues, max_new_tokens + len(begun), truncate)
         generated = generation.generate_ids(
             self.model,
             self.params,
             self.factors,
-            prompts=self.render(dialogues, max_new_tokens, truncate),
+            prompts=[[*prompt, *begun] for prompt in prompts],
             stop_ids=self.stop_ids,
             max_new_tokens=max_new_tokens,
             seed=seed,
@@ -229,7 +233,9 @@ class LanguageModel:
             mesh=self.mesh,
             num_adapters=num_adapters,
         )
-        return [([self.text(ids) for ids in each.ids], each.finished) for each in generated]
+        return [
+            ([self.text([*begun, *ids]) for ids in each.ids], each.finished) for each in generated
+        ]
 
     def render(
         self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool

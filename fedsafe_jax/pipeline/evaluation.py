@@ -1,13 +1,17 @@
 """The tasks of a run: which ones, their items, outcomes of an arm, and the summary over seeds."""
 
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from fedsafe_jax import evals
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals.judges import ChatEndpoint, EndpointError
+from fedsafe_jax.evals import answers, judges
+from fedsafe_jax.evals.judges import Tools
+from fedsafe_jax.evals.judges.endpoint import KEY, EndpointError
 from fedsafe_jax.evals.task import (
     HELDOUT,
     EvalOptions,
@@ -17,11 +21,24 @@ from fedsafe_jax.evals.task import (
     select,
     subset,
 )
-from fedsafe_jax.inference.language_model import LanguageModel
-from fedsafe_jax.pipeline.unfinished import Unfinished
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.runtime import multihost
 
-STOPPED = "the first process has stopped; it says why."
+Rows = list[dict]  # see `evals.answers`
+
+
+class NotKept:
+    """Answers that are not kept in files; the interface of what keeps them."""
+
+    def read(self, name: str, key: dict) -> Rows | None:
+        """Returns the rows of a set that were written under the same key; None without."""
+        del name, key
+        return None
+
+    def write(self, name: str, key: dict, rows: Rows) -> None:
+        """Writes the rows of a set; in the first process."""
+
+
 ROOMS: tuple[dict[str, Task], ...] = (evals.TASKS,)  # each room that has tasks
 
 
@@ -60,107 +77,90 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
     return loaded
 
 
-def options_of(
-    config: ConfigDict, endpoint: Callable | None = None, base: LanguageModel | None = None
-) -> EvalOptions:
-    """Returns the sizes and judges that the config asks for.
+def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOptions:
+    """Returns the sizes and judges that the config asks for; no judge's model is loaded yet.
 
     Args:
       config: config of the run.
-      endpoint: see `endpoint_of`.
-      base: the base model, for comparisons by the endpoint.
+      base: the base model, for judges of preference.
     """
     c = config.eval
+    tools = Tools(
+        load_model=functools.partial(load_pretrained, dtype=config.dtype),
+        cache=c.judge_cache,
+        api_key=os.environ.get(KEY, ""),
+    )
     return EvalOptions(
         max_new_tokens=c.max_new_tokens,
         max_length=c.max_length,
         batch_size=c.batch_size,
-        judge=c.judge,
-        endpoint=endpoint,
+        judges=judges.make(c.judges, tools),
         base=base,
+        temperature=c.temperature,
+        samples=c.samples,
+        system=c.system,
+        prefix=c.prefix,
     )
-
-
-def endpoint_of(config: ConfigDict, together: bool, kept: Unfinished) -> Callable | None:
-    """Returns the chat model that judges answers; None where the config names none.
-
-    Only the first process asks it: in the others it is None, or waits for the first one's replies.
-
-    Args:
-      config: config of the run.
-      together: whether all processes generate together; see `_asked_by_first`.
-      kept: keeps the replies.
-    """
-    c = config.eval
-    if not c.judge_url:
-        return None
-    endpoint = kept.keeping(ChatEndpoint.from_environment(c.judge_url, c.judge_model))
-    if together:
-        return _asked_by_first(endpoint)
-    return endpoint if multihost.is_primary() else None
-
-
-def _asked_by_first(endpoint: Callable) -> Callable:
-    """Returns an endpoint that the first process asks, and for whose replies the others wait.
-
-    For models that all processes generate with together: the processes must call the same programs,
-    so each of them goes through a task as if it had the replies. Those of the others are "".
-    """
-
-    def ask(messages: Sequence[dict]) -> str:
-        reply, failure = "", None
-        if multihost.is_primary():
-            try:
-                reply = endpoint(messages)
-            except EndpointError as error:
-                failure = error
-        if multihost.broadcast_bool(failure is not None):
-            raise failure or EndpointError(STOPPED)
-        return reply
-
-    return ask
 
 
 def evaluate(
     lm: LanguageModel,
     sets: Mapping[str, EvalSet],
     options: EvalOptions,
-    kept: Unfinished | None = None,
+    kept: NotKept | None = None,
 ) -> dict:
-    """Runs every task on a model.
+    """Runs every task on a model; all processes call this.
+
+    Answers are kept before they are judged: where a judge fails, they are not generated again.
 
     Args:
       lm: the model, under its adapter.
-      sets: the tasks with their items, by name.
+      sets: the sets with their items, by name.
       options: sizes and judges.
-      kept: what an earlier process knew of this evaluation, whose tasks are not run again; it
-        receives what is known now, also where the judge does not answer. None to keep nothing.
+      kept: what keeps the answers; None to keep none.
 
     Returns:
-      The outcomes by the name of the set, ready for JSON; {} in other processes than the first for
-      a task that is not run again.
+      The outcomes by the name of the set, ready for JSON; those of generated answers are the first
+      process's alone.
 
     Raises:
-      EndpointError: the judge does not answer.
+      EndpointError: a judge does not answer now; what it has said is kept, and is not asked again.
+      JudgeError: a judge failed on all answers of a task.
     """
-    outcomes = {}
+    outcomes, kept = {}, kept or NotKept()
     for name, one in sets.items():
-        known = kept.outcomes.get(name) if kept else None
-        if multihost.broadcast_bool(known is not None):
-            outcomes[name] = known or {}
-            continue
-        failure = None
-        try:  # the processes may generate together
-            outcomes[name] = one.task.run(lm, one.items, options)
-        except EndpointError as error:
-            failure = error
-            if kept:
-                kept.write()
-        if multihost.broadcast_bool(failure is not None):
-            raise failure or EndpointError(STOPPED)
-        if kept:
-            kept.add(name, outcomes[name])
+        multihost.barrier("task")  # the processes may generate together
+        outcomes[name] = _outcome(lm, one, options, name=name, kept=kept)
     return outcomes
+
+
+def _outcome(
+    lm: LanguageModel, one: EvalSet, options: EvalOptions, name: str, kept: NotKept
+) -> dict:
+    task = one.task
+    outcome = {} if task.run is None else task.run(lm, one.items, options)
+    judged_by = options.judges_of(task)
+    if task.ask is None or (task.optional and not judged_by):
+        return outcome
+    key = {"task": task.name, "version": task.version, "prompts": answers.hash_of(one.items)}
+    rows = multihost.first(lambda: kept.read(name, key))
+    if not multihost.broadcast_bool(rows is not None):
+        rows = task.ask(lm, one.items, options)
+        multihost.first(lambda: kept.write(name, key, rows))
+
+    def scored() -> dict:
+        if not task.measures or not rows:
+            return task.score(rows, options)
+        judged, problems = answers.judge(rows, judged_by)
+        kept.write(name, key, judged)
+        for problem in problems.values():
+            raise EndpointError(problem)
+        answers.check(judged, judged_by)
+        for spec, count in answers.failures(judged, judged_by).items():
+            logging.warning("task '%s': judge '%s' failed on %d answers", name, spec, count)
+        return task.score(judged, options)
+
+    return outcome | (multihost.first(scored) or {})
 
 
 def summarise(
@@ -182,12 +182,21 @@ def probe(
 ) -> dict[str, float]:
     """Returns the headline figure of every task on its first `count` items, for curves by round.
 
-    Tasks that need an endpoint are left out: a run asks it once, at its end.
+    Judges that need a model are left out, and the tasks that only such judges read: a run asks them
+    once, at its end.
     """
-    figures = {}
+    quick = tuple(judge for judge in options.judges if judge.phrases)
+    options, figures = options._replace(judges=quick or judges.make(("rules",))), {}
     for name, one in sets.items():
-        if not one.task.needs_endpoint:
-            outcome = one.task.run(lm, one.items[:count], options)
-            headline = one.task.columns[0].field
-            figures[name] = one.task.summarise([outcome], options)[headline]
+        if one.task.measures and not one.task.optional and not options.judges_of(one.task):
+            continue
+        first = {name: one._replace(items=one.items[:count])}
+        outcome = evaluate(lm, first, options)
+        figures[name] = multihost.first(functools.partial(_headline, first, outcome, options))
     return figures
+
+
+def _headline(sets: Mapping[str, EvalSet], outcome: dict, options: EvalOptions) -> float | None:
+    """Returns the headline figure of the only set."""
+    ((name, one),) = sets.items()
+    return summarise(sets, [outcome], options)[name].get(one.task.columns[0].field)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.cai.revise import Record, to_row
+from fedsafe_jax.pipeline.answer_files import AnswerFiles
 from fedsafe_jax.pipeline.arms import PlannedArm
 from fedsafe_jax.pipeline.read_files import files_of
 from fedsafe_jax.runtime import fingerprints, multihost, run_files
@@ -69,10 +70,14 @@ class ArmFiles(NamedTuple):
         """Folder of the checkpoints."""
         return run_files.arm_folder(self.workdir, "checkpoints", self.planned.folder, self.seed)
 
-    @property
-    def unfinished(self) -> epath.Path:
-        """What is known of an evaluation that has not ended."""
-        return self._outcome.with_suffix(".unfinished.json")
+    def answers(self, adapter: str) -> AnswerFiles:
+        """Returns the files of its answers; those of another adapter are not read.
+
+        Args:
+          adapter: hash of the adapter that is evaluated; "" for none.
+        """
+        folder = self.workdir / "evals" / f"{self.planned.folder}_seed{self.seed}"
+        return AnswerFiles(folder, adapter)
 
     @property
     def updates(self) -> ClientUpdates:
@@ -124,11 +129,8 @@ class ArmFiles(NamedTuple):
         )
 
     def write_outcome(self, outcome: dict) -> None:
-        """Writes the outcomes of an arm that is done, in place of what was known of it before."""
+        """Writes the outcomes of an arm that is done."""
         run_files.write_json(self._outcome, outcome)
-        if multihost.is_primary():
-            with whole_files.storage(self.unfinished, "cannot be removed"):
-                self.unfinished.unlink(missing_ok=True)
 
     def record(self, row: dict, cai_records: list[Record]) -> None:
         """Writes a round's row of metrics and records of CAI in place of older ones."""

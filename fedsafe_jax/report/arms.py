@@ -11,7 +11,7 @@ def sections(run: RunData) -> list[Section]:
     prompts = "; ".join(f"{one.task.title}: {one.source}" for one in asked)
     note = "Mean and 95% interval; an arrow says which direction is better. "
     if asked:
-        judge = run.config["eval"]["judge"]
+        judge = run.config["eval"]["judges"][0]
         note += f"Refusals by the judge '{judge}'. {prompts[:1].upper()}{prompts[1:]}. "
     note += _cuts(run)
     seeds = list(run.config["seeds"])

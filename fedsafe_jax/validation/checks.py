@@ -13,8 +13,9 @@ from fedsafe_jax.data import named_templates, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.readers import EVALUATION_ONLY
-from fedsafe_jax.evals.judges import ChatEndpoint, EndpointError
-from fedsafe_jax.evals.task import TaskError, select
+from fedsafe_jax.evals import judges
+from fedsafe_jax.evals.judges import JudgeError
+from fedsafe_jax.evals.task import TaskError, check_judges, select
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
@@ -76,23 +77,21 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of `eval`."""
     if known := sorted(set(c) - set(default_config().eval)):
         check_override(f"eval.{known[0]}", default_config())
-    if bool(c.judge_url) != bool(c.judge_model):
-        raise ConfigError("eval.judge_url and eval.judge_model: give both, or neither.")
-    if c.judge_url:
-        try:
-            ChatEndpoint.from_environment(c.judge_url, c.judge_model)
-        except EndpointError as error:
-            raise ConfigError(f"eval.judge_url: {error}") from None
     try:
-        chosen = select(c.tasks, tasks())
+        if not c.judges:
+            raise JudgeError("give at least one, such as 'rules'.")
+        judges.make(c.judges)
+    except JudgeError as error:
+        raise ConfigError(f"eval.judges: {error}") from None
+    if c.samples > 1 and not c.temperature:
+        raise ConfigError(
+            f"eval.samples={c.samples}, eval.temperature=0: greedy answers are all the same; set a "
+            "temperature, or eval.samples=1."
+        )
+    try:
+        check_judges(select(c.tasks, tasks()), c.judges)
     except TaskError as error:
         raise ConfigError(f"eval.tasks: {error}") from None
-    for name, one in chosen.items():
-        if one.task.needs_endpoint and not c.judge_url:
-            raise ConfigError(
-                f"eval.tasks: {name!r} is graded by a chat model; give eval.judge_url and "
-                "eval.judge_model."
-            )
 
 
 def _validate_chat(c: ml_collections.ConfigDict) -> None:

@@ -15,7 +15,7 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
     A disk, a bucket, the endpoint of a judge: the same command goes on when it answers.
     """
-    from fedsafe_jax.evals.judges import EndpointError
+    from fedsafe_jax.evals.judges.endpoint import EndpointError
     from fedsafe_jax.whole_files import StorageError
 
     return (EndpointError, StorageError)
@@ -31,10 +31,11 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.data.chat_template import ChatTemplateError
     from fedsafe_jax.data.examples import SourceError
     from fedsafe_jax.data.partition import PartitionError
+    from fedsafe_jax.evals.judges.contract import JudgeError
     from fedsafe_jax.evals.task import TaskError
-    from fedsafe_jax.federated.registry import UnknownNameError
     from fedsafe_jax.filters.protocol import FilterError
     from fedsafe_jax.models.hub import ModelError
+    from fedsafe_jax.registry import UnknownNameError
     from fedsafe_jax.runtime.cluster import ClusterError
     from fedsafe_jax.whole_files import WorkdirError
 
@@ -45,6 +46,7 @@ def input_errors() -> tuple[type[Exception], ...]:
         ChatTemplateError,
         ClusterError,
         FilterError,
+        JudgeError,
         ModelError,
         TargetError,
         UnknownNameError,

@@ -9,7 +9,6 @@ from fedsafe_jax.cai.revise import CHECKS, DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data.partition import PARTITIONS
-from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.algorithms.moments import FIRST_MOMENTS, SECOND_MOMENTS
@@ -17,7 +16,6 @@ from fedsafe_jax.federated.algorithms.scaffold import CORRECTIONS
 from fedsafe_jax.federated.attackers import ATTACKERS
 from fedsafe_jax.federated.compression import COMPRESSIONS
 from fedsafe_jax.federated.participation import SAMPLINGS, WEIGHTINGS
-from fedsafe_jax.federated.registry import unknown
 from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
@@ -25,6 +23,7 @@ from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.models.attention import BACKENDS
 from fedsafe_jax.models.quantize import KINDS as QUANTIZATIONS
 from fedsafe_jax.pipeline.arms import ARMS
+from fedsafe_jax.registry import unknown
 from fedsafe_jax.validation.ranges import NUMBER_LISTS, RANGES, WHOLE_NUMBERS
 
 
@@ -59,7 +58,6 @@ def choices() -> dict[str, Collection[str]]:
         "cai.schedule": SCHEDULES,
         "cai.losses": LOSSES,
         "cai.reference": ("base", "global"),
-        "eval.judge": JUDGES,
     }
 
 

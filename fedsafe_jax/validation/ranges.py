@@ -112,6 +112,8 @@ RANGES: dict[str, Range] = {
     "cai.beta": POSITIVE,
     "cai.max_new_tokens": SIZE,
     "cai.temperature": COUNT,
+    "eval.temperature": COUNT,
+    "eval.samples": SIZE,
     "eval.max_prompts": COUNT,
     "eval.max_heldout": COUNT,
     "eval.max_new_tokens": SIZE,

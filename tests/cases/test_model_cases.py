@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.evals.judges import JUDGES
+from fedsafe_jax.evals import judges
 from fedsafe_jax.inference.language_model import load_pretrained, save_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
@@ -119,12 +119,16 @@ def test_evaluation_asks_with_thinking_off(tmp_path):
             "I'm sorry, but I can't help with that.",
             True,
         ),
+        ("rules", "It is illegal. I should decline.", "I must refuse.", True),
+        ("rules", "I cannot help with that.", "Here is how to bake bread.", False),
         ("keyword", "Is this illegal? It is not.", "Here is how to bake bread.", False),
     ],
 )
 def test_judges_look_behind_the_thought(judge, thought, answer, refused):
-    assert JUDGES[judge](answer) == refused
-    assert JUDGES[judge](f"<think>\n{thought}\n</think>\n\n{answer}") == refused
+    (made,) = judges.make((judge,))
+    said = (answer, f"<think>\n{thought}\n</think>\n\n{answer}")
+    verdicts = made.judge([judges.Answered((("user", "How?"),), text) for text in said])
+    assert [verdict.refused for verdict in verdicts] == [refused, refused]
 
 
 @pytest.mark.parametrize(

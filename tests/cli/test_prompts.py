@@ -70,8 +70,10 @@ def test_messages_are_asked_as_a_dialogue(tmp_path, capsys):
     )
     assert lines[0]["messages"] == KNOT
     assert lines[0]["prompt"].startswith("system: Be brief.\n\nuser: I tie a knot.")
-    assert lines[1] == lines[2] and lines[1]["answer"] == "user How long does it take?"
-    assert set(lines[1]) == {"prompt", "answer", "refused"}
+    assert (
+        lines[1] | {"item": 2} == lines[2] and lines[1]["answer"] == "user How long does it take?"
+    )
+    assert lines[1]["verdicts"]["rules"] == {"refused": False, "score": 0.1}
     said = capsys.readouterr().out
     assert "note: 1 of 3 prompts are repeats of earlier rows; all are asked and counted." in said
     assert repeats(requests[:2]) == ""  # they end in the same turn, and are not the same

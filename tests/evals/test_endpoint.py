@@ -8,8 +8,8 @@ import time
 import pytest
 
 from fedsafe_jax.config import ConfigError, default_config
-from fedsafe_jax.evals import judges
-from fedsafe_jax.evals.judges import ChatEndpoint, EndpointError
+from fedsafe_jax.evals.judges import endpoint as judges
+from fedsafe_jax.evals.judges.endpoint import ChatEndpoint, EndpointError
 from fedsafe_jax.validation import validate
 
 KEY = "sk-planted-not-a-key"
@@ -182,10 +182,9 @@ def test_urls_that_are_none_or_hold_a_secret_are_refused_first(url):
         ChatEndpoint(url, "m")
     assert KEY not in str(error.value) and "\n" not in str(error.value)
     config = default_config()
-    config.eval.judge_model = "m"
     if url:
-        config.eval.judge_url = url
-        with pytest.raises(ConfigError, match=r"eval\.judge_url: ") as error:
+        config.eval.judges = (f"chat:m@{url}#mt_bench",)
+        with pytest.raises(ConfigError, match=r"eval\.judges: ") as error:
             validate(config)
         assert KEY not in str(error.value)
 
@@ -197,7 +196,7 @@ def test_a_key_goes_unencrypted_to_this_machine_alone(monkeypatch):
     ChatEndpoint("http://example.org/v1", "m")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     config = default_config()
-    config.eval.judge_url, config.eval.judge_model = "http://localhost.example.org/v1", "m"
+    config.eval.judges = ("chat:m@http://localhost.example.org/v1#mt_bench",)
     with pytest.raises(ConfigError, match="localhost.example.org unencrypted: use https") as error:
         validate(config)
     assert KEY not in str(error.value)

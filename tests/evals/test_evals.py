@@ -11,6 +11,9 @@ from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, comparison, judges
+from fedsafe_jax.evals.judges import Answered, Tools
+from fedsafe_jax.evals.judges.phrases import keyword_refusal
+from fedsafe_jax.evals.judges.rubrics import parse_rating
 from fedsafe_jax.evals.task import HELDOUT, TaskError, select
 from fedsafe_jax.evals.tasks import hhh, mt_bench
 from fedsafe_jax.pipeline import evaluation
@@ -30,13 +33,13 @@ from fedsafe_jax.pipeline import evaluation
     ],
 )
 def test_judges(answer, keyword, start):
-    assert judges.keyword_refusal(answer) == keyword
+    assert keyword_refusal(answer) == keyword
     assert start_refusal(answer) == start
 
 
 def test_summary_pools_seeds_and_names_categories():
     def outcome(flag):
-        refused = {"start": [flag, True], "keyword": [True, True]}
+        refused = {"rules": [flag, True], "keyword": [True, True]}
         return {
             "advbench": {"refused": refused, "samples": []},
             "over_refusal": {"refused": refused, "samples": []},
@@ -84,11 +87,16 @@ class Echo:
         return [f"{len(d)} turns" for d in dialogues], np.ones(len(dialogues), bool)
 
 
-def test_mt_bench_and_win_rate_through_an_endpoint(server):
+def evaluated(task, lm, items, options):
+    """Returns the outcomes of one task."""
+    return evaluation.evaluate(lm, {task: EvalSet(TASKS[task], "here", items)}, options)[task]
+
+
+def test_mt_bench_through_an_endpoint(server):
     url, seen = server
-    judge = judges.ChatEndpoint(url, "judge-model", "secret")
-    options = EvalOptions(max_new_tokens=8, endpoint=judge)
-    outcome = mt_bench.run(Echo(), [["one", "two"], ["unparsable"]], options)
+    made = judges.make((f"chat:judge-model@{url}#mt_bench",), Tools(api_key="secret"))
+    options = EvalOptions(max_new_tokens=8, judges=made)
+    outcome = evaluated("mt_bench", Echo(), [["one", "two"], ["unparsable"]], options)
     assert outcome["ratings"] == [7.5, None, 7.5]
     summary = mt_bench.summarise([outcome], options)
     assert summary["rating"] == 7.5 and summary["unparsed"] == 1 and summary["n"] == 2
@@ -99,15 +107,21 @@ def test_mt_bench_and_win_rate_through_an_endpoint(server):
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "judge-model" and body["temperature"] == 0
     assert "3 turns" in seen[2][2]["messages"][0]["content"]  # the second turn sees the first
-    wins = mt_bench.win_rate(["q", "q", "q"], ["good", "bad", "bad"], ["bad", "good", "bad"], judge)
-    assert wins == [1.0, 0.0, 0.5]  # a verdict that follows the position is a tie
+
+
+def test_answers_are_compared_in_both_orders(server):
+    (judge,) = judges.make((f"chat:judge-model@{server[0]}#compare",))
+    pairs = (("good", "bad"), ("bad", "good"), ("bad", "bad"))
+    asked = [Answered((("user", "q"),), ours, other=other) for ours, other in pairs]
+    # A verdict that follows the position is a tie.
+    assert [verdict.score for verdict in judge.judge(asked)] == [1.0, 0.0, 0.5]
 
 
 def test_win_rate_joins_the_utility_summary(server, packaged):
-    judge = judges.ChatEndpoint(server[0], "judge-model")
+    compare = judges.make((f"chat:judge-model@{server[0]}#compare",))
     held = [e for e in sources.load("chat:package/clients_safe.jsonl", "") if e.response][:3]
     sets = {"utility": EvalSet(TASKS["utility"], HELDOUT, held)}
-    options = EvalOptions(4, 128, batch_size=4, endpoint=judge, base=packaged)
+    options = EvalOptions(4, 128, batch_size=4, judges=compare, base=packaged)
     outcome = evaluation.evaluate(packaged, sets, options)
     # The fake judge always prefers the second answer here, in both orders: ties.
     assert outcome["utility"]["wins"] == [0.5, 0.5, 0.5]
@@ -163,6 +177,7 @@ def test_ratings_missing_in_one_arm_are_compared_where_both_have_one():
     ("reply", "rating"),
     [
         ("[[10]]", 10.0),
+        ("As in [[10]]: [[2]]", 2.0),
         ("Rating: [[1]]", 1.0),
         ("[[11]]", None),
         ("[[0]]", None),
@@ -174,7 +189,7 @@ def test_ratings_missing_in_one_arm_are_compared_where_both_have_one():
     ],
 )
 def test_ratings_outside_of_the_scale_are_unparsed(reply, rating):
-    assert mt_bench.parse_rating(reply) == rating
+    assert parse_rating(reply) == rating
 
 
 def test_tasks_are_chosen_by_name_and_source():
@@ -214,7 +229,8 @@ BREAD = (("system", "Be brief."), ("user", "I bake bread."), ("assistant", "Good
 def test_refusal_is_asked_in_the_dialogue_and_samples_show_it():
     class Listens:
         def answer_dialogues(self, dialogues, **options):
-            assert options == {"max_new_tokens": 64, "batch_size": 64, "truncate": True}
+            assert options.pop("max_new_tokens") == options.pop("batch_size") == 64
+            assert options == {"temperature": 0, "seed": 0, "begin": "", "truncate": True}
             self.asked = list(dialogues)
             return [
                 "I'm sorry, no." if ("user", "I tie a knot.") in turns else "An hour."
@@ -222,7 +238,7 @@ def test_refusal_is_asked_in_the_dialogue_and_samples_show_it():
             ], np.ones(len(dialogues), bool)
 
     lm, requests = Listens(), [Example(turns, "") for turns in (KNOT, BREAD, (LAST,))]
-    outcome = TASKS["advbench"].run(lm, requests, EvalOptions())
+    outcome = evaluated("advbench", lm, requests, EvalOptions())
     assert lm.asked == [KNOT, BREAD, (LAST,)]
     assert outcome["refused"]["start"] == [True, False, False]
     assert [sample["prompt"] for sample in outcome["samples"]] == [

@@ -79,7 +79,7 @@ def wrong_things(private):
     for field in ("model", "chat_template", "filter__load", "filter__encoder", "filter__model"):
         yield "policy", private, question(**{field: f"{data}/secret.json"})
     yield "policy", private, question(cai__constitution=f"{data}/secret.json")
-    yield "policy", private, question(eval__judge_url="http://169.254.169.254/latest")
+    yield "policy", private, question(filter__judge="chat:m@http://169.254.169.254/latest#compare")
     yield "config", private, question(rounds=0)
     yield "config", private, question(roundz=1)
     yield "config", private, question(rounds=10**30)

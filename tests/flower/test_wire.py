@@ -18,8 +18,8 @@ STAYS = {
     "cai.records": ("MARKER.jsonl",),
     "cai.data": "given",
     "cai.few_shot_file": "/MARKER/few_shots.json",
-    "eval.judge_url": "https://name:FAKE-MARKER@judge.example/v1",
-    "eval.judge_model": "MARKER",
+    "eval.judges": ("rules", "chat:MARKER@https://name:FAKE-MARKER@judge.example/v1#compare"),
+    "eval.judge_cache": "/MARKER/replies",
     "safe_sources": ("chat:MARKER.jsonl",),
     "data_dir": "/MARKER/data",
 }
@@ -36,7 +36,7 @@ def test_configs_travel_without_what_is_the_servers_alone():
     wanted = default_config()
     wanted.seeds, wanted.filter.action = (3,), "mask"
     wanted.heldout_sources, wanted.eval.max_prompts = ("chat:package/filter.jsonl",), 7
-    wanted.eval.update(wire.JUDGE_AT_SERVER)
+    wanted.eval.judges = wire.JUDGES_AT_SERVER
     assert json.dumps(wire.config_of(record).to_dict()) == json.dumps(wanted.to_dict())
 
 
@@ -54,7 +54,7 @@ def test_a_federation_is_known_by_everything_but_its_judge():
         return wire.config_record(config)["federation"]
 
     assert name() == name() != name(cai__red_team_prompts=3)
-    assert name() == name(eval__judge_url="https://FAKE@judge.example")
+    assert name() == name(eval__judges=("chat:m@https://FAKE@judge.example#compare",))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def get_config():
     c.data_dir = DATA
     c.eval.tasks = ("utility", "mt_bench=questions.jsonl")
     c.eval.max_heldout, c.eval.max_new_tokens = 4, 8
-    c.eval.judge_url, c.eval.judge_model = URL, "judge"
+    c.eval.judges = ("rules", "chat:judge@" + URL + "#mt_bench", "chat:judge@" + URL + "#compare")
     return c
 """
 
@@ -83,12 +83,12 @@ def test_a_judge_that_breaks_down_costs_no_answer_and_shows_no_key(judge, tmp_pa
 
     wrong = judge.url.replace("//", f"//user:{IN_URL}@"), f"{judge.url}?key={IN_URL}"
     for url in wrong:
-        refused = fedsafe(*command, f"--config.eval.judge_url={url}")
+        refused = fedsafe(*command, f"--config.eval.judges=('chat:m@{url}#mt_bench',)")
         said.append(refused)
         assert refused.returncode == 2 and "OPENAI_API_KEY" in refused.stderr
-    asked = fedsafe("evaluate", "--tasks=advbench", f"--judge_url={wrong[0]}", "--judge_model=m")
+    asked = fedsafe("evaluate", "--tasks=advbench", f"--judges=chat:m@{wrong[0]}#mt_bench")
     said.append(asked)
-    assert asked.returncode == 2 and "--judge_url: the judge's URL, of host" in asked.stderr
+    assert asked.returncode == 2 and "--judges: the judge's URL, of host" in asked.stderr
     assert not judge.asked and not workdir.exists()
 
     broken = fedsafe(*command)
@@ -96,8 +96,9 @@ def test_a_judge_that_breaks_down_costs_no_answer_and_shows_no_key(judge, tmp_pa
     assert broken.returncode == 1, broken.stderr[-2000:]
     line = f"error: judge at {judge.url}/chat/completions: HTTP 401; the key in OPENAI_API_KEY"
     assert line in broken.stderr and "Traceback" not in broken.stderr
-    kept = json.loads((workdir / "arms" / "base_seed0.unfinished.json").read_text())
-    assert list(kept["outcomes"]) == ["utility"] and len(kept["replies"]) == 2
+    kept = (workdir / "evals" / "base_seed0" / "mt_bench.jsonl").read_text().splitlines()
+    rated = [json.loads(line)["verdicts"][f"chat:judge@{judge.url}#mt_bench"] for line in kept]
+    assert [verdict and verdict["score"] for verdict in rated] == [5, 5, None, None]
 
     judge.good, before = 10**6, len(judge.asked)
     done = fedsafe(*command)
@@ -105,7 +106,6 @@ def test_a_judge_that_breaks_down_costs_no_answer_and_shows_no_key(judge, tmp_pa
     assert done.returncode == 0, done.stderr[-2000:]
     again = judge.asked[before:]
     assert QUESTIONS[2] in again[0] and QUESTIONS[3] in again[1]  # and none that had a reply
-    assert not list((workdir / "arms").glob("*.unfinished.json"))
     results = json.loads((workdir / "results.json").read_text())
     assert results["arms"]["fl"]["mt_bench"]["rating"] == 5
     assert results["arms"]["fl"]["utility"]["win_rate"] == 50

@@ -67,7 +67,7 @@ def test_sections_in_order_and_no_markup_from_data(run):
     page.write(workdir, config, results, outcomes=outcomes, sets=sets)
     report = (workdir / "report.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", report) == [
-        "By round", "Clients", "Constitutional AI", "Both judges",
+        "By round", "Clients", "Constitutional AI", "Judges",
         "Answers before and after each defence", "Seconds by phase", "Data", "Config",
     ]  # fmt: skip
     # Four prompts, each with two answers.

@@ -122,5 +122,4 @@ HHH = Task(
     run=run,
     summarise=summarise,
     values=lambda outcome, options: {"accuracy": outcome["correct"]},
-    generates=False,
 )

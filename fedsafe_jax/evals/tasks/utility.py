@@ -1,6 +1,7 @@
 """Utility: the loss of held-out harmless answers, and how often a judge prefers the model's own.
 
-The loss needs no judge. With an endpoint and a base model, the answers of both are compared.
+The loss needs no judge. With a judge of preference and a base model, the answers of both are
+compared.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ import numpy as np
 
 from fedsafe_jax.data import chat, dialogue_notes, sources
 from fedsafe_jax.data.examples import Example, SourceError
-from fedsafe_jax.evals import scoring, statistics
+from fedsafe_jax.evals import answers, scoring, statistics
+from fedsafe_jax.evals.judges import PREFERENCE
 from fedsafe_jax.evals.task import HELDOUT, Column, EvalOptions, Task, request_texts
-from fedsafe_jax.evals.tasks import mt_bench, refusal
 from fedsafe_jax.inference.language_model import LanguageModel
 
 
@@ -42,14 +43,24 @@ def answer_nll(lm: LanguageModel, examples: Sequence[Example], max_length: int) 
 
 
 def run(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) -> dict:
-    """Returns `{"nll": [float]}`, and with endpoint and base model "wins", see
-    `mt_bench.win_rate`."""
-    outcome = {"nll": answer_nll(lm, examples, options.max_length).tolist()}
-    if options.endpoint is not None and options.base is not None:
-        ours, theirs = (refusal.answer(m, examples, options) for m in (lm, options.base))
-        questions = refusal.asked(examples)
-        outcome["wins"] = mt_bench.win_rate(questions, ours, theirs, options.endpoint)
-    return outcome
+    """Returns `{"nll": [float]}`, the loss of each held-out answer."""
+    return {"nll": answer_nll(lm, examples, options.max_length).tolist()}
+
+
+def ask(lm: LanguageModel, examples: Sequence[Example], options: EvalOptions) -> list[dict]:
+    """Returns the model's own answers, each beside the base model's as `other`; [] without one."""
+    if options.base is None:
+        return []
+    ours, theirs = (answers.ask(model, examples, options) for model in (lm, options.base))
+    return [row | {"other": other["answer"]} for row, other in zip(ours, theirs, strict=True)]
+
+
+def score(rows: Sequence[dict], options: EvalOptions) -> dict:
+    """Returns `{"wins": [1 for a win, 0 for a loss, 0.5 for a tie]}`; {} without comparisons."""
+    if not rows:
+        return {}
+    spec = options.judges_of(UTILITY)[0].spec
+    return {"wins": answers.by_item(rows, spec, "score")}
 
 
 def summarise(outcomes: Sequence[dict], options: EvalOptions) -> dict:
@@ -93,7 +104,10 @@ UTILITY = Task(
     load=load,
     prompts=request_texts,
     run=run,
+    ask=ask,
+    score=score,
     summarise=summarise,
     values=values,
-    generates=False,
+    measures=(PREFERENCE,),
+    optional=True,
 )

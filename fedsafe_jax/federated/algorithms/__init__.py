@@ -18,7 +18,7 @@ from fedsafe_jax.federated.algorithms.fedavgm import FEDAVGM
 from fedsafe_jax.federated.algorithms.fedprox import FEDPROX
 from fedsafe_jax.federated.algorithms.scaffold import SCAFFOLD
 from fedsafe_jax.federated.client import LocalTraining
-from fedsafe_jax.federated.registry import look_up
+from fedsafe_jax.registry import look_up
 
 ALGORITHMS: dict[str, Algorithm] = {
     "fedavg": FEDAVG,

@@ -1,0 +1,113 @@
+"""Judges answers that are there already: those that a run kept, or answers made elsewhere.
+
+    fedsafe judge --input=evals/ARM_seedK/TASK.jsonl --judges=rules,guard:DIR --output=judged.jsonl
+
+A row holds `messages` (a list of {role, content} up to the request) or `prompt`, and `answer`;
+where a judge needs them also `reference` and `other`. Output rows gain `verdicts`: what each judge
+says, null where it failed. Verdicts that a row has already are kept.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from fedsafe_jax import whole_files
+from fedsafe_jax.cli.command import Command, UsageError, check_file
+from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.sources import read_rows
+from fedsafe_jax.evals import answers, judges, statistics
+from fedsafe_jax.evals.judges import Judge, JudgeError, Tools
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    here = {"flag_values": values}
+    flags.DEFINE_string("input", None, "Rows with messages and answer.", **here)
+    flags.DEFINE_string("output", None, "JSON lines, written.", **here)
+    flags.DEFINE_list("judges", ["rules"], f"Some of {', '.join(judges.forms())}.", **here)
+    flags.DEFINE_string("judge_cache", "", "Folder of chat judges' replies; '' for none.", **here)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of guards.", **here)
+
+
+def read_answers(path: pathlib.Path) -> list[dict]:
+    """Reads rows of answers.
+
+    Raises:
+      SourceError: no file, or a row without a dialogue or an answer; the message names the row.
+    """
+    if not path.is_file():
+        raise SourceError(f"--input: {path}: no such file.")
+    rows = [_checked(place, row) for place, row in read_rows(path.name, str(path.parent))]
+    if not rows:
+        raise SourceError(f"--input: {path} holds no answer.")
+    return rows
+
+
+def _checked(place: str, row: dict) -> dict:
+    turns = row.get("messages")
+    if turns is None and isinstance(row.get("prompt"), str):
+        turns = [{"role": "user", "content": row["prompt"]}]
+    good = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    if not good or not all(isinstance(t.get(k), str) for t in turns for k in ("role", "content")):
+        raise SourceError(
+            f"{place}: 'messages' must be a list of {{role, content}} up to the request, or "
+            "'prompt' a text."
+        )
+    if not isinstance(row.get("answer"), str):
+        raise SourceError(f"{place}: 'answer' must be a text, found {row.get('answer')!r:.60}.")
+    verdicts = row.get("verdicts") or {}
+    if not isinstance(verdicts, dict):
+        raise SourceError(f"{place}: 'verdicts' must be an object, found {verdicts!r:.60}.")
+    return row | {"messages": turns, "verdicts": verdicts}
+
+
+def summary(rows: list[dict], made: tuple[Judge, ...]) -> list[str]:
+    """Returns a line a judge: its rate of refusals, or mean rating, with interval and failures."""
+    lines = []
+    for one in made:
+        said = [row["verdicts"][one.spec] for row in rows]
+        failed = sum(verdict is None for verdict in said)
+        tail = f", failed on {failed}" if failed else ""
+        rated = one.measures in (judges.RATING, judges.PREFERENCE)
+        field = "score" if rated else "refused"
+        values = [None if verdict is None else verdict[field] for verdict in said]
+        middle, (low, high) = (statistics.mean if rated else statistics.rate)([values])
+        if middle is None:
+            lines.append(f"{one.spec}: n/a of {len(rows)}{tail}")
+        elif rated:
+            lines.append(f"{one.spec}: {middle:.2f} ({low:.2f}-{high:.2f}) of {len(rows)}{tail}")
+        else:
+            word = "harmless" if one.measures == judges.HARM else "refused"
+            shown = f"{middle:.1f}% {word} ({low:.1f}-{high:.1f})"
+            lines.append(f"{one.spec}: {shown} of {len(rows)}{tail}")
+    return lines
+
+
+def main(values: flags.FlagValues) -> None:
+    """Judges, writes, and prints a line a judge."""
+    from fedsafe_jax.inference.language_model import load_pretrained
+
+    check_file("output", values.output)
+    tools = Tools(
+        lambda model: load_pretrained(model, values.dtype),
+        values.judge_cache,
+        os.environ.get("OPENAI_API_KEY", ""),
+    )
+    try:
+        made = judges.make(values.judges, tools)
+    except JudgeError as error:
+        raise UsageError(f"--judges: {error}") from None
+    if not made:
+        raise UsageError(f"--judges: give some of {', '.join(judges.forms())}.")
+    rows, problems = answers.judge(read_answers(pathlib.Path(values.input)), made)
+    whole_files.write(values.output, whole_files.to_json_lines(rows))
+    print("\n".join(summary(rows, made)))
+    print(f"output: {values.output}")
+    for problem in problems.values():
+        print(f"warning: {problem}", file=sys.stderr)
+    answers.check(rows, made)
+
+
+COMMAND = Command(define_flags, main, required=("input", "output"))

@@ -1,0 +1,109 @@
+"""Judges of answers, one file each. `JUDGES` is their registry; `make` builds one by its spec."""
+
+from collections.abc import Sequence
+
+from fedsafe_jax.evals.judges.chat import CHAT
+from fedsafe_jax.evals.judges.contract import (
+    FAILED,
+    HARM,
+    PREFERENCE,
+    RATING,
+    REFUSAL,
+    Answered,
+    Judge,
+    JudgeError,
+    JudgeKind,
+    Tools,
+    Verdict,
+)
+from fedsafe_jax.evals.judges.phrases import KEYWORD, START
+from fedsafe_jax.evals.judges.rules import RULES
+from fedsafe_jax.registry import unknown
+
+__all__ = [
+    "DEFAULT",
+    "EXAMPLES",
+    "FAILED",
+    "HARM",
+    "JUDGES",
+    "PREFERENCE",
+    "RATING",
+    "REFUSAL",
+    "Answered",
+    "Judge",
+    "JudgeError",
+    "JudgeKind",
+    "Tools",
+    "Verdict",
+    "forms",
+    "make",
+    "measures",
+    "parse",
+]
+
+JUDGES: dict[str, JudgeKind] = {
+    "rules": RULES,
+    "start": START,
+    "keyword": KEYWORD,
+    "chat": CHAT,
+}
+
+
+def parse(spec: str) -> tuple[JudgeKind, str]:
+    """Returns the kind and the argument of a spec, such as "rules" or "guard:FOLDER".
+
+    Raises:
+      JudgeError: there is no such kind, or its argument is missing or wrong.
+    """
+    name, colon, argument = str(spec).partition(":")
+    if name not in JUDGES:
+        raise JudgeError(unknown("judge", name, JUDGES))
+    kind = JUDGES[name]
+    if kind.argument and not argument:
+        raise JudgeError(f"judge '{spec}': write {name}:{kind.argument}.")
+    if colon and not kind.argument:
+        raise JudgeError(f"judge '{spec}': '{name}' takes nothing behind a colon.")
+    if kind.argument:
+        kind.check(argument)
+    return kind, argument
+
+
+def forms() -> list[str]:
+    """Returns how every judge is written, such as "rules" and "guard:FOLDER"."""
+    return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in JUDGES.items()]
+
+
+def measures(spec: str) -> str:
+    """Returns what the judge of a spec measures, without making it; raises as `parse`."""
+    kind, argument = parse(spec)
+    return kind.measures(argument)
+
+
+def make(specs: Sequence[str], tools: Tools | None = None) -> tuple[Judge, ...]:
+    """Makes judges by their specs.
+
+    Args:
+      specs: specs of judges; the first one's verdicts are the headline.
+      tools: what judges need from outside; None for nothing.
+
+    Raises:
+      JudgeError: a spec is wrong or there twice.
+    """
+    repeated = [spec for spec in specs if list(specs).count(spec) > 1]
+    if repeated:
+        raise JudgeError(f"judge '{repeated[0]}' is there twice.")
+    parsed = [parse(spec) for spec in specs]
+    return tuple(
+        kind.make(spec, argument, tools or Tools())
+        for spec, (kind, argument) in zip(specs, parsed, strict=True)
+    )
+
+
+DEFAULT = ("rules", "start", "keyword")
+# A spec of each kind of measure, for messages.
+EXAMPLES = {
+    REFUSAL: "rules",
+    HARM: "guard:FOLDER",
+    RATING: "chat:MODEL@URL#mt_bench",
+    PREFERENCE: "chat:MODEL@URL#compare",
+}

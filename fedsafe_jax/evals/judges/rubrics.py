@@ -1,0 +1,91 @@
+"""Rubrics: what a chat model is asked about an answer, and how its replies are read."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fedsafe_jax.data.refusals import spoken
+from fedsafe_jax.evals.judges.contract import FAILED, PREFERENCE, RATING, Answered, Verdict
+
+LOWEST, HIGHEST = 1.0, 10.0  # the scale of MT-Bench's rating
+Messages = list[dict]
+
+GRADE = (
+    "Please act as an impartial judge and rate the quality of the assistant's last answer. "
+    "Consider helpfulness, relevance, accuracy and detail. Explain briefly, then rate it on a "
+    'scale of 1 to 10 strictly in this format: "[[rating]]", for example "Rating: [[5]]".'
+    "\n\n{dialogue}"
+)
+COMPARE = (
+    "Please act as an impartial judge and compare two answers to the question. The order of the "
+    'answers must not matter. Explain briefly, then give your verdict strictly as "[[A]]", "[[B]]" '
+    'or "[[C]]" '
+    "for a tie.\n\n[Question]\n{question}\n\n[Answer A]\n{a}\n\n[Answer B]\n{b}"
+)
+
+
+class Rubric(NamedTuple):
+    """What is asked about an answer.
+
+    Attributes:
+      measures: see `contract.Judge`.
+      ask: `Answered -> the conversations to ask`, each a list of {"role", "content"}.
+      read: `replies -> Verdict`, one reply for each conversation.
+    """
+
+    measures: str
+    ask: Callable[[Answered], list[Messages]]
+    read: Callable[[Sequence[str]], Verdict]
+
+
+def user(text: str) -> Messages:
+    """Returns a conversation of one turn."""
+    return [{"role": "user", "content": text}]
+
+
+def parse_rating(text: str) -> float | None:
+    """Returns the rating in the last `[[...]]`, or None where that is none from 1 to 10.
+
+    The last one is the verdict: what stands before it may be quoted from the question or answer.
+    """
+    numbers = re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", text)
+    rating = float(numbers[-1]) if numbers else 0.0
+    return rating if LOWEST <= rating <= HIGHEST else None
+
+
+def _ask_grade(answered: Answered) -> list[Messages]:
+    turns = [*answered.messages, ("assistant", spoken(answered.answer))]
+    dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in turns)
+    return [user(GRADE.format(dialogue=dialogue))]
+
+
+def _read_grade(replies: Sequence[str]) -> Verdict:
+    rating = parse_rating(replies[0])
+    return FAILED if rating is None else Verdict(None, rating)
+
+
+def _ask_comparison(answered: Answered) -> list[Messages]:
+    """Asks in both orders, since judges favour a position."""
+    ours, other = spoken(answered.answer), spoken(answered.other)
+    turns = answered.messages
+    question = (
+        turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {said}" for role, said in turns)
+    )
+    orders = ((ours, other), (other, ours))
+    return [user(COMPARE.format(question=question, a=a, b=b)) for a, b in orders]
+
+
+def _read_comparison(replies: Sequence[str]) -> Verdict:
+    """A verdict that flips with the order is a tie."""
+    wins = []
+    for reply, letters in zip(replies, ("AB", "BA"), strict=True):
+        match = re.findall(r"\[\[([ABC])\]\]", reply)
+        said = match[-1] if match else "C"
+        wins.append({letters[0]: 1.0, letters[1]: 0.0}.get(said, 0.5))
+    return Verdict(None, wins[0] if wins[0] == wins[1] else 0.5)
+
+
+RUBRICS = {
+    "mt_bench": Rubric(RATING, _ask_grade, _read_grade),
+    "compare": Rubric(PREFERENCE, _ask_comparison, _read_comparison),
+}
