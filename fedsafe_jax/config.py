@@ -129,6 +129,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.filter.lora_rank = 16  # guard, guardian: rank of its own adapter
     # sources of the server's labelled pairs, which the filter learns from
     c.filter.sources = ("chat:package/filter.jsonl",)
+    # judge of refusal that finds refusals among the server's pairs: those labelled unsafe are left
+    # out, those labelled safe are the answers of hard negatives; rewrite: what new answers must be
+    c.filter.judge = "start"
     c.filter.hard_negatives = 1.0  # share of the unsafe pairs that get a safe twin: a refusal
     c.filter.epochs = 5  # most passes over the pairs
     c.filter.batch_size = 32  # pairs a step
@@ -162,7 +165,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.few_shot_file = ""  # file of examples in Anthropic's form; "" for the constitution's own
     c.cai.revision_rounds = 1  # rounds of critique and revision of an answer
     c.cai.revise = "all"  # which answers are revised: all, or wrong ones by the check
-    c.cai.check = "rules"  # what drops revisions: rules (on refusals), the filter, both or none
+    # what drops revisions: a judge of refusal, such as start or rules; filter, the clients' filter;
+    # both, as start+filter; or none
+    c.cai.check = "start"
     # revisions trained on: on_policy (new), cached (the first ones), mixed, or given: cai.records
     c.cai.data = "on_policy"
     # given: files of ready-made revisions below data_dir, such as `fedsafe revise --output` writes
@@ -171,6 +176,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.schedule = "light"
     # adaptive: refusal in percent of the server's own prompts, below which CAI runs
     c.cai.target = 95.0
+    c.cai.probe_judge = "start"  # adaptive: judge of the answers to the probe
     c.cai.probe_prompts = 48  # adaptive: prompts kept for the probe, which are not trained on
     # steps of a light round; adaptive: before the next probe, if nothing is refused
     c.cai.steps = 10

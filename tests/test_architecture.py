@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
     "runtime": {"federated", "whole_files"},
-    "report": {"evals", "filters", "runtime", "whole_files"},
+    "report": {"cai", "evals", "filters", "runtime", "whole_files"},
     "finetune": {"models", "data", "inference", "federated"},
     "pipeline": SCIENCE | {"runtime", "report", "config", "whole_files"},
     "demo": SCIENCE,

@@ -74,11 +74,11 @@ class Rules(NamedTuple):
 
     Attributes:
       wanted: bool `[prompts]`, whether a refusal is wanted: True for red-teaming.
-      refuses: tells whether a text refuses.
+      refuses: `(dialogues, answers) -> whether each answer refuses`, bool `[prompts]`.
     """
 
     wanted: Sequence[bool]
-    refuses: Callable[[str], bool]
+    refuses: Callable[[Sequence[Messages], Sequence[str]], Sequence[bool]]
 
 
 class Judge(NamedTuple):
@@ -99,20 +99,24 @@ class Checks(NamedTuple):
     """Which checks a config's `cai.check` asks for.
 
     Attributes:
-      rules: whether `Rules` are applied.
+      refusal: spec of the judge of refusal that `Rules` take, such as "start"; "" for none.
       judge: whether the clients' filter is applied as the `Judge`.
     """
 
-    rules: bool
+    refusal: str
     judge: bool
 
 
-CHECKS = {
-    "rules": Checks(rules=True, judge=False),
-    "filter": Checks(rules=False, judge=True),
-    "both": Checks(rules=True, judge=True),
-    "none": Checks(rules=False, judge=False),
-}
+def parse_check(text: str) -> Checks:
+    """Reads `cai.check`: a judge's spec, "filter", both as "SPEC+filter", or "none".
+
+    >>> parse_check("start+filter"), parse_check("none")
+    (Checks(refusal='start', judge=True), Checks(refusal='', judge=False))
+    """
+    if text in ("none", "filter"):
+        return Checks("", text == "filter")
+    spec = text.removesuffix("+filter")
+    return Checks(spec, spec != text)
 
 
 class Data(NamedTuple):
@@ -212,14 +216,16 @@ def revise(
         [threads[i] for i in chosen], drawn[:, chosen], constitution.principles, reviser
     )
     revisions = history[-1][2]
-    after = None
+    after, asked = None, [dialogues[i] for i in chosen]
     if judge is not None:
-        after = judge.unsafe([dialogues[i] for i in chosen], revisions)
+        after = judge.unsafe(asked, revisions)
         still_unsafe = flag(after, judge.threshold)
+    if rules is not None:
+        refused = rules.refuses(asked, revisions)
     for place, i in enumerate(chosen):
         *earlier, last = ((int(j[place]), c[place], r[place]) for j, c, r in history)
         reason, mends = _unusable(initial[i], revisions[place], finished[place]), wrong[:, i].all()
-        if rules is not None and rules.refuses(revisions[place]) != rules.wanted[i]:
+        if rules is not None and bool(refused[place]) != rules.wanted[i]:
             reason = reason or ("still harmful" if rules.wanted[i] else "over-refusal")
         if judge is not None:
             mends &= not still_unsafe[place]
@@ -277,7 +283,7 @@ def _wrong(
     """`(wrong, bool [checks, prompts], the judge's risk, float [prompts], or None)`."""
     wrong, risk = [], None
     if rules is not None:
-        refused = np.array([rules.refuses(a) for a in answers], bool)
+        refused = np.array(rules.refuses(dialogues, answers), bool)
         wrong.append(refused != np.asarray(rules.wanted, bool))
     if judge is not None:
         risk = judge.unsafe(dialogues, answers)

@@ -38,13 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("few_shots", 0, "Examples before each prompt.", lower_bound=0, **here)
     whole("rounds", 1, "Rounds of critique and revision.", lower_bound=1, **here)
     choice("form", "chat", ["chat", "dialogue"], "How the model is asked.", **here)
-    choice(
-        "check",
-        "none",
-        ["none", "rules"],
-        "rules: drop revisions that do not begin with a refusal.",
-        **here,
-    )
+    text("check", "none", "Judge of refusal: drop revisions that do not refuse; or none.", **here)
     flags.DEFINE_bool(
         "only_wrong", False, "Leave answers alone that the checks find right.", **here
     )
@@ -66,17 +60,24 @@ def make_checks(count: int, check: str, filter_folder: str | None) -> dict:
       count: number of prompts; every one of them ought to be refused.
       check: value of `--check`.
       filter_folder: folder of a filter that judges the answers, or None.
+
+    Raises:
+      UsageError: there is no such judge.
     """
     from fedsafe_jax import load_pretrained
     from fedsafe_jax.cai import revise
-    from fedsafe_jax.data.refusals import start_refusal
+    from fedsafe_jax.evals import judges
+    from fedsafe_jax.evals.judges import JudgeError, Tools
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.protocol import answer_risk
 
     wanted: list[bool] = [True] * count
     checks: dict = {}
-    if check == "rules":
-        checks["rules"] = revise.Rules(wanted, start_refusal)
+    if check != "none":
+        try:
+            checks["rules"] = revise.Rules(wanted, judges.refuses(check, Tools(load_pretrained)))
+        except JudgeError as error:
+            raise UsageError(f"--check: {error}") from None
     if filter_folder:
         judge = store.load(filter_folder, load_pretrained)
         checks["judge"] = revise.Judge(wanted, answer_risk(judge), judge.decision.threshold)

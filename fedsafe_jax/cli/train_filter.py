@@ -39,13 +39,19 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
     `max_per_source` pairs of each source are trained on.
     """
 
+    from fedsafe_jax import load_pretrained
     from fedsafe_jax.data import sources
+    from fedsafe_jax.evals import judges
+    from fedsafe_jax.evals.judges import Tools
     from fedsafe_jax.filters.pairs import drop_mislabelled
     from fedsafe_jax.random_streams import Purpose, generator
 
+    refuses = judges.refuses(config.judge, Tools(load_pretrained))
+
     def load(name):
         answered, blank = sources.load_answered(name, config.data_dir)
-        return *drop_mislabelled([e for e in answered if e.label != UNKNOWN]), len(blank)
+        labelled = [e for e in answered if e.label != UNKNOWN]
+        return *drop_mislabelled(labelled, refuses), len(blank)
 
     held = [e for name in config.heldout_sources for e in load(name)[0]]
     openings = {e.opening for e in held}  # so that no conversation is on both sides

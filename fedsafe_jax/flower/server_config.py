@@ -5,7 +5,7 @@ import importlib
 
 import ml_collections
 
-from fedsafe_jax.cai.revise import CHECKS
+from fedsafe_jax.cai.revise import parse_check
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.participation import SAMPLINGS
@@ -50,7 +50,7 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
         ("federated.dropout", f.dropout, "sites drop out by themselves"),
         ("attack.clients", config.attack.clients, "attacks are simulated only"),
         ("keep_updates", config.keep_updates, "they are kept in a simulation only"),
-        ("cai.check", CHECKS[config.cai.check].judge, "the filter is at the sites"),
+        ("cai.check", parse_check(config.cai.check).judge, "the filter is at the sites"),
         (
             f"federated.sampling='{f.sampling}'",
             SAMPLINGS[f.sampling].weigh_by_draws,

@@ -12,20 +12,20 @@ from ml_collections import ConfigDict
 from fedsafe_jax import random_streams
 from fedsafe_jax.cai import forms, given
 from fedsafe_jax.cai.revise import (
-    CHECKS,
     DATA,
     Generate,
     Judge,
     Record,
     Rules,
     from_row,
+    parse_check,
     revise,
     tally,
 )
 from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
 from fedsafe_jax.cai.train import Step, make_step
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.task import subset
 from fedsafe_jax.federated.mesh import spans_hosts
 from fedsafe_jax.federated.schedules import round_rate
@@ -33,6 +33,7 @@ from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.pipeline.clients import Clients
+from fedsafe_jax.pipeline.evaluation import judge_tools
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.pipeline.revision_rows import RevisionRows, read_recipe, training_counts
@@ -146,7 +147,10 @@ class ConstitutionalStage:
         def decide(refused: float, high: float) -> int:
             return self.schedule.steps_after_probe(refused, high, c.target, c.steps)
 
-        return Probe(self.probe_prompts, decide, self._count_tokens, clock)
+        refuses = judges.refuses(c.probe_judge, judge_tools(self.config))
+        return Probe(
+            self.probe_prompts, decide, self._count_tokens, clock, refuses=self._agreed(refuses)
+        )
 
     def _earlier(self, t: int) -> list[Record]:
         """Records of earlier rounds: after a resume from disk, then as they are made."""
@@ -207,9 +211,11 @@ class ConstitutionalStage:
         benign = [e.messages for e in _sample(self.inputs.replay, num_benign, rng)]
         wanted = [True] * len(harmful) + [False] * len(benign)
         checks = {}
-        if CHECKS[c.check].rules:
-            checks["rules"] = Rules(wanted, start_refusal)
-        if CHECKS[c.check].judge:
+        wished = parse_check(c.check)
+        if wished.refusal:
+            refuses = judges.refuses(wished.refusal, judge_tools(self.config))
+            checks["rules"] = Rules(wanted, self._agreed(refuses))
+        if wished.judge:
             unsafe, threshold = self.clients.judge()
             checks["judge"] = Judge(wanted, self._agreed(unsafe), threshold)
         session = ChatSession(current, BATCH)
@@ -228,14 +234,14 @@ class ConstitutionalStage:
             only_wrong=c.revise == "wrong",
         )
 
-    def _agreed(self, unsafe: Callable) -> Callable:
-        """Returns a judge by the first process's filter where all of them generate together.
+    def _agreed(self, judge: Callable) -> Callable:
+        """Returns a judge by what the first process's says where all of them generate together.
 
-        Each has a filter of its own, and what it says decides which programs come next.
+        Each has a filter or model of its own, and what it says decides which programs come next.
         """
         if not spans_hosts(self.inputs.mesh):
-            return unsafe
-        return lambda dialogues, answers: multihost.broadcast(unsafe(dialogues, answers))
+            return judge
+        return lambda dialogues, answers: multihost.broadcast(np.asarray(judge(dialogues, answers)))
 
     def _count_tokens(self, texts: Sequence[str]) -> int:
         if not texts:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from fedsafe_jax.cai.revise import CHECKS, DATA
+from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.config import default_config, unsafe_sources
 from fedsafe_jax.data.examples import UNSAFE, SourceError
 from fedsafe_jax.evals.task import HELDOUT, TaskError
@@ -60,7 +60,9 @@ def _guard(config: ConfigDict) -> tuple[float, str]:
         f"{f.model}: {num_parameters(shape):,} parameters, {_size(held)}, and {said} "
         f"<= {_size(used)}; beside the base while it trains and scores"
     )
-    return held + used, text + (", and judges revisions" if CHECKS[config.cai.check].judge else "")
+    return held + used, text + (
+        ", and judges revisions" if parse_check(config.cai.check).judge else ""
+    )
 
 
 def _held(config: ConfigDict) -> str:

@@ -77,6 +77,15 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
     return loaded
 
 
+def judge_tools(config: ConfigDict) -> Tools:
+    """Returns what the judges of a run need."""
+    return Tools(
+        load_model=functools.partial(load_pretrained, dtype=config.dtype),
+        cache=config.eval.judge_cache,
+        api_key=os.environ.get(KEY, ""),
+    )
+
+
 def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOptions:
     """Returns the sizes and judges that the config asks for; no judge's model is loaded yet.
 
@@ -85,16 +94,11 @@ def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOpt
       base: the base model, for judges of preference.
     """
     c = config.eval
-    tools = Tools(
-        load_model=functools.partial(load_pretrained, dtype=config.dtype),
-        cache=c.judge_cache,
-        api_key=os.environ.get(KEY, ""),
-    )
     return EvalOptions(
         max_new_tokens=c.max_new_tokens,
         max_length=c.max_length,
         batch_size=c.batch_size,
-        judges=judges.make(c.judges, tools),
+        judges=judges.make(c.judges, judge_tools(config)),
         base=base,
         temperature=c.temperature,
         samples=c.samples,

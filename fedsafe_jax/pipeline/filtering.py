@@ -15,7 +15,8 @@ from fedsafe_jax.cai.constitution import Constitution
 from fedsafe_jax.cai.revise import Rules, Threads, revise
 from fedsafe_jax.data import chat_template
 from fedsafe_jax.data.examples import UNSAFE, Example
-from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.evals import judges
+from fedsafe_jax.evals.judges import Tools
 from fedsafe_jax.filters import cache, quality, store
 from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
 from fedsafe_jax.filters.decision import AT_BOUND, flag
@@ -28,7 +29,7 @@ from fedsafe_jax.filters.kinds import (
     FilterSpec,
     LoadModel,
 )
-from fedsafe_jax.filters.pairs import hard_negatives
+from fedsafe_jax.filters.pairs import Refuses, hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.chat_session import ChatSession
@@ -36,6 +37,7 @@ from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
 from fedsafe_jax.pipeline.clients import Clients, describe_encoding, encode, learned
+from fedsafe_jax.pipeline.evaluation import judge_tools
 from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import multihost
@@ -193,7 +195,8 @@ def build_filter(
         load_model=load_model,
         lora=lora.LoraConfig(section.lora_rank, 2.0 * section.lora_rank, tuple(targets)),
     )
-    pairs = [*pairs, *hard_negatives(pairs, section.hard_negatives, seed)]
+    refuses = judges.refuses(section.judge, Tools(load_model))
+    pairs = [*pairs, *hard_negatives(pairs, section.hard_negatives, seed, refuses)]
     return FILTER_KINDS[section.kind].make(pairs, spec)
 
 
@@ -304,7 +307,15 @@ def answer_writer(
         return functools.partial(guardian_replies, verdicts.make_filter())
     base = dataclasses.replace(inputs.lm, adapter=None)
     max_new_tokens = config.cai.max_new_tokens
-    return functools.partial(revise_answers, base, inputs.constitution, max_new_tokens, seed)
+    refuses = judges.refuses(config.filter.judge, judge_tools(config))
+    return functools.partial(
+        revise_answers,
+        base,
+        inputs.constitution,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        refuses=refuses,
+    )
 
 
 def guardian_replies(
@@ -336,18 +347,20 @@ def guardian_replies(
 def revise_answers(
     lm: LanguageModel,
     constitution: Constitution,
+    pairs: Sequence[Example],
     max_new_tokens: int,
     seed: int,
-    pairs: Sequence[Example],
+    refuses: Refuses,
 ) -> list[str]:
     """Revises the pairs' answers by a model; "" where a revision is of no use.
 
     Args:
       lm: model that criticises and revises.
       constitution: principles of the revision.
+      pairs: pairs to revise, all of them flagged.
       max_new_tokens: most tokens of a critique or revision.
       seed: seed of the principles drawn.
-      pairs: pairs to revise, all of them flagged.
+      refuses: judge of refusal, by which a new answer is accepted.
     """
     session = ChatSession(lm)
 
@@ -367,6 +380,6 @@ def revise_answers(
         reviser=reviser,
         seed=(seed,),
         purpose=Purpose.FILTER_PRINCIPLES,
-        rules=Rules([True] * len(pairs), start_refusal),
+        rules=Rules([True] * len(pairs), refuses),
     )
     return ["" if r.dropped else r.revision for r in records]

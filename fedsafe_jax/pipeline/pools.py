@@ -12,9 +12,10 @@ from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import asks_for_harm, unsafe_sources
 from fedsafe_jax.data import overlap, sources
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
+from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.task import HELDOUT, EvalSet
 from fedsafe_jax.filters.pairs import drop_mislabelled
-from fedsafe_jax.pipeline.evaluation import load_sets
+from fedsafe_jax.pipeline.evaluation import judge_tools, load_sets
 
 
 class Pool(NamedTuple):
@@ -24,7 +25,8 @@ class Pool(NamedTuple):
       title: name in `results.json` and in the report.
       sources: `config -> names of the sources`.
       labels: labels that are kept; None for all.
-      drop_mislabelled: leaves out refusals that are labelled unsafe.
+      drop_mislabelled: leaves out refusals that are labelled unsafe. The server's pairs alone:
+        clients have no labels to go by, so theirs are counted and kept.
       answered: leaves out examples without an answer, which teach nothing but to stop.
     """
 
@@ -41,7 +43,7 @@ HARMLESS = (SAFE, UNKNOWN)
 POOLS = {
     "site": Pool("client", lambda c: c.safe_sources),
     "safe": Pool("client, safe", lambda c: c.safe_sources, HARMLESS),
-    "unsafe": Pool("client, unsafe", unsafe_sources, (UNSAFE,), drop_mislabelled=True),
+    "unsafe": Pool("client, unsafe", unsafe_sources, (UNSAFE,)),
     "filter_pairs": Pool(
         "filter", lambda c: c.filter.sources, (SAFE, UNSAFE), drop_mislabelled=True
     ),
@@ -84,7 +86,11 @@ def read_pools(config: ConfigDict, roles: Sequence[str]) -> Pools:
     counts = {}
     for role, pool in pools.items():
         title = POOLS[role].title
-        pools[role], counts[title] = _drop(POOLS[role], pool, near, exact)
+        disputed = 0
+        if POOLS[role].drop_mislabelled:
+            told = judges.refuses(config.filter.judge, judge_tools(config))
+            pool, disputed = drop_mislabelled(pool, told)
+        pools[role], counts[title] = _drop(pool, near, exact, disputed)
         counts[title]["without_answer"] = without_answer[role]
         counts[title]["read"] += without_answer[role]
         if not pools[role] and _needs(role, config):
@@ -103,7 +109,7 @@ def read_client_pools(config: ConfigDict) -> tuple[list[Example], list[Example]]
     """
     pools = {role: _read(POOLS[role], config)[0] for role in ("safe", "unsafe")}
     near, exact = _evaluated_prompts(*_load_evals(config, pools))
-    safe, unsafe = (_drop(POOLS[role], pool, near, exact)[0] for role, pool in pools.items())
+    safe, unsafe = (_drop(pools[role], near, exact)[0] for role in ("safe", "unsafe"))
     return safe, unsafe
 
 
@@ -136,7 +142,7 @@ def _given(config: ConfigDict, near: list[str], exact: set[str]) -> tuple[list[R
     everything = given.read(config.cai.records, config.data_dir)
     usable = [record for record in everything if not record.dropped]
     examples = given.examples_of(usable)
-    kept, counts = _drop(Pool(GIVEN, lambda c: c.cai.records), examples, near, exact)
+    kept, counts = _drop(examples, near, exact)
     if not kept:
         raise SourceError(f"{GIVEN}: none of {len(everything)} rows is left to train on.")
     places = {id(example) for example in kept}
@@ -183,7 +189,7 @@ def _nothing_left(pool: Pool, config: ConfigDict, counts: dict[str, int]) -> str
     why = {
         "near an evaluation prompt": counts["dropped_near_evaluation"],
         "held out for evaluation": counts["dropped_heldout"],
-        "labelled unsafe though they begin as a refusal": counts["disputed"],
+        "labelled unsafe though they refuse": counts["disputed"],
         "without an answer": counts["without_answer"],
     }
     reasons = ", ".join(f"{n} {reason}" for reason, n in why.items() if n)
@@ -213,19 +219,18 @@ def _evaluated_prompts(
     return near, exact - {""}
 
 
-def _drop(pool: Pool, examples: list[Example], near: list[str], exact: set[str]):
+def _drop(examples: list[Example], near: list[str], exact: set[str], disputed: int = 0):
     """Returns the examples of a pool that may be trained on, and the counts of the others.
 
     Args:
-      pool: description of the pool.
       examples: examples of the pool.
       near, exact: see `_evaluated_prompts`.
+      disputed: examples that were left out before, for their labels.
     """
-    left, disputed = drop_mislabelled(examples) if pool.drop_mislabelled else (examples, 0)
-    kept, dropped = overlap.drop_overlap(left, near)
+    kept, dropped = overlap.drop_overlap(examples, near)
     kept_exact = [e for e in kept if overlap.normalise(e.opening) not in exact]
     return kept_exact, {
-        "read": len(examples),
+        "read": len(examples) + disputed,
         "disputed": disputed,
         "dropped_near_evaluation": dropped,
         "dropped_heldout": len(kept) - len(kept_exact),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals.statistics import wilson
 from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.runtime.progress import PhaseTimer
@@ -22,6 +21,7 @@ class Probe:
       decide: `(refused, upper bound of its 95% interval) -> steps to train`, both in percent.
       count_tokens: counts the tokens of texts.
       clock: told which phase has ended.
+      refuses: `(dialogues, answers) -> whether each answer refuses`.
 
     Attributes:
       results: one row per probe: share refused and its 95% interval in percent, prompts asked.
@@ -34,9 +34,10 @@ class Probe:
         decide: Callable[[float, float], int],
         count_tokens: Callable[[Sequence[str]], int],
         clock: PhaseTimer,
+        refuses: Callable[[Sequence[Dialogue], Sequence[str]], Sequence[bool]],
     ):
         self.prompts, self.decide = prompts, decide
-        self.count_tokens, self.clock = count_tokens, clock
+        self.count_tokens, self.clock, self.refuses = count_tokens, clock, refuses
         self.results: list[dict] = []
         self.tokens = 0
 
@@ -54,11 +55,10 @@ class Probe:
             self.clock.mark("cai_train")
         num_steps, refused = 0, []
         for start in range(0, len(self.prompts), PROBED):
-            answers, _ = current.answer_dialogues(
-                self.prompts[start : start + PROBED], PROBE_TOKENS, truncate=True
-            )
+            asked = self.prompts[start : start + PROBED]
+            answers, _ = current.answer_dialogues(asked, PROBE_TOKENS, truncate=True)
             self.tokens += self.count_tokens(answers)
-            refused += [start_refusal(a) for a in answers]
+            refused += list(self.refuses(asked, answers))
             mean, interval = float(np.mean(refused)), wilson(sum(refused), len(refused))
             num_steps = self.decide(100 * mean, 100 * interval[1])
             if num_steps:

@@ -1,7 +1,9 @@
-"""The report's section on judges: a rate by each rule, beside that of the task it is shown with."""
+"""The report's section on judges: rates by each, and which of them chose what was trained on."""
 
+from fedsafe_jax.cai.revise import parse_check
+from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import UNDEFINED, Column
-from fedsafe_jax.report.blocks import Section, Table
+from fedsafe_jax.report.blocks import Section, Table, Text
 from fedsafe_jax.report.run_data import RunData
 
 
@@ -15,7 +17,29 @@ def sections(run: RunData) -> list[Section]:
     ]
     tables = [_table(run, name, beside) for name, beside in pairs]
     blocks = [table for table in tables if table.rows]
-    return [Section("Judges", blocks)] if blocks else []
+    return [Section("Judges", [Text(_signals(run.config)), *blocks])] if blocks else []
+
+
+def _signals(config: dict) -> str:
+    """Says which judges chose training data, and where the headline is no check on them."""
+    headline, cai = config["eval"]["judges"][0], config["cai"]
+    used = {"which server pairs the filter learns from": config["filter"]["judge"]}
+    if any("cai" in arm for arm in config["arms"]):
+        if check := parse_check(cai["check"]).refusal:
+            used["which revisions are trained on"] = check
+        if cai["schedule"] == "adaptive":
+            used["when training stops"] = cai["probe_judge"]
+    said = [f"'{spec}' decides {what}" for what, spec in used.items()]
+    text = f"Headline by '{headline}'; {', '.join(said)}. "
+    if headline in used.values():
+        return text + "Signal and headline are one judge: the run trained on what it reports."
+    phrases = {name for name, kind in JUDGES.items() if kind.phrases}
+    if headline in phrases and phrases & set(used.values()):
+        return text + (
+            "Both read words alone, so an answer may learn to pass them; a judge of another kind "
+            "(classifier, guard, chat) beside them shows whether it did."
+        )
+    return text
 
 
 def _table(run: RunData, name: str, beside: str) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from fedsafe_jax.cai.revise import CHECKS, DATA
+from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError, check_override, default_config, unsafe_sources
 from fedsafe_jax.data import named_templates, sources
@@ -38,12 +38,12 @@ def validate(c: ml_collections.ConfigDict) -> None:
     check_choices(c)
     _validate_cai(c.cai)
     validate_filter(c.filter)
-    if CHECKS[c.cai.check].judge:
+    if parse_check(c.cai.check).judge:
         judging = FILTER_KINDS[c.filter.kind].make is not None and any_filter(c)
         if not judging:
             raise ConfigError(
                 f"cai.check='{c.cai.check}': no filter is trained; add 'fl+filter' or "
-                "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'rules'."
+                "'fl+filter+cai' to arms, with a filter that is not simulated, or use 'start'."
             )
     _validate_eval(c.eval)
     _validate_chat(c)
@@ -113,8 +113,13 @@ def _validate_chat(c: ml_collections.ConfigDict) -> None:
 
 def _validate_cai(c: ml_collections.ConfigDict) -> None:
     """Checks the fields of `cai`."""
+    if c.check == "both":
+        raise ConfigError("cai.check='both': write which judge, such as 'start+filter'.")
+    if spec := parse_check(c.check).refusal:
+        _check_judge("cai.check", spec, others="; or 'filter', 'start+filter', 'none'")
+    _check_judge("cai.probe_judge", c.probe_judge)
     if c.revise == "wrong" and c.check == "none":
-        raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'rules'.")
+        raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'start'.")
     given = DATA[c.data].given
     if given != bool(c.records):
         raise ConfigError(
@@ -135,6 +140,15 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
         )
 
 
+def _check_judge(field: str, spec: str, others: str = "") -> None:
+    """Checks that a field names a judge of refusal."""
+    try:
+        if judges.measures(spec) != judges.REFUSAL:
+            raise JudgeError(f"judge '{spec}' does not tell refusals; use 'start' or 'rules'.")
+    except JudgeError as error:
+        raise ConfigError(f"{field}='{spec}': {error}{others}") from None
+
+
 def validate_filter(f: ml_collections.ConfigDict) -> None:
     """Checks the fields of `filter`, or those of `config.filter_config`.
 
@@ -145,6 +159,7 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     check_choices(f, "filter.")
     for field in set(f) & {"dtype", "quantization"}:
         check_choice(field, (f[field],), choices()[field])
+    _check_judge("filter.judge", f.judge)
     _check_sources("filter.sources", f.sources)
     if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:
         raise ConfigError(

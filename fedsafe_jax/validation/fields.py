@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import ml_collections
 
 from fedsafe_jax.cai.losses import LOSSES
-from fedsafe_jax.cai.revise import CHECKS, DATA
+from fedsafe_jax.cai.revise import DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data.partition import PARTITIONS
@@ -53,7 +53,6 @@ def choices() -> dict[str, Collection[str]]:
         "filter.target": TARGETS,
         "cai.reviser": ("global", "base"),
         "cai.revise": ("all", "wrong"),
-        "cai.check": CHECKS,
         "cai.data": DATA,
         "cai.schedule": SCHEDULES,
         "cai.losses": LOSSES,

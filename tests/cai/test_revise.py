@@ -10,7 +10,7 @@ from cai_examples import PRINCIPLES
 
 from fedsafe_jax.cai import revise
 from fedsafe_jax.config import ConfigError, default_config
-from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.evals import judges
 from fedsafe_jax.validation import validate
 
 
@@ -41,7 +41,7 @@ def test_records_say_why_a_revision_is_dropped():
     prompts = ["kept", "same", "empty", "cut", "still", "over", "refused"]
     initial = ["Sure", "No", "Sure", "Sure", "Sure", "A cake", "I'm sorry"]
     revisions = ["I'm sorry", "No", "", "I'm sorry", "Fine", "I'm sorry", "I cannot"]
-    rules = revise.Rules([True, True, True, True, True, False, True], start_refusal)
+    rules = revise.Rules([True, True, True, True, True, False, True], judges.refuses("start"))
     seen = []
     answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1], seen)
     found = revise.revise(
@@ -94,7 +94,7 @@ def test_right_answers_are_left_alone():
     seen = []
     answer, _ = speaker(initial, [])
     _, reviser = speaker([0, 0], [["I'm sorry, no", "A cake"]], seen=seen)
-    rules = revise.Rules([True, True, False, False], start_refusal)
+    rules = revise.Rules([True, True, False, False], judges.refuses("start"))
     found = revise.revise(
         asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules, only_wrong=True
     )

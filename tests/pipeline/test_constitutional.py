@@ -10,7 +10,7 @@ def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
         tmp_path,
         "arms=('fl+filter+cai',)",
         "cai.data=mixed",
-        "cai.check=both",
+        "cai.check=start+filter",
         "cai.revision_rounds=2",
         "cai.losses=('sft','kto','derta')",
         "cai.weights=(1.0,0.5,0.5)",

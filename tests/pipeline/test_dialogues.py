@@ -10,6 +10,7 @@ from fedsafe_jax.cai import constitution, revise
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.evals import judges
 from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
 from fedsafe_jax.pipeline import constitutional, filtering
 from fedsafe_jax.pipeline.refusal_probe import Probe
@@ -44,7 +45,9 @@ def test_a_flagged_answer_is_rewritten_in_its_dialogue(monkeypatch):
     monkeypatch.setattr(filtering, "ChatSession", Session)
     pairs = [Example(turns, "Sure, here it is.", "unsafe") for turns in (KNOT, BREAD, (LAST,))]
     principles = constitution.load("package:constitution")
-    answers = filtering.revise_answers(None, principles, 8, seed=0, pairs=pairs)
+    answers = filtering.revise_answers(
+        None, principles, pairs, max_new_tokens=8, seed=0, refuses=judges.refuses("start")
+    )
     assert answers == ["I'm sorry, but no."] * 3
     for asked in threads:  # the critique, then the revision
         for turns, pair in zip(asked, pairs, strict=True):
@@ -58,9 +61,9 @@ def test_what_is_left_of_labelled_pairs_keeps_all_turns():
         Example(BREAD, "I'm sorry, but no.", "unsafe"),
         Example(BREAD, "I'm sorry, no.", "safe"),
     ]
-    kept, disputed = drop_mislabelled(pairs)
+    kept, disputed = drop_mislabelled(pairs, judges.refuses("start"))
     assert kept == [pairs[0], pairs[2]] and disputed == 1
-    (twin,) = hard_negatives(kept, 1.0, seed=0)
+    (twin,) = hard_negatives(kept, 1.0, 0, judges.refuses("start"))
     assert twin.messages == KNOT and twin.response == "I'm sorry, no."
 
 
@@ -72,7 +75,13 @@ def test_a_probe_asks_dialogues():
             asked.extend(dialogues)
             return ["I'm sorry, no."] * len(dialogues), np.ones(len(dialogues), bool)
 
-    probe = Probe([KNOT, BREAD], lambda refused, high: int(refused < 100), len, PhaseTimer())
+    probe = Probe(
+        [KNOT, BREAD],
+        lambda refused, high: int(refused < 100),
+        len,
+        PhaseTimer(),
+        refuses=judges.refuses("start"),
+    )
     assert probe(Model()) == 0
     assert asked == [KNOT, BREAD]
 

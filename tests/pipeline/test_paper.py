@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedsafe_jax.cai.constitution import load
-from fedsafe_jax.cai.revise import CHECKS, Judge, revise
+from fedsafe_jax.cai.revise import Judge, parse_check, revise
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.pipeline import dry_run
 from fedsafe_jax.pipeline.inputs import load_inputs
@@ -72,8 +72,8 @@ def test_what_the_paper_asks_is_what_is_read(config):
 
 
 def test_balanced_answers_pass_the_papers_check(config):
-    check = CHECKS[config.cai.check]
-    assert check.judge and not check.rules  # rules keep refusals alone
+    check = parse_check(config.cai.check)
+    assert check.judge and not check.refusal  # rules keep refusals alone
     prompts = ["Is the law fair?", "Is the tax just?"]
     said = {0: "It is bad.", 1: "Unfair.", 2: "There are good reasons on both sides."}
 

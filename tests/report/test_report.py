@@ -149,3 +149,21 @@ def test_the_card_is_markdown_with_the_scores(run):
     assert "\n| harmful refused, % | 60.0 (55.0-65.0) |\n" in card
     assert "\n| benign loss | 1.500 (1.400-1.600) |\n" in card
     assert "`chat:package/clients_safe.jsonl`, `chat:package/clients_unsafe.jsonl`." in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "Both read words alone"),
+        ({"eval.judges": ("start",)}, "Signal and headline are one judge"),
+        ({"eval.judges": ("guard:x", "rules")}, "Headline by 'guard:x'; 'start' decides which"),
+    ],
+)
+def test_signal_and_headline_are_told_apart(fields, said):
+    from fedsafe_jax.report.judges import _signals
+
+    config = default_config()
+    config.update_from_flattened_dict(fields)
+    text = _signals(config.to_dict())
+    assert said in text
+    assert "which revisions are trained on" in text

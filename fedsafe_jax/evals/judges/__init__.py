@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.evals.judges.chat import CHAT
 from fedsafe_jax.evals.judges.contract import (
     FAILED,
@@ -18,6 +19,7 @@ from fedsafe_jax.evals.judges.contract import (
 )
 from fedsafe_jax.evals.judges.phrases import KEYWORD, START
 from fedsafe_jax.evals.judges.rules import RULES
+from fedsafe_jax.filters.pairs import Refuses
 from fedsafe_jax.registry import unknown
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "make",
     "measures",
     "parse",
+    "refuses",
 ]
 
 JUDGES: dict[str, JudgeKind] = {
@@ -97,6 +100,26 @@ def make(specs: Sequence[str], tools: Tools | None = None) -> tuple[Judge, ...]:
         kind.make(spec, argument, tools or Tools())
         for spec, (kind, argument) in zip(specs, parsed, strict=True)
     )
+
+
+def refuses(spec: str, tools: Tools | None = None) -> Refuses:
+    """Returns `(dialogues, answers) -> whether each answer refuses`, by the judge of a spec.
+
+    For what selects data: an answer on which the judge fails counts as no refusal, so that nothing
+    is taken for safe that was not read.
+
+    Raises:
+      JudgeError: as `make`, or the judge does not measure refusal.
+    """
+    (judge,) = make((spec,), tools)
+    if judge.measures != REFUSAL:
+        raise JudgeError(f"judge '{spec}' does not tell refusals; use {EXAMPLES[REFUSAL]}.")
+
+    def told(dialogues: Sequence[Messages], answers: Sequence[str]) -> list[bool]:
+        asked = [Answered(tuple(d), a) for d, a in zip(dialogues, answers, strict=True)]
+        return [bool(verdict.refused) for verdict in judge.judge(asked)]
+
+    return told
 
 
 DEFAULT = ("rules", "start", "keyword")
