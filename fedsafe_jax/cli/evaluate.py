@@ -24,7 +24,7 @@ from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data import template_check
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals import answers, judges
+from fedsafe_jax.evals import answers, judges, two_sides
 from fedsafe_jax.evals.judges import JudgeError, Tools
 from fedsafe_jax.evals.task import (
     HELDOUT,
@@ -139,8 +139,12 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
 
 
 def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions) -> dict:
-    """Runs the tasks and prints their figures with intervals."""
-    outcome = evaluate(lm, sets, options)
+    """Runs the tasks and prints their figures with intervals, and how long each took."""
+    outcome, seconds = {}, {}
+    for name, one in sets.items():
+        began = time.monotonic()
+        outcome |= evaluate(lm, {name: one}, options)
+        seconds[name] = time.monotonic() - began
     summary = summarise(sets, [outcome], options)
     print("mean (95% interval)")
     for name, one in sets.items():
@@ -149,7 +153,10 @@ def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions)
                 print(f"{name}: {column.label}: {cell}")
         if cut := summary[name].get("cut"):
             print(f"{name}: {cut} of {summary[name]['n']} dialogues are cut to --max_length")
-    return {"summary": summary, "outcomes": outcome}
+    for both in two_sides.headline(sets, summary):
+        print(two_sides.in_words(both))
+    print("seconds:", ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
+    return {"summary": summary, "outcomes": outcome, "seconds_by_task": seconds}
 
 
 def run_prompts(lm: LanguageModel, requests: list[Example], options: EvalOptions) -> dict:

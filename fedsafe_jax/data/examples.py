@@ -21,6 +21,8 @@ class Example(NamedTuple):
     user: str = ""  # who holds the dialogue, for a partition by user
     category: str = ""  # topic, or kind of harm, as the source names it
     language: str = ""
+    # Further groups that the request is in, (kind, name), such as ("attack", "goal_hijacking").
+    groups: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -8,12 +8,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 
+from fedsafe_jax.data.benchmark_readers import BENCHMARKS
 from fedsafe_jax.data.dialogue_rows import read_dialogues, split_answer
 from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceError
 from fedsafe_jax.data.row_fields import answer, ask, field, one_of, optional
 
 # Readers of benchmarks, which may be evaluated on and never trained on.
-EVALUATION_ONLY = ("advbench", "xstest_safe", "xstest_unsafe")
+EVALUATION_ONLY = ("advbench", "xstest_safe", "xstest_unsafe", *BENCHMARKS)
 
 Rows = Iterable[tuple[str, dict]]
 EN, KO = ("_en", ""), ("",)  # endings of the fields: English where the row has it, or Korean
@@ -140,7 +141,9 @@ def _derta(rows: Rows) -> Iterable[Example]:
 def _prompts(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prompt", "instruction", "question", "goal")
-        yield Example(ask(place, prompt), "", category=optional(place, row, "category", "type"))
+        category = optional(place, row, "category", "type")
+        language = optional(place, row, "language")
+        yield Example(ask(place, prompt), "", category=category, language=language)
 
 
 READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
@@ -162,4 +165,5 @@ READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
     "derta": _derta,
     "prompts": _prompts,
     "chat": read_dialogues,
+    **BENCHMARKS,
 }

@@ -5,6 +5,7 @@ is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip) or, w
 `hub`, a dataset id that the `datasets` library loads. `package/FILE` is a file of the packaged demo
 set. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`: disjoint parts of
 the source by a hash of the first user turn, so that no prompt and no conversation is on two sides.
+`#without=CATEGORY+CATEGORY` leaves categories out, as a policy that allows such requests does.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ PARTS = {
     "train": ("clients", "server"),
     "heldout": ("heldout",),
 }
+WITHOUT = "without="
 # Names of the list of rows in a JSON file that is one object.
 LISTS = ("data", "rows", "examples", "train", "instances")
 
@@ -238,7 +240,7 @@ def parse_source(source: str) -> tuple[str, str, str]:
     if name not in READERS or not location:
         known = ", ".join(sorted(READERS))
         raise SourceError(f"source {source!r}: expected NAME:LOCATION with NAME one of {known}.")
-    if part and part not in PARTS:
+    if part and part not in PARTS and not part.startswith(WITHOUT):
         raise SourceError(f"source {source!r}: part {'#' + part!r} is not one of {sorted(PARTS)}.")
     return name, location, part
 
@@ -288,9 +290,25 @@ def _load(source: str, data_dir: str) -> tuple[list[Example], Sequence[str]]:
         examples = list(READERS[name](rows))
     if not examples:
         raise SourceError(f"{location}: the reader '{name}' finds no example in {len(rows)} rows.")
-    if part:
+    if part.startswith(WITHOUT):
+        examples = _without(location, examples, part.removeprefix(WITHOUT).split("+"))
+    elif part:
         read = len(examples)
         examples = [e for e in examples if part_of(e.opening) in PARTS[part]]
         if not examples:
             raise SourceError(f"{location}: none of its {read} examples is in the part '#{part}'.")
     return [example._replace(source=name) for example in examples], sorted(rows[0][1])
+
+
+def _without(location: str, examples: list[Example], names: Sequence[str]) -> list[Example]:
+    """Leaves out the examples of some categories, each of which must be there."""
+    known = sorted({example.category for example in examples})
+    if unknown := sorted(set(names) - set(known)):
+        raise SourceError(
+            f"{location}: '#{WITHOUT}{'+'.join(names)}': no example is of the category "
+            f"{shorten(unknown[0])}; known are {', '.join(map(repr, known))}."
+        )
+    left = [example for example in examples if example.category not in names]
+    if not left:
+        raise SourceError(f"{location}: '#{WITHOUT}{'+'.join(names)}' leaves no example.")
+    return left

@@ -25,7 +25,7 @@ def ask(lm: LanguageModel, requests: Sequence[Example], options: EvalOptions) ->
     Returns:
       Rows, by request and then sample: `item`, its number; `messages`, `answer`, `finished`
       (whether the answer ended within `max_new_tokens`), and where there are some `sample`,
-      `category`, `language` and `reference`.
+      `category`, `language`, `groups` (`{kind: name}`) and `reference`.
     """
     dialogues = [with_system(request.messages, options.system) for request in requests]
     by_sample = [
@@ -47,7 +47,7 @@ def ask(lm: LanguageModel, requests: Sequence[Example], options: EvalOptions) ->
             row |= {"messages": chat.to_dicts(messages), "answer": answers[i]}
             row["finished"] = bool(finished[i])
             known = {"category": request.category, "language": request.language}
-            known["reference"] = request.response
+            known |= {"groups": dict(request.groups), "reference": request.response}
             rows.append(row | {key: value for key, value in known.items() if value})
     return rows
 
@@ -124,6 +124,27 @@ def by_item(rows: Sequence[dict], spec: str, field: str) -> list:
         said = row["verdicts"].get(spec)
         items.setdefault(row["item"], []).append(None if said is None else said[field])
     return [_mean(items[i]) for i in sorted(items)]
+
+
+def groups(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """Returns by kind, such as "category", "language" or "attack", the group of each item; "" where
+    it is in none. A kind without any group is not there."""
+    first = {row["item"]: row for row in rows}
+    by_row = [
+        {kind: first[i].get(kind, "") for kind in ("category", "language")}
+        | first[i].get("groups", {})
+        for i in sorted(first)
+    ]
+    kinds = {kind: None for row in by_row for kind in row}  # in the order in which they come
+    named = {kind: [row.get(kind, "") for row in by_row] for kind in kinds}
+    return {kind: names for kind, names in named.items() if any(names)}
+
+
+def labels(rows: Sequence[dict], specs: Sequence[str]) -> dict[str, list[str | None]]:
+    """Returns by judge the label of each answer, None where it failed, of judges that give any."""
+    said = {spec: [row["verdicts"].get(spec) for row in rows] for spec in specs}
+    named = {spec: [v and v.get("label", "") for v in verdicts] for spec, verdicts in said.items()}
+    return {spec: names for spec, names in named.items() if any(names)}
 
 
 def _mean(values: list) -> float | bool | None:

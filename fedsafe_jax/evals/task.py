@@ -127,8 +127,9 @@ class Task(NamedTuple):
       values: `(outcome, options) -> {field of a column: value of each item}`: bool or from 0 to 1
         for a rate in percent, float for another figure, None for an item without a value. Arms are
         compared by them, item by item; None for a task whose arms are not compared.
-      beside: name of the task without which this one is never shown, such as over-refusal for
-        refusal; "" for none.
+      beside: names of tasks without one of which this one is never shown, the best match first,
+        such as over-refusal for refusal; () for none. The first column of both is the side that
+        `two_sides` shows.
     """
 
     name: str
@@ -145,7 +146,7 @@ class Task(NamedTuple):
     values: Callable[[dict, EvalOptions], dict[str, Sequence]] | None = None
     measures: tuple[str, ...] = ()
     optional: bool = False
-    beside: str = ""
+    beside: tuple[str, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -201,10 +202,12 @@ def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalS
         chosen[name if number == 1 else f"{name}_{number}"] = one
     names = {one.task.name for one in chosen.values()}
     for one in chosen.values():
-        if one.task.beside and one.task.beside not in names:
+        if one.task.beside and not names & set(one.task.beside):
+            best, *others = one.task.beside
+            also = f" ({' or '.join(map(repr, others))} will do, too)" if others else ""
             raise TaskError(
-                f"'{one.task.name}' is never shown without '{one.task.beside}'; add "
-                f"'{one.task.beside}', or '{one.task.beside}=SOURCE'."
+                f"'{one.task.name}' is never shown without '{best}'; add '{best}', or "
+                f"'{best}=SOURCE'{also}."
             )
     return chosen
 
@@ -217,6 +220,8 @@ def _check(name: str, task: Task) -> None:
         raise TaskError(f"'{name}': a task needs at least one column.")
     if task.run is None and (task.ask is None or task.score is None):
         raise TaskError(f"'{name}': a task needs run, or ask with score.")
+    if isinstance(task.beside, str):
+        raise TaskError(f"'{name}': beside={task.beside!r}; write a tuple of names of tasks.")
     for column in task.columns:
         if column.better not in ARROWS:
             raise TaskError(

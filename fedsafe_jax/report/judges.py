@@ -1,6 +1,7 @@
 """The report's section on judges: rates by each, and which of them chose what was trained on."""
 
 from fedsafe_jax.cai.revise import parse_check
+from fedsafe_jax.evals import two_sides
 from fedsafe_jax.evals.judges import JUDGES
 from fedsafe_jax.evals.task import UNDEFINED, Column
 from fedsafe_jax.report.blocks import Section, Table, Text
@@ -9,13 +10,7 @@ from fedsafe_jax.report.run_data import RunData
 
 def sections(run: RunData) -> list[Section]:
     """Returns a table of the rates by judge for every pair of tasks that are shown together."""
-    pairs = [
-        (name, other_name)
-        for name, one in run.sets.items()
-        for other_name, other in run.sets.items()
-        if one.task.beside == other.task.name
-    ]
-    tables = [_table(run, name, beside) for name, beside in pairs]
+    tables = [_table(run, name, beside) for name, beside in two_sides.pairs(run.sets)]
     blocks = [table for table in tables if table.rows]
     return [Section("Judges", [Text(_signals(run.config)), *blocks])] if blocks else []
 

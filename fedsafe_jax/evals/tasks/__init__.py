@@ -1,11 +1,44 @@
 """The evaluations, one file each; `TASKS` is their registry."""
 
 from fedsafe_jax.evals.task import Task
+from fedsafe_jax.evals.tasks.alert import ALERT
+from fedsafe_jax.evals.tasks.do_not_answer import DO_NOT_ANSWER
+from fedsafe_jax.evals.tasks.harmbench import HARMBENCH
 from fedsafe_jax.evals.tasks.hhh import HHH
+from fedsafe_jax.evals.tasks.jailbreakbench import JAILBREAKBENCH, JAILBREAKBENCH_BENIGN
+from fedsafe_jax.evals.tasks.malicious_instruct import MALICIOUS_INSTRUCT
 from fedsafe_jax.evals.tasks.mt_bench import MT_BENCH
+from fedsafe_jax.evals.tasks.or_bench import OR_BENCH, OR_BENCH_TOXIC
 from fedsafe_jax.evals.tasks.refusal import ADVBENCH, OVER_REFUSAL
+from fedsafe_jax.evals.tasks.s_eval import S_EVAL, S_EVAL_ATTACK
+from fedsafe_jax.evals.tasks.safety_prompts import SAFETY_PROMPTS
+from fedsafe_jax.evals.tasks.sorry_bench import SORRY_BENCH
+from fedsafe_jax.evals.tasks.strongreject import STRONGREJECT
 from fedsafe_jax.evals.tasks.utility import UTILITY
+from fedsafe_jax.evals.tasks.xstest import XSTEST_SAFE, XSTEST_UNSAFE
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ADVBENCH, OVER_REFUSAL, HHH, UTILITY, MT_BENCH)
+    task.name: task
+    for task in (
+        ADVBENCH,
+        OVER_REFUSAL,
+        HHH,
+        UTILITY,
+        MT_BENCH,
+        HARMBENCH,
+        STRONGREJECT,
+        JAILBREAKBENCH,
+        JAILBREAKBENCH_BENIGN,
+        MALICIOUS_INSTRUCT,
+        DO_NOT_ANSWER,
+        S_EVAL,
+        S_EVAL_ATTACK,
+        ALERT,
+        SAFETY_PROMPTS,
+        XSTEST_SAFE,
+        XSTEST_UNSAFE,
+        OR_BENCH,
+        OR_BENCH_TOXIC,
+        SORRY_BENCH,
+    )
 }
