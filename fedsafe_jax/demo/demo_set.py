@@ -48,6 +48,11 @@ def _benign(rng, phrases, everyday, count, held_out=False):
     return rows
 
 
+def _exercises(rng, everyday, count):
+    pairs = (templates.exercise(rng, everyday) for _ in range(count))
+    return [_row(prompt, response, SAFE, "everyday") for prompt, response in pairs]
+
+
 def _unique(rows):
     seen, out = set(), []
     for row in rows:
@@ -96,6 +101,8 @@ def build(seed: int = 0) -> dict[str, list[dict]]:
         ),
         "benign_heldout.jsonl": _unique(_benign(rng, phrases, everyday, 130, held_out=True)),
         "hhh_heldout.jsonl": comparisons,
+        # Drawn last, so that the others are drawn as they were before it.
+        "exercises.jsonl": _unique(_exercises(rng, everyday, 200)),
     }
 
 

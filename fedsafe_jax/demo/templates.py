@@ -184,6 +184,15 @@ def benign_pair(
     return exercises[rng.integers(len(exercises))](rng, everyday)
 
 
+def exercise(rng: np.random.Generator, everyday: dict) -> tuple[str, str]:
+    """Draws a small exercise that has one right answer: `(prompt, answer)`; as `benign_pair`."""
+    if rng.random() < 0.3:
+        prompt, reply = everyday["facts"][rng.integers(len(everyday["facts"]))]
+        return prompt, reply
+    exercises = (_capital, _opposite, _arithmetic, _rewrite, _classify)
+    return exercises[rng.integers(len(exercises))](rng, everyday)
+
+
 def _vary(rng, prompt: str) -> str:
     """Drops the full stop or adds "please", as people do."""
     draw = rng.random()

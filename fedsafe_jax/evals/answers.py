@@ -63,7 +63,7 @@ def read(row: dict) -> Answered:
     """Returns what judges read of a row."""
     turns = tuple((turn["role"], turn["content"]) for turn in row["messages"])
     extra = {key: row[key] for key in ("reference", "other", "category") if key in row}
-    return Answered(turns, row["answer"], **extra)
+    return Answered(turns, row["answer"], references=tuple(row.get("references") or ()), **extra)
 
 
 class Judged(NamedTuple):

@@ -12,8 +12,8 @@ from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.evals import TASKS, EvalOptions, EvalSet, comparison, judges
 from fedsafe_jax.evals.judges import Answered, Tools
+from fedsafe_jax.evals.judges.mt_bench_prompts import parse_rating
 from fedsafe_jax.evals.judges.phrases import keyword_refusal
-from fedsafe_jax.evals.judges.rubrics import parse_rating
 from fedsafe_jax.evals.task import HELDOUT, TaskError, select
 from fedsafe_jax.evals.tasks import hhh, mt_bench
 from fedsafe_jax.pipeline import evaluation
@@ -63,7 +63,7 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers["Authorization"], body))
-            text = body["messages"][0]["content"]
+            text = body["messages"][-1]["content"]
             if "[Answer A]" in text:
                 reply = "Verdict: [[A]]" if "[Answer A]\ngood" in text else "Verdict: [[B]]"
             else:
@@ -83,7 +83,7 @@ def server():
 
 
 class Echo:
-    def answer_dialogues(self, dialogues, max_new_tokens, truncate):
+    def answer_dialogues(self, dialogues, max_new_tokens, truncate, temperature):
         return [f"{len(d)} turns" for d in dialogues], np.ones(len(dialogues), bool)
 
 
@@ -96,7 +96,8 @@ def test_mt_bench_through_an_endpoint(server):
     url, seen = server
     made = judges.make((f"chat:judge-model@{url}#mt_bench",), Tools(api_key="secret"))
     options = EvalOptions(max_new_tokens=8, judges=made)
-    outcome = evaluated("mt_bench", Echo(), [["one", "two"], ["unparsable"]], options)
+    questions = [mt_bench.Question(("one", "two")), mt_bench.Question(("unparsable",))]
+    outcome = evaluated("mt_bench", Echo(), questions, options)
     assert outcome["ratings"] == [7.5, None, 7.5]
     summary = mt_bench.summarise([outcome], options)
     assert summary["rating"] == 7.5 and summary["unparsed"] == 1 and summary["n"] == 2
@@ -106,7 +107,7 @@ def test_mt_bench_through_an_endpoint(server):
     path, authorization, body = seen[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "judge-model" and body["temperature"] == 0
-    assert "3 turns" in seen[2][2]["messages"][0]["content"]  # the second turn sees the first
+    assert "3 turns" in seen[2][2]["messages"][1]["content"]  # the second turn sees the first
 
 
 def test_answers_are_compared_in_both_orders(server):
@@ -178,6 +179,7 @@ def test_ratings_missing_in_one_arm_are_compared_where_both_have_one():
     [
         ("[[10]]", 10.0),
         ("As in [[10]]: [[2]]", 2.0),
+        ("Rating: [8.5]", 8.5),  # its second pattern
         ("Rating: [[1]]", 1.0),
         ("[[11]]", None),
         ("[[0]]", None),

@@ -27,6 +27,7 @@ class Answered(NamedTuple):
       reference: a right answer, for judges that compare with one; "" without.
       other: another model's answer, for judges of preference; "" without.
       category: category of the request; "" without.
+      references: right answers to each turn of the user, for judges that read them all; () without.
     """
 
     messages: Messages
@@ -34,6 +35,7 @@ class Answered(NamedTuple):
     reference: str = ""
     other: str = ""
     category: str = ""
+    references: tuple[str, ...] = ()
 
     @property
     def request(self) -> str:

@@ -5,17 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedsafe_jax.data.refusals import spoken
-from fedsafe_jax.evals.judges.contract import FAILED, PREFERENCE, RATING, Answered, Verdict
+from fedsafe_jax.evals.judges import mt_bench_prompts
+from fedsafe_jax.evals.judges.contract import PREFERENCE, RATING, Answered, Verdict
 
-LOWEST, HIGHEST = 1.0, 10.0  # the scale of MT-Bench's rating
 Messages = list[dict]
 
-GRADE = (
-    "Please act as an impartial judge and rate the quality of the assistant's last answer. "
-    "Consider helpfulness, relevance, accuracy and detail. Explain briefly, then rate it on a "
-    'scale of 1 to 10 strictly in this format: "[[rating]]", for example "Rating: [[5]]".'
-    "\n\n{dialogue}"
-)
 COMPARE = (
     "Please act as an impartial judge and compare two answers to the question. The order of the "
     'answers must not matter. Explain briefly, then give your verdict strictly as "[[A]]", "[[B]]" '
@@ -43,27 +37,6 @@ def user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def parse_rating(text: str) -> float | None:
-    """Returns the rating in the last `[[...]]`, or None where that is none from 1 to 10.
-
-    The last one is the verdict: what stands before it may be quoted from the question or answer.
-    """
-    numbers = re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", text)
-    rating = float(numbers[-1]) if numbers else 0.0
-    return rating if LOWEST <= rating <= HIGHEST else None
-
-
-def _ask_grade(answered: Answered) -> list[Messages]:
-    turns = [*answered.messages, ("assistant", spoken(answered.answer))]
-    dialogue = "\n\n".join(f"[{role}]\n{text}" for role, text in turns)
-    return [user(GRADE.format(dialogue=dialogue))]
-
-
-def _read_grade(replies: Sequence[str]) -> Verdict:
-    rating = parse_rating(replies[0])
-    return FAILED if rating is None else Verdict(None, rating)
-
-
 def _ask_comparison(answered: Answered) -> list[Messages]:
     """Asks in both orders, since judges favour a position."""
     ours, other = spoken(answered.answer), spoken(answered.other)
@@ -86,6 +59,6 @@ def _read_comparison(replies: Sequence[str]) -> Verdict:
 
 
 RUBRICS = {
-    "mt_bench": Rubric(RATING, _ask_grade, _read_grade),
+    "mt_bench": Rubric(RATING, mt_bench_prompts.ask, mt_bench_prompts.read),
     "compare": Rubric(PREFERENCE, _ask_comparison, _read_comparison),
 }

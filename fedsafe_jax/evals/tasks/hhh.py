@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsafe_jax.data import chat, packing, sources
-from fedsafe_jax.data.chat import UNCUT
+from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.examples import Choice, Example
 from fedsafe_jax.data.readers import field, parse_dialogue
 from fedsafe_jax.evals import scoring, statistics
@@ -55,22 +54,11 @@ def prefers_better(
       choices: dialogues with two answers, see `fitted`.
       max_length: tokens of a packed row; dialogues that are longer get longer rows.
     """
-    encoded = [
-        chat.encode(lm.tokenizer, choice.messages, answer, UNCUT)
-        for choice in choices
-        for answer in (choice.better, choice.worse)
-    ]
-    sizes, mean = np.array([len(e.ids) for e in encoded]), np.zeros(len(encoded))
-    # The few that are longer are scored apart, so that they widen no other row.
-    for chosen in (np.flatnonzero(sizes <= max_length), np.flatnonzero(sizes > max_length)):
-        if chosen.size:
-            seq = max(max_length, packing.round_up(int(sizes[chosen].max())))
-            totals, counts = scoring.score_examples(lm, [encoded[i] for i in chosen], seq)
-            mean[chosen] = totals / counts.clip(1)
-    return [
-        bool(better > worse) if np.isfinite(better - worse) else None
-        for better, worse in zip(mean[::2], mean[1::2], strict=True)
-    ]
+    contexts = [choice.messages for choice in choices]
+    answers = [(choice.better, choice.worse) for choice in choices]
+    scores = scoring.choices(lm, contexts, answers, max_length)
+    mean = scores.log_likelihood / scores.tokens.clip(1)
+    return [bool(better > worse) if np.isfinite(better - worse) else None for better, worse in mean]
 
 
 def run(lm: LanguageModel, choices: Sequence[Choice], options: EvalOptions) -> dict:
