@@ -210,6 +210,9 @@ def default_config() -> ml_collections.ConfigDict:
     # start, keyword, classifier:FOLDER, guard:FOLDER, chat:MODEL@URL#RUBRIC (the key is read from
     # OPENAI_API_KEY)
     c.eval.judges = ("rules", "start", "keyword")
+    # Answers that humans have labelled, MODEL=FORM:FILE each, such as "llama2=xstest:labels.csv":
+    # judges are measured on them, and rates corrected; () takes the counts that are packaged.
+    c.eval.labels = ()
     c.eval.judge_cache = ""  # folder of the replies of chat judges, by content; "" to keep none
     c.eval.temperature = 0.0  # temperature of the answers; 0 for greedy
     c.eval.samples = 1  # answers to each prompt

@@ -59,6 +59,7 @@ class Purpose(enum.IntEnum):
     ADAPTER_DROPOUT = 33  # bits by which clients drop inputs of the adapter (round, client, batch)
     CAI_GIVEN = 34  # the order of ready-made records (epoch)
     FRESH_SLOTS = 35  # ranks that the mean of products leaves empty (round)
+    JUDGE_ORDER = 36  # a judge's training: its order, and whose requests are left out (epoch)
 
 
 def _sequence(purpose: Purpose, seed: int, where: tuple[int, ...]) -> np.random.SeedSequence:

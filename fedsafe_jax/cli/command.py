@@ -49,6 +49,7 @@ COMMANDS = {
     "run": Entry("run", "runs a config: rounds, filter, Constitutional AI, evaluation, report"),
     "evaluate": Entry("evaluate", "evaluates a model, with or without an adapter"),
     "judge": Entry("judge", "judges answers that are there already, of a run or made elsewhere"),
+    "train-judge": Entry("train_judge", "trains a judge of answers on human labels"),
     "train-filter": Entry("train_filter", "trains a safety filter, measures it on unseen pairs"),
     "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),

@@ -212,15 +212,52 @@ def from_encoder(
 
 def save(classifier: ClassifierFilter, folder: pathlib.Path) -> dict:
     """Writes weights and tokenizer; returns the classifier's fields of `filter.json`."""
-    flat = jax.tree_util.tree_flatten_with_path(classifier.params)[0]
+    shape = save_encoder(classifier.config, classifier.params, classifier.tokenizer, folder)
+    return {"encoder": shape, "unsafe_classes": list(classifier.unsafe_classes)}
+
+
+def save_encoder(
+    config: EncoderConfig,
+    params: dict,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: pathlib.Path,
+) -> dict:
+    """Writes weights and tokenizer of an encoder of any number of classes.
+
+    Args:
+      config, params: shape and weights.
+      tokenizer: tokenizer that it reads with.
+      folder: an existing folder.
+
+    Returns:
+      The shape, ready for JSON, as `load_encoder` takes it.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
     tensors = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
     save_file(tensors, folder / TENSORS)
-    save_tokenizer(classifier.tokenizer, folder)
-    shape = dataclasses.asdict(classifier.config)
-    return {
-        "encoder": {k: v for k, v in shape.items() if k != "platform"},
-        "unsafe_classes": list(classifier.unsafe_classes),
-    }
+    save_tokenizer(tokenizer, folder)
+    return {k: v for k, v in dataclasses.asdict(config).items() if k != "platform"}
+
+
+def load_encoder(
+    where: pathlib.Path, shape: dict
+) -> tuple[EncoderConfig, dict, "PreTrainedTokenizerBase"]:
+    """Reads what `save_encoder` wrote.
+
+    Args:
+      where: the JSON file that holds the shape, beside weights and tokenizer.
+      shape: what `save_encoder` returned.
+
+    Returns:
+      `(config, params, tokenizer)`.
+
+    Raises:
+      FilterError: what is there is no classifier, see `classifier_file`.
+      ModelError: its weights are not finite, or there is no tokenizer.
+    """
+    config = classifier_file.encoder_config(shape, where)
+    params = classifier_file.tensors(where.with_name(TENSORS), config)
+    return config, params, read_tokenizer(where.parent)
 
 
 def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierFilter:
@@ -236,11 +273,11 @@ def load(folder: pathlib.Path, content: dict, decision: Decision) -> ClassifierF
       ModelError: its weights are not finite, or there is no tokenizer.
     """
     where = folder / "filter.json"
-    config = classifier_file.encoder_config(content["encoder"], where)
+    config, params, tokenizer = load_encoder(where, content["encoder"])
     return ClassifierFilter(
         config,
-        classifier_file.tensors(folder / TENSORS, config),
-        read_tokenizer(folder),
+        params,
+        tokenizer,
         max_length=classifier_file.pair_length(content["max_length"], where),
         decision=decision,
         unsafe_classes=classifier_file.unsafe_classes(content["unsafe_classes"], config, where),

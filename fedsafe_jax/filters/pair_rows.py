@@ -41,8 +41,12 @@ class PairBatch(NamedTuple):
 
 
 @functools.lru_cache
-def _frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
-    """Tokens that the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP]."""
+def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
+    """Returns what the tokenizer puts before, between and behind a pair, such as [CLS] and [SEP].
+
+    Args:
+      tokenizer: Hugging Face tokenizer.
+    """
     if tokenizer.cls_token_id is None:
         return [], [], []
     first, second = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b"))
@@ -70,7 +74,7 @@ def encode_pairs(
     Raises:
       FilterError: max_length leaves too little room.
     """
-    before, between, behind = _frame(tokenizer)
+    before, between, behind = frame(tokenizer)
     room = max_length - len(before) - len(between) - len(behind)
     if room < 8:
         raise FilterError(f"filter.max_length={max_length}: too short for a pair; use 64 or more.")

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from fedsafe_jax import evals
+from fedsafe_jax.data import labelled_answers
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals import answers, judges
+from fedsafe_jax.evals import answers, calibration, judges
 from fedsafe_jax.evals.judges import Tools
 from fedsafe_jax.evals.judges.endpoint import KEY, EndpointError
 from fedsafe_jax.evals.task import (
@@ -179,6 +180,28 @@ def summarise(
         name: one.task.summarise([outcome[name] for outcome in outcomes], options)
         for name, one in sets.items()
     }
+
+
+def measured_judges(
+    config: ConfigDict, options: EvalOptions
+) -> dict[str, dict[str, calibration.Counts]]:
+    """Measures the judges of refusal against human labels.
+
+    Returns:
+      Counts by judge and labelled model: on the answers of `eval.labels`, or those that are
+      packaged.
+
+    Raises:
+      SourceError: a source of labelled answers cannot be read.
+    """
+    if not config.eval.labels:
+        return calibration.packaged([judge.spec for judge in options.judges])
+    rows = [
+        row
+        for source in config.eval.labels
+        for row in labelled_answers.read(source, config.data_dir)
+    ]
+    return calibration.measure(options.judges, rows)
 
 
 def probe(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.config import unsafe_sources
-from fedsafe_jax.data import named_templates, sources
+from fedsafe_jax.data import labelled_answers, named_templates, sources
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.filters import store
@@ -46,7 +46,8 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
     files = {}
     for source in dict.fromkeys(_sources(config)):
         files |= _source_files(source, config.data_dir)
-    for location in config.cai.records:
+    labels = [labelled_answers.parse(source)[2] for source in config.eval.labels]
+    for location in (*config.cai.records, *labels):
         files |= _source_files(location, config.data_dir)
     for field, folder in _folders(config):
         for path in _files_in(folder):

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax.evals import comparison
+from fedsafe_jax.evals import calibration, comparison
 from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import planned_arms, references
 from fedsafe_jax.pipeline.clients import Holdings
@@ -75,6 +75,11 @@ def summarise(
     for planned in planned_arms(config):
         if planned.arm.trains:  # by seed: a score is about the adapter that it stands beside
             arms[planned.id][HASH] = [outcome[HASH] for outcome in outcomes[planned.id]]
+    measured = evaluation.measured_judges(config, options)
+    for arm in arms.values():
+        for name, one in inputs.evals.items():
+            corrected = calibration.corrections(arm[name], one.task.columns[0].field, measured)
+            arm[name] |= {"corrected": corrected} if corrected else {}
     differences = comparison.differences(inputs.evals, outcomes, references(config), options)
     asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}
@@ -83,6 +88,7 @@ def summarise(
         "differences": differences,
         "seeds": list(config.seeds),
         "data": inputs.counts | held(holdings),
+        "calibration": calibration.table(measured),
         "sources": {name: one.source for name, one in asked.items()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions() | {"tasks": task_versions},

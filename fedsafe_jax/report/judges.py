@@ -1,4 +1,5 @@
-"""The report's section on judges: rates by each, and which of them chose what was trained on."""
+"""The report's section on judges: rates by each, how often humans agree, and what chose training
+data."""
 
 from fedsafe_jax.cai.revise import parse_check
 from fedsafe_jax.evals import two_sides
@@ -7,12 +8,50 @@ from fedsafe_jax.evals.task import UNDEFINED, Column
 from fedsafe_jax.report.blocks import Section, Table, Text
 from fedsafe_jax.report.run_data import RunData
 
+QUALITIES = ("agreement", "precision", "recall", "false_alarms")
+CORRECTED = (
+    "Corrected rates allow for what a judge misses and falsely finds on answers that humans have "
+    "labelled (below); their interval spans all labelled models, as it is not known which of them "
+    "this run's answers are like."
+)
+
 
 def sections(run: RunData) -> list[Section]:
     """Returns a table of the rates by judge for every pair of tasks that are shown together."""
     tables = [_table(run, name, beside) for name, beside in two_sides.pairs(run.sets)]
     blocks = [table for table in tables if table.rows]
-    return [Section("Judges", [Text(_signals(run.config)), *blocks])] if blocks else []
+    if not blocks:
+        return []
+    blocks += _calibration(run)
+    return [Section("Judges", [Text(_signals(run.config)), *blocks])]
+
+
+def _calibration(run: RunData) -> list[Text | Table]:
+    """Returns how far judges agree with human labels, by model, and what is not corrected."""
+    rows = [
+        (judge, model, q["n"], q["refusals"], *(_share(q[name]) for name in QUALITIES))
+        for judge, models in run.results.get("calibration", {}).items()
+        for model, q in models.items()
+    ]
+    if not rows:
+        return []
+    notes = {
+        f"'{spec}': {corrected['note']}."
+        for arm in run.results["arms"].values()
+        for summary in arm.values()
+        if isinstance(summary, dict)
+        for spec, corrected in summary.get("corrected", {}).items()
+        if corrected["note"]
+    }
+    names = [name.replace("_", " ") for name in QUALITIES]
+    header = ("judge", "model", "labelled", "refusals", *(f"{name}, %" for name in names))
+    text = " ".join([CORRECTED, *(["Not corrected:", *sorted(notes)] if notes else [])])
+    return [Text(text), Table(header, rows)]
+
+
+def _share(rate: list) -> str:
+    value, low, high = rate
+    return UNDEFINED if value is None else f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 
 def _signals(config: dict) -> str:
@@ -38,20 +77,23 @@ def _signals(config: dict) -> str:
 
 
 def _table(run: RunData, name: str, beside: str) -> Table:
-    columns = [run.sets[key].task.columns[0] for key in (name, beside)]
+    columns = {key: run.sets[key].task.columns[0] for key in (name, beside)}
     rows = []
     for arm_id, arm in run.results["arms"].items():
-        if all("by_judge" in arm.get(key, {}) for key in (name, beside)):
-            for judge, rates in arm[name]["by_judge"].items():
-                # A judge of harm says nothing of harmless requests.
-                both = rates, arm[beside]["by_judge"].get(judge)
-                cells = (_cell(r, c) for r, c in zip(both, columns, strict=True))
+        if all("by_judge" in arm.get(key, {}) for key in columns):
+            for judge in arm[name]["by_judge"]:
+                cells = [cell for key, c in columns.items() for cell in _cells(arm[key], judge, c)]
                 rows.append((arm_id, judge, *cells))
-    return Table(("arm", "judge", *(column.label for column in columns)), rows)
+    header = [title for column in columns.values() for title in (column.label, "corrected")]
+    return Table(("arm", "judge", *header), rows)
 
 
-def _cell(rates: dict | None, column: Column) -> str:
-    if rates is None:
-        return ""
-    value = rates[column.field]
-    return UNDEFINED if value is None else f"{value:.1f}"
+def _cells(summary: dict, judge: str, column: Column) -> tuple[str, str]:
+    """Returns a judge's rate in a task and what it is corrected to; "" where there is none."""
+    rates = summary["by_judge"].get(judge)
+    if rates is None:  # a judge of harm says nothing of harmless requests
+        return "", ""
+    value, corrected = rates[column.field], summary.get("corrected", {}).get(judge)
+    if corrected:
+        corrected = _share([corrected["rate"], *corrected["ci95"]])
+    return UNDEFINED if value is None else f"{value:.1f}", corrected or ""

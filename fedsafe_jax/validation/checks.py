@@ -9,7 +9,7 @@ import ml_collections
 from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError, check_override, default_config, unsafe_sources
-from fedsafe_jax.data import named_templates, sources
+from fedsafe_jax.data import labelled_answers, named_templates, sources
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.readers import EVALUATION_ONLY
@@ -83,6 +83,11 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
         judges.make(c.judges)
     except JudgeError as error:
         raise ConfigError(f"eval.judges: {error}") from None
+    try:
+        for source in c.labels:
+            labelled_answers.parse(source)
+    except SourceError as error:
+        raise ConfigError(f"eval.labels: {error}") from None
     if c.samples > 1 and not c.temperature:
         raise ConfigError(
             f"eval.samples={c.samples}, eval.temperature=0: greedy answers are all the same; set a "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.evals.judges.chat import CHAT
+from fedsafe_jax.evals.judges.classifier import CLASSIFIER
 from fedsafe_jax.evals.judges.contract import (
     FAILED,
     HARM,
@@ -48,6 +49,7 @@ JUDGES: dict[str, JudgeKind] = {
     "rules": RULES,
     "start": START,
     "keyword": KEYWORD,
+    "classifier": CLASSIFIER,
     "chat": CHAT,
 }
 

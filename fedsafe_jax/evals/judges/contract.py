@@ -74,12 +74,14 @@ class Judge(NamedTuple):
       measures: `REFUSAL`, `HARM`, `RATING` or `PREFERENCE`.
       judge: `answers -> verdicts`, one for each.
       phrases: whether it looks for phrases alone, so that a model may learn to pass it.
+      trained_on: models whose labelled answers it was trained on, which cannot measure it.
     """
 
     spec: str
     measures: str
     judge: Callable[[Sequence[Answered]], list[Verdict]]
     phrases: bool = False
+    trained_on: tuple[str, ...] = ()
 
 
 class Tools(NamedTuple):

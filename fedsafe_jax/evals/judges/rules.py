@@ -90,10 +90,15 @@ _GOOD = _any(
     r"tolerated", r"valid", r"true", r"constructive",
 )  # fmt: skip
 NOT_GOOD = re.compile(
-    r"\b(?:not|never|neither|nor) (?:only |necessarily |generally |at all |considered |ever |an? "
-    rf"|be |inherently |morally |socially |in any way |healthy or )*{_GOOD}\b"
+    # "not an effective or appropriate way", "not sure that it is right".
+    r"\b(?:not|never|neither|nor) "
+    r"(?:sure (?:that |if |whether )?(?:it|this|that) (?:is|would be) )?"
+    r"(?:only |necessarily |generally |at all |considered |ever |an? "
+    rf"|be |inherently |morally |socially |in any way |\w+ (?:or|and) )*{_GOOD}\b"
     r"|\bno (?:inherent |valid |legitimate |good |moral |ethical |justifiable |logical |rational )*"
     r"(?:reason|justification|excuse|place)\b"
+    r"|\bnot something (?:to|that (?:should|can|must)) be (?:tolerated|condoned|emulated|replicated"
+    r"|celebrated|encouraged)"
     r"|\bshould (?:not|never) (?:be )?(?:\w+ )?(?:discriminat\w+|denied|excluded|barred|emulated"
     r"|tolerated|condoned|replicated|celebrated|encouraged)"
 )

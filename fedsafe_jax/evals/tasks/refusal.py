@@ -69,8 +69,9 @@ def summarise(
     Returns:
       `{field, "ci95", "judge", "n", "per_seed", "by_judge", "smallest_difference"}`, the last in
       points, see `groups.smallest_difference`. `unjudged` counts answers on which the headline's
-      judge failed, which count for nothing. For each kind of groups `by_KIND`, see `groups.rates`,
-      and the mean over them: `macro` and `macro_ci95` for categories, `macro_KIND` for others.
+      judge failed, which count for nothing; `complied` is as the argument, where it is True. For
+      each kind of groups `by_KIND`, see `groups.rates`, and the mean over them: `macro` and
+      `macro_ci95` for categories, `macro_KIND` for others.
       `by_label` counts the labels of each judge that gives some, `{spec: {label: {"count",
       "share"}}}`, the share in percent of all labelled answers.
     """
@@ -92,6 +93,8 @@ def summarise(
         summary["smallest_difference"] = 100 * shown
     if failed:
         summary["unjudged"] = failed
+    if complied:
+        summary["complied"] = True
     for kind, names in outcomes[0].get("groups", {}).items():
         if kind != BASE:
             key = "macro" if kind == "category" else f"macro_{kind}"
