@@ -34,7 +34,7 @@ def tiny(monkeypatch):
         "single-v1-multi-turn": two + ">", "single-math-v1-multi-turn": two + ref_2,
     }  # fmt: skip
     prompts = {n: {"system_prompt": n, "prompt_template": t} for n, t in templates.items()}
-    monkeypatch.setattr(mt_bench_prompts, "packaged", lambda: prompts)
+    monkeypatch.setattr(mt_bench_prompts, "PROMPTS", prompts)
 
 
 def test_each_question_gets_the_form_of_its_category_and_turn(tiny):
@@ -57,7 +57,7 @@ def test_what_fastchat_has_no_wording_for_is_left_unjudged(tiny):
 
 
 def test_the_packaged_prompts_are_well_formed():
-    prompts = mt_bench_prompts.packaged()
+    prompts = mt_bench_prompts.PROMPTS
     assert list(prompts) == [
         "single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"
     ]  # fmt: skip
@@ -72,11 +72,9 @@ def test_the_packaged_prompts_are_well_formed():
 
 @pytest.mark.skipif(not UPSTREAM.is_file(), reason="FEDSAFE_DATA names no folder with mt_bench/")
 def test_the_packaged_prompts_equal_fastchats_file_byte_by_byte():
-    lines = UPSTREAM.read_bytes().splitlines()
-    file = pathlib.Path(mt_bench_prompts.__file__).parents[2] / "assets/mt_bench_prompts.jsonl"
-    packaged = file.read_bytes().splitlines()
-    assert len(packaged) == 4 and all(line in lines for line in packaged)
-    upstream = {row["name"]: row for row in map(json.loads, lines)}
+    upstream = {row["name"]: row for row in map(json.loads, UPSTREAM.read_bytes().splitlines())}
+    for name, prompt in mt_bench_prompts.PROMPTS.items():
+        assert prompt == {field: upstream[name][field] for field in prompt}
     for category in ("writing", "math"):
         for turns in (("q {x}", "a"), ("q", "a", "p {0}", "b")):
             ((system, user),) = asked(turns, category, ("r", "s"))
@@ -128,7 +126,7 @@ def test_wrong_rows_are_named(tmp_path, row, message):
 
 
 def test_a_file_of_prompts_that_is_worded_otherwise_is_refused(tmp_path):
-    prompts = [dict(prompt) for prompt in mt_bench_prompts.packaged().values()]
+    prompts = [{"name": n} | prompt for n, prompt in mt_bench_prompts.PROMPTS.items()]
     write(tmp_path, [question(2, "writing")], prompts=prompts)
     assert mt_bench.load_questions("question.jsonl", str(tmp_path))
     prompts[2]["system_prompt"] += " "

@@ -1,30 +1,18 @@
-"""The rubric of MT-Bench, worded and read as FastChat does (Zheng et al., 2023, arXiv 2306.05685).
+"""The rubric of MT-Bench, asked and read as FastChat does (Zheng et al., 2023, arXiv 2306.05685).
 
-The wording is that of FastChat's `fastchat/llm_judge/data/judge_prompts.jsonl` (copyright its
-authors, Apache License 2.0): the four prompts of single answers, unchanged, are packaged in
-`assets/mt_bench_prompts.jsonl`; those of pairs are left out.
+The wording is FastChat's, in `mt_bench_wording`.
 """
 
-import functools
-import importlib.resources
-import json
 import re
 from collections.abc import Sequence
 
 from fedsafe_jax.data.refusals import spoken
 from fedsafe_jax.evals.judges.contract import FAILED, Answered, Verdict
+from fedsafe_jax.evals.judges.mt_bench_wording import PROMPTS
 
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories, FastChat's NEED_REF_CATS
 LOWEST, HIGHEST = 1.0, 10.0  # the scale of the rating
 _RATING, _BACKUP = r"\[\[(-?\d+\.?\d*)\]\]", r"\[(-?\d+\.?\d*)\]"
-
-
-@functools.cache
-def packaged() -> dict[str, dict]:
-    """Returns FastChat's prompts of single answers, by their names."""
-    file = importlib.resources.files("fedsafe_jax") / "assets" / "mt_bench_prompts.jsonl"
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return {row["name"]: row for row in rows}
 
 
 def prompt_name(category: str, turns: int) -> str:
@@ -57,7 +45,7 @@ def ask(answered: Answered) -> list[list[dict]]:
     else:
         words |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
         words |= {f"answer_{i}": text for i, text in enumerate(said, 1)}
-    prompt = packaged()[prompt_name(answered.category, len(asked))]
+    prompt = PROMPTS[prompt_name(answered.category, len(asked))]
     return [
         [
             {"role": "system", "content": prompt["system_prompt"]},

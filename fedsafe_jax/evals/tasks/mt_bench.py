@@ -16,8 +16,8 @@ from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.refusals import spoken
 from fedsafe_jax.data.row_fields import optional, text_of
 from fedsafe_jax.evals import answers, statistics
-from fedsafe_jax.evals.judges import RATING
-from fedsafe_jax.evals.judges.mt_bench_prompts import NEED_REFERENCE, packaged
+from fedsafe_jax.evals.judges import RATING, mt_bench_wording
+from fedsafe_jax.evals.judges.mt_bench_prompts import NEED_REFERENCE
 from fedsafe_jax.evals.task import Column, EvalOptions, Task
 from fedsafe_jax.inference.language_model import LanguageModel
 
@@ -90,7 +90,7 @@ def _references(location: str, data_dir: str) -> dict[object, tuple[str, ...]]:
 def _check_wording(location: str, data_dir: str) -> None:
     """Checks that a file of prompts says what the rubric asks."""
     given = {row.get("name"): (place, row) for place, row in sources.read_rows(location, data_dir)}
-    for name, prompt in packaged().items():
+    for name, prompt in mt_bench_wording.PROMPTS.items():
         place, row = given.get(name, (location, {}))
         for field in ("system_prompt", "prompt_template"):
             if row.get(field) != prompt[field]:
