@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax.evals import calibration, comparison
+from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import planned_arms, references
 from fedsafe_jax.pipeline.clients import Holdings
@@ -81,7 +82,7 @@ def summarise(
             corrected = calibration.corrections(arm[name], one.task.columns[0].field, measured)
             arm[name] |= {"corrected": corrected} if corrected else {}
     differences = comparison.differences(inputs.evals, outcomes, references(config), options)
-    asked = {name: one for name, one in inputs.evals.items() if one.task.generates}
+    read = {n: one.source for n, one in inputs.evals.items() if one.source != HELDOUT}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}
     results = {
         "arms": arms,
@@ -89,7 +90,7 @@ def summarise(
         "seeds": list(config.seeds),
         "data": inputs.counts | held(holdings),
         "calibration": calibration.table(measured),
-        "sources": {name: one.source for name, one in asked.items()},
+        "sources": read,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions() | {"tasks": task_versions},
     }
