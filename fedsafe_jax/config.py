@@ -214,6 +214,7 @@ def default_config() -> ml_collections.ConfigDict:
     # judges are measured on them, and rates corrected; () takes the counts that are packaged.
     c.eval.labels = ()
     c.eval.judge_cache = ""  # folder of the replies of chat judges, by content; "" to keep none
+    c.eval.judge_concurrent = 8  # answers that a chat judge is asked about at once
     c.eval.temperature = 0.0  # temperature of the answers; 0 for greedy
     c.eval.samples = 1  # answers to each prompt
     c.eval.system = ""  # system prompt of dialogues that have none

@@ -70,6 +70,7 @@ def define_flags(values: flags.FlagValues) -> None:
         **here,
     )
     text("judge_cache", "", "Folder of chat judges' replies; '' to keep none.", **here)
+    whole("judge_concurrent", 8, "Answers asked about at once.", lower_bound=1, **here)
     text("base", None, "Model that a judge of preference compares the answers with.", **here)
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
@@ -87,8 +88,9 @@ def options_of(values: flags.FlagValues) -> EvalOptions:
 
     tools = Tools(
         functools.partial(load_pretrained, dtype=values.dtype),
-        values.judge_cache,
-        os.environ.get("OPENAI_API_KEY", ""),
+        cache=values.judge_cache,
+        api_key=os.environ.get("OPENAI_API_KEY", ""),
+        concurrent=values.judge_concurrent,
     )
     try:
         chosen = judges.make(values.judges, tools)

@@ -28,6 +28,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "JSON lines, written.", **here)
     flags.DEFINE_list("judges", ["rules"], f"Some of {', '.join(judges.forms())}.", **here)
     flags.DEFINE_string("judge_cache", "", "Folder of chat judges' replies; '' for none.", **here)
+    flags.DEFINE_integer(
+        "judge_concurrent", 8, "Answers a chat judge is asked about at once.", 1, **here
+    )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of guards.", **here)
 
 
@@ -92,8 +95,9 @@ def main(values: flags.FlagValues) -> None:
     check_file("output", values.output)
     tools = Tools(
         lambda model: load_pretrained(model, values.dtype),
-        values.judge_cache,
-        os.environ.get("OPENAI_API_KEY", ""),
+        cache=values.judge_cache,
+        api_key=os.environ.get("OPENAI_API_KEY", ""),
+        concurrent=values.judge_concurrent,
     )
     try:
         made = judges.make(values.judges, tools)

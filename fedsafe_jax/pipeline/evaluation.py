@@ -84,6 +84,7 @@ def judge_tools(config: ConfigDict) -> Tools:
         load_model=functools.partial(load_pretrained, dtype=config.dtype),
         cache=config.eval.judge_cache,
         api_key=os.environ.get(KEY, ""),
+        concurrent=config.eval.judge_concurrent,
     )
 
 

@@ -112,6 +112,7 @@ RANGES: dict[str, Range] = {
     "cai.beta": POSITIVE,
     "cai.max_new_tokens": SIZE,
     "cai.temperature": COUNT,
+    "eval.judge_concurrent": SIZE,
     "eval.temperature": COUNT,
     "eval.samples": SIZE,
     "eval.max_prompts": COUNT,

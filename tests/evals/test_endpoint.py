@@ -1,6 +1,8 @@
 """The endpoint of a judge: whom the key is sent to, what is tried again, what ends in one line."""
 
+import gzip
 import json
+import re
 import socketserver
 import threading
 import time
@@ -25,6 +27,17 @@ def whole(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def whole_request(connection) -> bytes:
+    """Reads a request to its end: a connection closed before that is reset, reply and all."""
+    received = b""
+    while (end := received.find(b"\r\n\r\n")) < 0:
+        received += connection.recv(65536)
+    (length,) = re.findall(rb"(?i)content-length: (\d+)", received)
+    while len(received) < end + 4 + int(length):
+        received += connection.recv(65536)
+    return received
+
+
 @pytest.fixture()
 def serve(monkeypatch):
     """Starts servers that give raw replies in turn, the last one for ever; waits become numbers."""
@@ -36,7 +49,7 @@ def serve(monkeypatch):
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self):
-                requests.append(self.request.recv(65536))
+                requests.append(whole_request(self.request))
                 reply = replies[min(len(requests), len(replies)) - 1]
                 if not drip:
                     self.request.sendall(reply)
@@ -137,9 +150,39 @@ def test_any_reply_is_text_or_one_line(serve, reply):
     assert len(str(error.value)) < 250 and "\n" not in str(error.value) and len(requests) == 3
 
 
-def test_a_model_that_declines_says_nothing(serve):
-    url, _ = serve(whole(completion(None)))
-    assert ChatEndpoint(url, "m")([]) == ""
+@pytest.mark.parametrize("nothing", [None, "", "<think>So"])
+def test_a_model_that_declines_says_nothing(serve, nothing):
+    url, requests = serve(whole(completion(nothing)))
+    assert ChatEndpoint(url, "m")([]) == "" and len(requests) == 3
+    url, requests = serve(whole(completion(nothing)), GOOD)
+    assert ChatEndpoint(url, "m")([]) == "Rating: [[7]]" and len(requests) == 2
+
+
+def test_the_client_sends_and_says_no_more_than_it_must(serve, monkeypatch, caplog):
+    """It has variables, headers of the machine, retries and a log of its own."""
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: {KEY}\nX-Mine: {KEY}")
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    url, requests = serve(whole(completion("So."), f"200 {KEY}"), whole(b"", f"404 {KEY}"))
+    caplog.set_level(0)
+    asked = ChatEndpoint(url, "m")
+    assert asked([{"role": "user", "content": "q"}]) == "So."
+    with pytest.raises(EndpointError):
+        asked([])
+    head, _, body = requests[0].partition(b"\r\n\r\n")
+    names = {line.split(b":")[0].lower().decode() for line in head.split(b"\r\n")[1:]}
+    assert names <= {*judges.SENT, "accept-encoding"} and KEY.encode() not in requests[0]
+    messages = [{"role": "user", "content": "q"}]
+    assert json.loads(body) == {"model": "m", "messages": messages, "temperature": 0}
+    assert KEY not in caplog.text
+
+
+def test_a_packed_reply_is_not_unpacked(serve):
+    packed = gzip.compress(completion("Rating: [[7]]"))
+    url, requests = serve(whole(packed, "200 OK", "Content-Encoding: gzip"), GOOD)
+    assert ChatEndpoint(url, "m")([]) == "Rating: [[7]]"
+    assert b"accept-encoding: identity" in requests[0].lower()
 
 
 @pytest.mark.parametrize("dripping", [GOOD, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 90])

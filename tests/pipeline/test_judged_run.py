@@ -25,6 +25,7 @@ def get_config():
     c.data_dir = DATA
     c.eval.tasks = ("utility", "mt_bench=questions.jsonl")
     c.eval.max_heldout, c.eval.max_new_tokens = 4, 8
+    c.eval.judge_concurrent = 1
     c.eval.judges = ("rules", "chat:judge@" + URL + "#mt_bench", "chat:judge@" + URL + "#compare")
     return c
 """

@@ -91,11 +91,13 @@ class Tools(NamedTuple):
       load_model: loads a language model by path or Hub id, for guards; None where none is loaded.
       cache: folder in which replies of chat models are kept by content; "" to keep none.
       api_key: key of chat models' endpoints; may be empty.
+      concurrent: answers that an endpoint is asked about at once.
     """
 
     load_model: Callable[[str], Any] | None = None
     cache: str = ""
     api_key: str = ""
+    concurrent: int = 8
 
 
 class JudgeKind(NamedTuple):
