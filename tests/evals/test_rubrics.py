@@ -9,7 +9,7 @@ from fedsafe_jax.evals.judges import FAILED, HARM, REFUSAL, Answered, Verdict, m
 from fedsafe_jax.evals.judges.rubrics import RUBRICS
 from fedsafe_jax.evals.judges.wordings import packaged
 
-# SHA-256 of upstream's own texts, read from its files.
+# SHA-256 of the texts in public copies of upstream's files.
 UPSTREAM = {
     "strongreject": "0a282b857e1e53ff6ec92c91eb960d2444806e2e4518f4a40232549b599963d0",
     "harmbench": "788f4f6aa1491c433c4da76c9140cfc30966cea3ff3875c4d0fcb336d92f60e0",

@@ -70,7 +70,8 @@ def test_the_registry_makes_the_judge_and_names_what_is_near():
         (("rule",), "Did you mean 'rules'"),
         (("start", "start"), "'start' is there twice"),
         (("start:x",), "takes nothing behind a colon"),
-        (("chat:m@ftp://a#compare",), "the judge.s URL is none"),
+        (("chat:m@http://a",), "write chat:MODEL@URL#RUBRIC"),
+        (("chat:m@ftp://a#compare",), "the judge's URL is none"),
         (("chat:m@http://a/v1#compar",), "Did you mean 'compare'"),
     ):
         with pytest.raises(judges.JudgeError, match=message):
