@@ -1,5 +1,6 @@
 """The report's first section: the table of all arms, and bars of the rates."""
 
+from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.report.blocks import COLOURS, Section, Table, Text, figure
 from fedsafe_jax.report.run_data import RunData
 from fedsafe_jax.report.table import table_rows
@@ -7,7 +8,7 @@ from fedsafe_jax.report.table import table_rows
 
 def sections(run: RunData) -> list[Section]:
     """Returns the table with its note, and the bars, which are written to `arms.png`."""
-    asked = [one for one in run.sets.values() if one.task.generates]
+    asked = [one for one in run.sets.values() if one.source != HELDOUT]
     prompts = "; ".join(f"{one.task.title}: {one.source}" for one in asked)
     note = "Mean and 95% interval; an arrow says which direction is better. "
     if asked:
