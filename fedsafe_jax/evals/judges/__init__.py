@@ -18,6 +18,7 @@ from fedsafe_jax.evals.judges.contract import (
     Tools,
     Verdict,
 )
+from fedsafe_jax.evals.judges.guard import GUARD
 from fedsafe_jax.evals.judges.phrases import KEYWORD, START
 from fedsafe_jax.evals.judges.rules import RULES
 from fedsafe_jax.filters.pairs import Refuses
@@ -50,6 +51,7 @@ JUDGES: dict[str, JudgeKind] = {
     "start": START,
     "keyword": KEYWORD,
     "classifier": CLASSIFIER,
+    "guard": GUARD,
     "chat": CHAT,
 }
 
