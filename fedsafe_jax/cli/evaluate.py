@@ -198,6 +198,8 @@ def main(values: flags.FlagValues) -> None:
 
     from fedsafe_jax import load_adapter, load_pretrained
     from fedsafe_jax.federated.mesh import make_mesh, use_cores
+    from fedsafe_jax.models.adapter_hash import adapter_hash
+    from fedsafe_jax.pipeline.workdir import HASH
     from fedsafe_jax.runtime import devices, multihost, run_files
 
     if values.output:
@@ -221,8 +223,11 @@ def main(values: flags.FlagValues) -> None:
         chosen = options
         if values.base:
             chosen = options._replace(base=load_pretrained(values.base, values.dtype, **template))
+        evaluated = None
         if values.adapter:
-            lm = lm.with_adapter(load_adapter(values.adapter))
+            adapter = load_adapter(values.adapter)
+            lm, evaluated = lm.with_adapter(adapter), adapter_hash(adapter.factors)
+            print(f"adapter: {values.adapter}, SHA-256 of its tensors {evaluated}")
         template_check.check(lm.tokenizer, [(request.source, request) for request in prompts])
         for name, one in sets.items():
             template_check.check(
@@ -231,7 +236,7 @@ def main(values: flags.FlagValues) -> None:
         devices.announce()
         result = run_prompts(lm, prompts, chosen) if prompts else run_tasks(lm, sets, chosen)
         if values.output:
-            result |= {"model": values.model, "adapter": values.adapter}
+            result |= {"model": values.model, "adapter": values.adapter, HASH: evaluated}
             result["seconds"] = time.monotonic() - started
             run_files.write_json(pathlib.Path(values.output), json.loads(json.dumps(result)))
 

@@ -4,6 +4,7 @@ from fedsafe_jax.cai.constitution import ConstitutionError
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.evals.judges import JudgeError
 from fedsafe_jax.evals.task import TaskError
 from fedsafe_jax.filters.protocol import FilterError
 from fedsafe_jax.flower.site_policy import PolicyError, SettingsError
@@ -22,6 +23,7 @@ CODES: dict[type[Exception], str] = {
     FilterError: "filter",
     SourceError: "data",
     TaskError: "data",
+    JudgeError: "config",
     ModelError: "model",
     ChatTemplateError: "model",
     WireError: "message",

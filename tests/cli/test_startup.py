@@ -217,7 +217,10 @@ def test_evaluate_works_as_it_is(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"devices: \d+ x cpu\n", done.stderr), done.stderr
     lines = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert sorted(lines) == ["advbench", "hhh", "mean (95% interval)", "over_refusal"]
+    both = "advbench beside over_refusal"
+    assert sorted(lines) == [
+        "advbench", both, "hhh", "mean (95% interval)", "over_refusal", "seconds"
+    ]  # fmt: skip
     results = json.loads((tmp_path / "new" / "o.json").read_text())
     assert results["model"] == "package:model" and results["summary"]["advbench"]["n"] == 2
 
