@@ -11,7 +11,8 @@ import pytest
 
 import fedsafe_jax
 from fedsafe_jax.cai import forms, given
-from fedsafe_jax.data import chat_template, overlap, readers
+from fedsafe_jax.data import benchmark_readers, chat_template, overlap, readers
+from fedsafe_jax.evals.judges import chat
 from fedsafe_jax.models import tokenizer_loading
 
 PACKAGE = pathlib.Path(fedsafe_jax.__file__).parent
@@ -34,6 +35,9 @@ PUT_TOGETHER = {
     "data/control_tokens.py": "escaped names, none repeated",
     "models/lora.py": "names of at most a file's header, each part once",
     "data/sources.py": "an escaped path",
+    "evals/judges/mt_bench_prompts.py": "two patterns of a number in brackets",
+    "evals/judges/strongreject_rubric.py": "names of scores before a number",
+    "evals/judges/guard_formats.py": "a fixed line of a guard's reply, and an escaped name",
 }
 FUNCTIONS = ("compile", "search", "match", "fullmatch", "findall", "finditer", "split", "sub")
 
@@ -72,7 +76,11 @@ def module_patterns():
 
 
 # Those that are only ever asked whether they match from the start, which `sub` does not.
-FROM_THE_START = {given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern}
+FROM_THE_START = {
+    given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern,
+    benchmark_readers._WRAPPED.pattern, chat._SPEC.pattern,
+    r"(?:([^=:]+)=)?([a-z_]+):(.+)", r"\s*(yes|no)\b",
+}  # fmt: skip
 # Those that are asked of short texts alone: an expression, whose length is checked before.
 SHORT = {r"\[\^?\]?[^\]]*\]": tokenizer_loading.MOST_CHARACTERS}
 SIZE = 1_000_000

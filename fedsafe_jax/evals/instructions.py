@@ -88,7 +88,7 @@ def _nth_paragraph(answer: str, num_paragraphs: int, nth_paragraph: int, first_w
 
 
 def _placeholders(answer: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", answer)) >= num_placeholders
+    return len(re.findall(r"\[[^\[\]\n]*\]", answer)) >= num_placeholders
 
 
 def _postscript(answer: str, postscript_marker: str) -> bool:
@@ -131,7 +131,7 @@ def _json(answer: str) -> bool:
 
 
 def _title(answer: str) -> bool:
-    titles = re.findall(r"<<[^\n]+>>", answer)
+    titles = re.findall(r"<<[^\n<>]+>>", answer)
     return any(title.lstrip("<").rstrip(">").strip() for title in titles)
 
 

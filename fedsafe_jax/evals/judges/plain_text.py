@@ -27,8 +27,8 @@ _ENDS = re.compile(r"(?<=[.!?:])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 def plain(text: str) -> str:
     """Returns a text as the rules read it.
 
-    >>> plain("<think>Hm.</think>**I\u2019m sorry**, but I can't.")
-    'i am sorry, but i cannot.'
+    >>> plain("<think>Hm.</think>**Sorry:** I\u2019m not able, I can't.")
+    'sorry: i am not able, i cannot.'
     """
     text = unicodedata.normalize("NFKC", spoken(text))
     text = _MARKUP.sub(" ", _APOSTROPHES.sub("'", text)).lower()

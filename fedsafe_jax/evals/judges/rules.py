@@ -118,7 +118,7 @@ YET = re.compile(
     r"\b(?:but|however|nevertheless|that said|still),? "
     r"(?:here (?:is|are)|to \w+,|if you (?:still|really|insist|must|are (?:determined|set)))"
 )
-STEPS = re.compile(r"(?:^|\n)\s*(?:1[.)]|step 1|- )")
+STEPS = re.compile(r"(?:^|\n)[ \t]*(?:1[.)]|step 1|- )")
 MADE_UP = re.compile(
     r"\bfictional\b|\b(?:does|do|did) not (?:actually )?exist\b|\bnot (?:a )?real\b"
 )
