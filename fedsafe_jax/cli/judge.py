@@ -7,6 +7,7 @@ where a judge needs them also `reference` and `other`. Output rows gain `verdict
 says, null where it failed. Verdicts that a row has already are kept.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -94,7 +95,7 @@ def main(values: flags.FlagValues) -> None:
 
     check_file("output", values.output)
     tools = Tools(
-        lambda model: load_pretrained(model, values.dtype),
+        functools.partial(load_pretrained, dtype=values.dtype),
         cache=values.judge_cache,
         api_key=os.environ.get("OPENAI_API_KEY", ""),
         concurrent=values.judge_concurrent,

@@ -3,7 +3,7 @@
 A guard reads the whole dialogue. Its template is never cut: the oldest turns are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fedsafe_jax.data import chat
@@ -88,6 +88,31 @@ def render_pairs(
             turns = [("user", policy.task(messages, response, template == "short"))]
         return [*chat.render(tokenizer, turns, add_generation_prompt=True), *lead]
 
+    rows, cut = fit_pairs(tokenizer, pairs, max_length, wrap)
+    warn_of_cuts(cut, len(pairs), max_length)
+    return rows
+
+
+def fit_pairs(
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[Example],
+    max_length: int,
+    wrap: Callable[[Messages, str], list[int]],
+) -> tuple[list[list[int]], int]:
+    """Tokenises each pair in a guard's wording, cut until it fits.
+
+    Args:
+      tokenizer: Hugging Face tokenizer of the guard.
+      pairs: pairs to render, cut as `render_pairs` says.
+      max_length: most tokens of a row.
+      wrap: `(messages, response) -> token ids` of the whole row.
+
+    Returns:
+      `(rows, how many of the pairs were cut)`.
+
+    Raises:
+      FilterError: the wording leaves too little room.
+    """
     # Cut texts may re-tokenise to a few tokens more than they were cut to.
     half = (max_length - len(wrap((("user", ""),), ""))) // 2 - 4
     if half < SHORTEST:
@@ -120,5 +145,4 @@ def render_pairs(
             row = wrap(messages, response)
         cut += messages != tuple(pair.messages) or response != pair.response
         rows.append(row)
-    warn_of_cuts(cut, len(pairs), max_length)
-    return rows
+    return rows, cut

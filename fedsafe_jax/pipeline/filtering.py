@@ -148,9 +148,14 @@ def guard_loader(config: ConfigDict, mesh: Mesh | None) -> LoadModel:
     """
     devices = one_copy(mesh)
 
-    def load_model(name: str) -> LanguageModel:
+    def load_model(name: str, chat_template: str | None = None) -> LanguageModel:
         lm = load_pretrained(
-            name, config.dtype, config.quantization, mesh=devices, date=config.get("date")
+            name,
+            config.dtype,
+            config.quantization,
+            mesh=devices,
+            chat_template=chat_template,
+            date=config.get("date"),
         )
         return dataclasses.replace(lm, config=dataclasses.replace(lm.config, remat=config.remat))
 

@@ -88,13 +88,14 @@ class Tools(NamedTuple):
     """What judges need from outside.
 
     Attributes:
-      load_model: loads a language model by path or Hub id, for guards; None where none is loaded.
+      load_model: loads a language model by path or Hub id, for guards, under its `chat_template`
+        or the one given by this name; None where none is loaded.
       cache: folder in which replies of chat models are kept by content; "" to keep none.
       api_key: key of chat models' endpoints; may be empty.
       concurrent: answers that an endpoint is asked about at once.
     """
 
-    load_model: Callable[[str], Any] | None = None
+    load_model: Callable[..., Any] | None = None
     cache: str = ""
     api_key: str = ""
     concurrent: int = 8
