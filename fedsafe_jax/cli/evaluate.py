@@ -8,16 +8,14 @@ whole dialogue, a list of {role, content}. Without further flags the packaged mo
 packaged sets.
 """
 
-import functools
 import json
-import os
 import pathlib
 import sys
 import time
 
 from absl import flags
 
-from fedsafe_jax.cli import template_flags
+from fedsafe_jax.cli import judge_flags, template_flags
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
@@ -25,7 +23,6 @@ from fedsafe_jax.config import default_config
 from fedsafe_jax.data import template_check
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import answers, judges, two_sides
-from fedsafe_jax.evals.judges import JudgeError, Tools
 from fedsafe_jax.evals.task import (
     HELDOUT,
     EvalOptions,
@@ -62,15 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("batch_size", 64, "Rows generated at once.", lower_bound=1, **here)
     whole("max_length", 256, "Tokens of a scored dialogue.", lower_bound=16, **here)
     whole("max_prompts", 0, "Prompts taken of each set; 0 for all.", lower_bound=0, **here)
-    flags.DEFINE_list(
-        "judges",
-        list(judges.DEFAULT),
-        f"Judges, the headline's first, some of {', '.join(judges.forms())}; chat ones take their "
-        "key from OPENAI_API_KEY.",
-        **here,
-    )
-    text("judge_cache", "", "Folder of chat judges' replies; '' to keep none.", **here)
-    whole("judge_concurrent", 8, "Answers asked about at once.", lower_bound=1, **here)
+    judge_flags.define(values, judges.DEFAULT)
     text("base", None, "Model that a judge of preference compares the answers with.", **here)
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
@@ -82,22 +71,9 @@ def options_of(values: flags.FlagValues) -> EvalOptions:
     """Returns the sizes and judges that the flags ask for; the base model is not loaded yet.
 
     Raises:
-      UsageError: a judge is unknown, or the base has none that compares.
+      UsageError: a judge is unknown or cannot be made, or the base has none that compares.
     """
-    from fedsafe_jax import load_pretrained
-
-    tools = Tools(
-        functools.partial(load_pretrained, dtype=values.dtype),
-        cache=values.judge_cache,
-        api_key=os.environ.get("OPENAI_API_KEY", ""),
-        concurrent=values.judge_concurrent,
-    )
-    try:
-        chosen = judges.make(values.judges, tools)
-    except JudgeError as error:
-        raise UsageError(f"--judges: {error}") from None
-    if not chosen:
-        raise UsageError(f"--judges: give some of {', '.join(judges.forms())}.")
+    chosen = judge_flags.make(values)
     if values.base and not any(one.measures == judges.PREFERENCE for one in chosen):
         raise UsageError(
             f"--base: add a judge that compares, {judges.EXAMPLES[judges.PREFERENCE]}, to --judges."

@@ -7,19 +7,18 @@ where a judge needs them also `reference` and `other`. Output rows gain `verdict
 says, null where it failed. Verdicts that a row has already are kept.
 """
 
-import functools
-import os
 import pathlib
 import sys
 
 from absl import flags
 
 from fedsafe_jax import whole_files
-from fedsafe_jax.cli.command import Command, UsageError, check_file
+from fedsafe_jax.cli import judge_flags
+from fedsafe_jax.cli.command import Command, check_file
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.data.sources import read_rows
 from fedsafe_jax.evals import answers, judges, statistics
-from fedsafe_jax.evals.judges import Judge, JudgeError, Tools
+from fedsafe_jax.evals.judges import Judge
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -27,11 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     here = {"flag_values": values}
     flags.DEFINE_string("input", None, "Rows with messages and answer.", **here)
     flags.DEFINE_string("output", None, "JSON lines, written.", **here)
-    flags.DEFINE_list("judges", ["rules"], f"Some of {', '.join(judges.forms())}.", **here)
-    flags.DEFINE_string("judge_cache", "", "Folder of chat judges' replies; '' for none.", **here)
-    flags.DEFINE_integer(
-        "judge_concurrent", 8, "Answers a chat judge is asked about at once.", 1, **here
-    )
+    judge_flags.define(values, ["rules"])
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of guards.", **here)
 
 
@@ -91,21 +86,8 @@ def summary(rows: list[dict], made: tuple[Judge, ...]) -> list[str]:
 
 def main(values: flags.FlagValues) -> None:
     """Judges, writes, and prints a line a judge."""
-    from fedsafe_jax.inference.language_model import load_pretrained
-
     check_file("output", values.output)
-    tools = Tools(
-        functools.partial(load_pretrained, dtype=values.dtype),
-        cache=values.judge_cache,
-        api_key=os.environ.get("OPENAI_API_KEY", ""),
-        concurrent=values.judge_concurrent,
-    )
-    try:
-        made = judges.make(values.judges, tools)
-    except JudgeError as error:
-        raise UsageError(f"--judges: {error}") from None
-    if not made:
-        raise UsageError(f"--judges: give some of {', '.join(judges.forms())}.")
+    made = judge_flags.make(values)
     rows, problems = answers.judge(read_answers(pathlib.Path(values.input)), made)
     whole_files.write(values.output, whole_files.to_json_lines(rows))
     print("\n".join(summary(rows, made)))

@@ -6,12 +6,12 @@ import logging
 from etils import epath
 
 from fedsafe_jax import whole_files
-from fedsafe_jax.pipeline.evaluation import NotKept, Rows
+from fedsafe_jax.pipeline.evaluation import AnswerStore, Rows
 from fedsafe_jax.runtime import run_files
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerFiles(NotKept):
+class AnswerFiles(AnswerStore):
     """The answers of one arm and seed.
 
     Attributes:

@@ -28,8 +28,8 @@ from fedsafe_jax.runtime import multihost
 Rows = list[dict]  # see `evals.answers`
 
 
-class NotKept:
-    """Answers that are not kept in files; the interface of what keeps them."""
+class AnswerStore:
+    """What keeps the answers of an evaluation; this one, the interface, keeps none."""
 
     def read(self, name: str, key: dict) -> Rows | None:
         """Returns the rows of a set that were written under the same key; None without."""
@@ -113,7 +113,7 @@ def evaluate(
     lm: LanguageModel,
     sets: Mapping[str, EvalSet],
     options: EvalOptions,
-    kept: NotKept | None = None,
+    kept: AnswerStore | None = None,
 ) -> dict:
     """Runs every task on a model; all processes call this.
 
@@ -133,7 +133,7 @@ def evaluate(
       EndpointError: a judge does not answer now; what it has said is kept, and is not asked again.
       JudgeError: a judge failed on all answers of a task.
     """
-    outcomes, kept = {}, kept or NotKept()
+    outcomes, kept = {}, kept or AnswerStore()
     for name, one in sets.items():
         multihost.barrier("task")  # the processes may generate together
         outcomes[name] = _outcome(lm, one, options, name=name, kept=kept)
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _outcome(
-    lm: LanguageModel, one: EvalSet, options: EvalOptions, name: str, kept: NotKept
+    lm: LanguageModel, one: EvalSet, options: EvalOptions, name: str, kept: AnswerStore
 ) -> dict:
     task = one.task
     outcome = {} if task.run is None else task.run(lm, one.items, options)
@@ -159,8 +159,8 @@ def _outcome(
             return task.score(rows, options)
         judged, problems = answers.judge(rows, judged_by)
         kept.write(name, key, judged)
-        for problem in problems.values():
-            raise EndpointError(problem)
+        if problems:
+            raise EndpointError("; ".join(problems.values()))
         answers.check(judged, judged_by)
         for spec, count in answers.failures(judged, judged_by).items():
             logging.warning("task '%s': judge '%s' failed on %d answers", name, spec, count)
