@@ -42,7 +42,7 @@ class Judge:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 key = self.headers["Authorization"]
-                judge.asked.append(json.loads(body)["messages"][0]["content"])
+                judge.asked.append(json.loads(body)["messages"][-1]["content"])
                 good = len(judge.asked) <= judge.good
                 reply = {"message": {"content": "[[C]] [[5]]"}} if good else {"error": key}
                 content = json.dumps({"choices": [reply]} if good else reply).encode()

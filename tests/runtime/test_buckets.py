@@ -2,12 +2,9 @@
 
 import base64
 
-import fsspec
 import jax
 import numpy as np
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from fedsafe_jax.filters import cache
 from fedsafe_jax.filters.decision import Decision
@@ -18,20 +15,9 @@ from fedsafe_jax.runtime import run_files
 from fedsafe_jax.runtime.client_updates import ClientUpdates
 
 
-class Bucket(MemoryFileSystem):
-    """Stands for Google Cloud Storage."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}
-    pseudo_dirs = [""]
-
-
 @pytest.fixture
-def workdir(monkeypatch):
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(Bucket, "store", {})
-    yield epath.Path("gs://bucket/run")
-    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+def workdir(bucket):
+    return bucket / "run"
 
 
 def test_records_of_a_run(workdir):

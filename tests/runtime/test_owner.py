@@ -6,21 +6,11 @@ import os
 import re
 import time
 
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from fedsafe_jax.runtime import owner
 from fedsafe_jax.runtime.owner import InUseError, Owner, owned
-
-
-class Bucket(MemoryFileSystem):
-    """Stands for Google Cloud Storage."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}
-    pseudo_dirs = [""]
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +22,9 @@ def watched(monkeypatch):
 @pytest.fixture(params=["disk", "bucket"])
 def workdir(request, tmp_path, monkeypatch):
     if request.param == "disk":
-        yield epath.Path(tmp_path) / "run"
-        return
+        return epath.Path(tmp_path) / "run"
     monkeypatch.setattr(owner, "SETTLED_S", 0.0)
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(Bucket, "store", {})
-    yield epath.Path("gs://bucket/run")
-    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+    return request.getfixturevalue("bucket") / "run"
 
 
 def written(workdir) -> dict:
