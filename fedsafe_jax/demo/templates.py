@@ -30,6 +30,17 @@ DOUBLING = (
     "stop",
     "chat",
     "beg",
+    "jam",
+    "rig",
+    "skim",
+    "skin",
+    "skip",
+    "slap",
+    "spin",
+    "stir",
+    "tap",
+    "trap",
+    "whip",
 )
 
 
