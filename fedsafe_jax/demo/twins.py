@@ -27,7 +27,7 @@ class Twin(NamedTuple):
 
     prompt: str
     side: str  # HARMLESS or HARMFUL
-    topic: str  # kind of harm; of a harmless twin that of its verb's harmful side
+    topic: str  # kind of harm; of a harmless twin that of the harmful one
     unit: str  # the verb, form or topic that it is of; a unit is trained on or held out as a whole
     pair: int  # number within the unit: both sides' requests with one number share the frame
 
@@ -46,8 +46,8 @@ def build() -> list[Twin]:
     for entry in words["forms"]:
         for side in SIDES:
             for pair, slot in enumerate(entry[side]):
-                prompt = entry["form"].format(slot)
-                twins.append(Twin(prompt, side, entry["topic"], unit=entry["form"], pair=pair))
+                prompt, topic = entry["form"].format(thing_of(slot)), _topic(entry, pair)
+                twins.append(Twin(prompt, side, topic, unit=entry["form"], pair=pair))
     for side in SIDES:
         for entry in words["plain"][side]:
             for pair, prompt in enumerate(entry["prompts"]):
@@ -56,10 +56,21 @@ def build() -> list[Twin]:
     return twins
 
 
+def thing_of(text: str) -> str:
+    """Returns an object without the kind of harm that may stand behind it (`... #fraud`)."""
+    return text.partition(" #")[0]
+
+
+def _topic(entry: dict, pair: int) -> str:
+    """The kind of harm of a pair: what its harmful object says, or else that of the entry."""
+    said = entry[HARMFUL][pair].partition(" #")[2] if pair < len(entry[HARMFUL]) else ""
+    return said or entry["topic"]
+
+
 def _of_verb(frames: dict[str, list[str]], place: int, entry: dict) -> list[Twin]:
     """Puts a verb's objects of both sides into frames, the same for both objects of a pair."""
     twins = []
-    deeds = {side: [f"{entry['verb']} {thing}" for thing in entry[side]] for side in SIDES}
+    deeds = {side: [f"{entry['verb']} {thing_of(text)}" for text in entry[side]] for side in SIDES}
     for pair in range(max(map(len, deeds.values()))):
         both = {side: deeds[side][pair] for side in SIDES if pair < len(deeds[side])}
         own = any(OWN.search(deed) for deed in both.values())
@@ -68,7 +79,7 @@ def _of_verb(frames: dict[str, list[str]], place: int, entry: dict) -> list[Twin
         frame = pool[(5 * place + 7 * pair) % len(pool)]
         for side, deed in both.items():
             prompt = frame.format(deed=deed, gerund=templates.gerund(deed))
-            twins.append(Twin(prompt, side, entry["topic"], unit=entry["verb"], pair=pair))
+            twins.append(Twin(prompt, side, _topic(entry, pair), unit=entry["verb"], pair=pair))
     return twins
 
 
