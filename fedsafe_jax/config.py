@@ -157,6 +157,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.red_team_sources = ("chat:package/cai_red_team.jsonl",)
     # sources of harmless pairs, whose answers are replayed
     c.cai.benign_sources = ("chat:package/cai_benign.jsonl",)
+    # sources of harmless requests that the base answers itself; what it does not refuse is replayed
+    # beside benign_sources, so that alignment teaches no refusal of what only looks harmful
+    c.cai.harmless_sources = ()
     c.cai.reviser = "global"  # who criticises and revises: the global model, or the frozen base
     c.cai.red_team_prompts = 24  # red-team prompts a round
     c.cai.benign_prompts = 8  # harmless prompts a round, whose answers must not become refusals
@@ -168,6 +171,8 @@ def default_config() -> ml_collections.ConfigDict:
     # what drops revisions: a judge of refusal, such as start or rules; filter, the clients' filter;
     # both, as start+filter; or none
     c.cai.check = "start"
+    # whether a refusal of the constitution's stands in for each red-team revision that is dropped
+    c.cai.replace_dropped = False
     # revisions trained on: on_policy (new), cached (the first ones), mixed, or given: cai.records
     c.cai.data = "on_policy"
     # given: files of ready-made revisions below data_dir, such as `fedsafe revise --output` writes

@@ -35,6 +35,7 @@ from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.federation import SIMULATED, Federation
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.pipeline.own_answers import OwnAnswers
 from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import (
@@ -112,6 +113,7 @@ def _run(
     final_factors: dict[str, Any] = {}
     filter_quality: list[dict] = []
     holdings: list[clients.Holdings] = []
+    own = OwnAnswers(config, inputs, workdir / "cai")
     for seed in config.seeds:
         members = federation.clients(config, inputs, seed, workdir, progress)
         if members.holdings is not None:
@@ -121,6 +123,7 @@ def _run(
                 config=config,
                 inputs=inputs,
                 clients=members,
+                own=own,
                 federation=federation,
                 workdir=workdir,
                 owner=owner,
@@ -162,6 +165,7 @@ class ArmRun:
     Attributes:
       config, inputs, federation, workdir, owner, progress: those of the run.
       clients: clients of the seed.
+      own: the base's own answers to harmless requests.
       seed: seed of this arm.
       planned: the arm and its algorithm.
       draw_secret: see `run`.
@@ -170,6 +174,7 @@ class ArmRun:
     config: ConfigDict
     inputs: RunInputs
     clients: Clients
+    own: OwnAnswers
     federation: Federation
     workdir: epath.Path
     owner: Owner | None
@@ -190,7 +195,9 @@ class ArmRun:
         """The jitted programs of a round, built when they are first needed."""
         lora_config = self.inputs.lora
         model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
-        return rounds.build(self.config, self.planned.algorithm, model, self.inputs.mesh)
+        # Without clients the state is an adapter alone, as FedAvg's.
+        algorithm = self.planned.algorithm or "fedavg"
+        return rounds.build(self.config, algorithm, model, self.inputs.mesh)
 
     def run(self) -> tuple[dict, Any]:
         """Trains and evaluates, or reads what an earlier process finished.
@@ -252,14 +259,18 @@ class ArmRun:
         """Returns the state after round `t`, its row of metrics, and its records of CAI."""
         config, timer = self.config, PhaseTimer()
         multihost.barrier("round")
-        # Filtered local training and aggregation.
-        state, figures = self.federation.train(self, state, self.clients, t)
-        timer.mark("federated")
-        row = {"arm": self.planned.id, "seed": self.seed, "round": t} | figures
-        row["tokens_per_second"] = row["useful_tokens"] / timer.seconds["federated"]
-        where = f"{self.planned.id} seed {self.seed} round {t + 1}"
-        for what in rounds.left_out(row):
-            self.progress.warn(f"{where}: {what}")
+        row = {"arm": self.planned.id, "seed": self.seed, "round": t}
+        if self.planned.arm.federated:
+            # Filtered local training and aggregation.
+            state, figures = self.federation.train(self, state, self.clients, t)
+            timer.mark("federated")
+            row |= figures
+            row["tokens_per_second"] = row["useful_tokens"] / timer.seconds["federated"]
+            where = f"{self.planned.id} seed {self.seed} round {t + 1}"
+            for what in rounds.left_out(row):
+                self.progress.warn(f"{where}: {what}")
+        else:
+            row |= rounds.NO_CLIENTS
         if self.planned.arm.filter:
             counts = [self.clients.counts[i] for i in row["clients"] + row["no_data"]]
             row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
@@ -319,6 +330,7 @@ class ArmRun:
             inputs=self.inputs,
             model=Decoder(self.inputs.lm.config, self.inputs.lora.scale),
             clients=self.clients,
+            own=self.own,
             folder=self.workdir / "cai",
             mine=self._files.is_mine,
             seed=self.seed,

@@ -1,6 +1,7 @@
 """Principles of Constitutional AI, and example dialogues that show how to apply them."""
 
 import importlib.resources
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -29,10 +30,12 @@ class Constitution(NamedTuple):
     Attributes:
       principles: at least one principle.
       few_shots: example dialogues, each from a question to the revision of its answer.
+      refusals: answers that take the place of revisions which are of no use; () for none.
     """
 
     principles: list[Principle]
     few_shots: list[Turns]
+    refusals: tuple[str, ...] = ()
 
 
 class ConstitutionError(ValueError):
@@ -44,18 +47,21 @@ def load(path: str, few_shots: str = "") -> Constitution:
 
     Args:
       path: a JSON file in either public form: `{"constitutions": [{"critic", "revision"}],
-        "system_chat": [[{"role", "content"}]]}` (llm-swarm), or Anthropic's `{name: {"prompt",
-        "edit_request"}}`. `package:constitution` is the packaged one.
+        "system_chat": [[{"role", "content"}]]}` (llm-swarm), to which we add `"refusals": [text]`,
+        or Anthropic's `{name: {"prompt", "edit_request"}}`. `package:constitution` is the packaged
+        one.
       few_shots: a JSON file in Anthropic's form, a list of texts, that replaces those in `path`.
 
     Raises:
       ConstitutionError: a file is missing, in another form, or holds no principle.
     """
     raw = _read(path, "cai.constitution")
+    refusals: Sequence = ()
     try:
         if "constitutions" in raw:
             principles = [Principle(c["critic"], c["revision"]) for c in raw["constitutions"]]
             shots = [_from_chat(chat) for chat in raw.get("system_chat", [])]
+            refusals = raw.get("refusals", [])
         else:
             principles = [
                 Principle(
@@ -77,6 +83,15 @@ def load(path: str, few_shots: str = "") -> Constitution:
         _check_texts(f"{path}: principle {number}", principle)
     if not principles:
         raise ConstitutionError(f"{path}: holds no principle.")
+    if not isinstance(refusals, list | tuple) or len(refusals) > MOST_PRINCIPLES:
+        raise ConstitutionError(
+            f"{path}: refusals is {shorten(refusals)}; expected a list of at most "
+            f"{MOST_PRINCIPLES:,} texts."
+        )
+    for number, text in enumerate(refusals, 1):
+        _check_texts(f"{path}: refusal {number}", [text])
+        if not text.strip():
+            raise ConstitutionError(f"{path}: refusal {number} is blank.")
     if few_shots:
         texts = _read(few_shots, "cai.few_shot_file")
         if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
@@ -90,7 +105,7 @@ def load(path: str, few_shots: str = "") -> Constitution:
             raise ConstitutionError(
                 f"{few_shots or path}: example {number} does not end in a revision."
             )
-    return Constitution(principles, shots)
+    return Constitution(principles, shots, tuple(refusals))
 
 
 def _check_texts(place: str, texts: Sequence) -> None:
@@ -132,7 +147,7 @@ def _read(path: str, field: str):
         file = package / "assets" / "constitution.json"
     else:
         file = pathlib.Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConstitutionError(f"{field}: no such file: {path}")
     try:
         return parse_json(read_text(file)[1])

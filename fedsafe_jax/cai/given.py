@@ -114,6 +114,8 @@ def _record(place: str, row: dict) -> Record:
     dropped = dropped or record.dropped
     if preferred is not None:
         record = record._replace(preferred=preferred)
+    if not isinstance(row.get("replaced", ""), str):
+        raise SourceError(f"{place}: 'replaced' must be text.")
     principle, earlier = row.get("principle") or 0, row.get("earlier") or []
     if not re.fullmatch(r"\d{1,9}", str(principle)):  # a table has it as text
         raise SourceError(f"{place}: 'principle' is {shorten(principle)}; expected its number.")
@@ -129,6 +131,7 @@ def _record(place: str, row: dict) -> Record:
         earlier=earlier,
         dropped=dropped,
         preferred=record.preferred and not dropped,
+        replaced=row.get("replaced", ""),
         **_turns(place, row),
     )
 

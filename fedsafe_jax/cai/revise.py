@@ -28,6 +28,8 @@ class Record(NamedTuple):
       dropped: why the revision is not trained on; "" where it is.
       preferred: whether the revision mends the initial answer, which makes a preference pair.
       messages: all (role, text) turns before the answer; () where the prompt is all.
+      replaced: why a refusal of the constitution's stands as the revision; "" where it is the
+        reviser's own, which else is the last of `earlier`.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Record(NamedTuple):
     dropped: str
     preferred: bool
     messages: Messages = ()
+    replaced: str = ""
 
     @property
     def turns(self) -> Messages:
@@ -59,7 +62,8 @@ def from_row(row: Mapping) -> Record:
     Raises:
       KeyError: a field of the record is missing.
     """
-    fields = {name: row[name] for name in Record._fields if name != "messages"}
+    fields = {name: row[name] for name in Record._fields if name not in ("messages", "replaced")}
+    fields["replaced"] = row.get("replaced", "")  # earlier versions had no such field
     turns = tuple((turn["role"], turn["content"]) for turn in row.get("messages", ()))
     return Record(**fields, messages=turns)
 
@@ -152,6 +156,7 @@ def revise(
     rules: Rules | None = None,
     judge: Judge | None = None,
     only_wrong: bool = False,
+    replace: bool = False,
     purpose: Purpose = Purpose.CAI_PRINCIPLES,
 ) -> list[Record]:
     """Generates answers, criticises and revises them, and checks the revisions.
@@ -171,6 +176,8 @@ def revise(
         its system prompt.
       rules, judge: checks; both may be given.
       only_wrong: whether answers that are right by every check given are left as they are.
+      replace: whether a refusal of the constitution's, drawn at random, takes the place of each
+        revision that would be dropped though a refusal is wanted.
       purpose: stream of the principles drawn.
 
     Returns:
@@ -180,14 +187,16 @@ def revise(
       pairs are kept revisions whose initial answer was wrong by every check given.
 
     Raises:
-      ValueError: `only_wrong` without a check.
+      ValueError: `only_wrong` or `replace` without a check, or `replace` without a refusal.
     """
     checks = [check for check in (rules, judge) if check is not None]
-    if only_wrong and not checks:
-        raise ValueError("only_wrong: no check says what is wrong; give rules or judge.")
-    drawn = generator(purpose, *seed).integers(
-        len(constitution.principles), size=(rounds, len(dialogues))
-    )
+    if (only_wrong or replace) and not checks:
+        raise ValueError("only_wrong, replace: no check says what is wrong; give rules or judge.")
+    if replace and not constitution.refusals:
+        raise ValueError("replace: the constitution has no refusals.")
+    rng = generator(purpose, *seed)
+    drawn = rng.integers(len(constitution.principles), size=(rounds, len(dialogues)))
+    refusals = rng.integers(max(len(constitution.refusals), 1), size=len(dialogues))
     before = [turn for shot in constitution.few_shots[:num_few_shots] for turn in shot]
     threads = []
     for turns in dialogues:
@@ -231,6 +240,11 @@ def revise(
             mends &= not still_unsafe[place]
             if judge.wanted[i] and after[place] >= risk[i]:
                 reason = reason or "not safer"
+        replaced = ""
+        if replace and reason and checks[0].wanted[i]:
+            # A refusal is right by every check.
+            earlier, replaced, reason, mends = [*earlier, last], reason, "", wrong[:, i].all()
+            last = (last[0], "", constitution.refusals[refusals[i]])
         principle, critique, revision = last
         records[i] = records[i]._replace(
             principle=principle,
@@ -239,6 +253,7 @@ def revise(
             earlier=tuple(earlier),
             dropped=reason,
             preferred=bool(mends and not reason),
+            replaced=replaced,
         )
     return records
 
@@ -301,8 +316,10 @@ def _unusable(initial: str, revision: str, finished: bool) -> str:
 
 
 def tally(records: Sequence[Record]) -> dict[str, int]:
-    """Counts the kept records, and those dropped for each reason."""
+    """Counts the kept records, those dropped for each reason, and those kept by a replacement."""
     counts = {"kept": 0}
     for record in records:
         counts[record.dropped or "kept"] = counts.get(record.dropped or "kept", 0) + 1
+        if record.replaced:
+            counts["replaced"] = counts.get("replaced", 0) + 1
     return counts

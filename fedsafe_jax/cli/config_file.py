@@ -3,6 +3,7 @@
 import importlib.resources
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import traceback
@@ -20,10 +21,10 @@ def find(path: str) -> pathlib.Path:
     A wheel holds the configs as `fedsafe_jax/configs`, a checkout beside the package.
     """
     file = pathlib.Path(path)
-    if path.startswith("configs/") and not file.exists():
+    if path.startswith("configs/") and not os.path.exists(file):
         package = pathlib.Path(str(importlib.resources.files("fedsafe_jax")))
         for folder in (package, package.parent):
-            if (folder / path).is_file():
+            if os.path.isfile(folder / path):
                 return folder / path
     return file
 
@@ -53,7 +54,7 @@ def run_file(flag: str, path: str) -> types.ModuleType:
       UsageError: there is no such file, or it raises.
     """
     file = find(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsageError(f"--{flag}={path}: no such file.")
     name = f"fedsafe_{flag}"
     spec = importlib.util.spec_from_file_location(name, file)

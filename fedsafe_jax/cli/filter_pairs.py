@@ -7,6 +7,7 @@ where known, `label` (safe or unsafe), or a dialogue in `messages` as training d
 add `p_unsafe` and `action`.
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -39,7 +40,7 @@ def read_pairs(path: pathlib.Path) -> list[tuple[dict, Example]]:
     Raises:
       SourceError: no file, text that cannot be read, a missing field, or an unknown label.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SourceError(f"--input: {path}: no such file.")
     pairs = []
     for place, row in read_rows(path.name, str(path.parent)):

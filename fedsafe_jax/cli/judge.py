@@ -7,6 +7,7 @@ where a judge needs them also `reference` and `other`. Output rows gain `verdict
 says, null where it failed. Verdicts that a row has already are kept.
 """
 
+import os
 import pathlib
 import sys
 
@@ -36,7 +37,7 @@ def read_answers(path: pathlib.Path) -> list[dict]:
     Raises:
       SourceError: no file, or a row without a dialogue or an answer; the message names the row.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SourceError(f"--input: {path}: no such file.")
     rows = [_checked(place, row) for place, row in read_rows(path.name, str(path.parent))]
     if not rows:

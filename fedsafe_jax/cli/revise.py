@@ -42,6 +42,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "only_wrong", False, "Leave answers alone that the checks find right.", **here
     )
+    flags.DEFINE_bool(
+        "replace_dropped",
+        False,
+        "Put a refusal of the constitution's in the place of each revision that is dropped.",
+        **here,
+    )
     text("filter", None, "Filter folder: drop revisions that are not safer.", **here)
     text("output", None, "JSONL file to write.", **here)
     choice("dtype", "float32", ["float32", "bfloat16"], "Precision of the model.", **here)
@@ -103,6 +109,8 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
     if note := repeats(prompts):
         print(note)
     constitution = constitution_lib.load(values.constitution, values.few_shot_file)
+    if values.replace_dropped and not constitution.refusals:
+        raise UsageError(f"--replace_dropped: {values.constitution} has no refusals.")
     if values.few_shots > len(constitution.few_shots):
         raise UsageError(
             f"--few_shots={values.few_shots}: there are {len(constitution.few_shots)}; give "
@@ -144,6 +152,7 @@ def revise_prompts(values: flags.FlagValues) -> list[Record]:
         num_few_shots=values.few_shots,
         **make_checks(len(prompts), values.check, values.filter),
         only_wrong=values.only_wrong,
+        replace=values.replace_dropped,
     )
     lines = whole_files.to_json_lines(revise.to_row(record) for record in records)
     whole_files.write(values.output, lines)
@@ -157,8 +166,9 @@ def main(values: flags.FlagValues) -> None:
     from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import multihost
 
-    if values.only_wrong and values.check == "none" and not values.filter:
-        raise UsageError("--only_wrong: nothing says what is wrong; give --check or --filter.")
+    for name in ("only_wrong", "replace_dropped"):
+        if values[name].value and values.check == "none" and not values.filter:
+            raise UsageError(f"--{name}: nothing says what is wrong; give --check or --filter.")
     if values.form == "dialogue" and values.chat_template:
         raise UsageError("--chat_template and --form=dialogue: give one of them.")
     template_flags.options(values)  # wrong before any file is made

@@ -155,6 +155,21 @@ def encode_behind(
     )
 
 
+def without_end(tokenizer: Any, encoded: Encoded) -> Encoded:
+    """Returns an encoding whose answer's end token is no target: its answer was cut.
+
+    Args:
+      tokenizer: the tokenizer that encoded it.
+      encoded: a dialogue with its answer.
+    """
+    ends = np.isin(encoded.ids, chat_template.of(tokenizer).stop_ids) & encoded.loss_mask
+    if not ends.any():
+        return encoded
+    mask = encoded.loss_mask.copy()
+    mask[int(np.flatnonzero(ends)[-1]) :] = False
+    return encoded._replace(loss_mask=mask)
+
+
 def before_answers(
     tokenizer: Any, messages: Messages, answers: Sequence[str], max_length: int
 ) -> Messages:

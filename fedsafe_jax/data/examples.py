@@ -23,6 +23,7 @@ class Example(NamedTuple):
     language: str = ""
     # Further groups that the request is in, (kind, name), such as ("attack", "goal_hijacking").
     groups: tuple[tuple[str, str], ...] = ()
+    ended: bool = True  # whether the answer is whole; where it was cut, no end of it is learned
 
     @property
     def prompt(self) -> str:

@@ -11,6 +11,7 @@ the source by a hash of the first user turn, so that no prompt and no conversati
 import contextlib
 import hashlib
 import importlib.resources
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     path = _path_of(location, data_dir)
     if path is None:
         return _hub_rows(location)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise SourceError(f"{path}: is no regular file; give a file with text.")
     with quoting_no_other_file(location, data_dir):
         return _file_rows(path, location)
@@ -103,14 +104,14 @@ def quoting_no_other_file(location: str, data_dir: str) -> Iterator[None]:
 def _is_link_out(path: pathlib.Path, location: str, data_dir: str) -> bool:
     given = pathlib.PurePath(location)
     folder = path.parent if given.is_absolute() or ".." in given.parts else pathlib.Path(data_dir)
-    if location.startswith("package/") or not path.exists():
+    if location.startswith("package/") or not os.path.exists(path):
         return False
     return not path.resolve().is_relative_to(folder.resolve())
 
 
 def _file_rows(path: pathlib.Path, location: str) -> list[tuple[str, dict]]:
     """Reads the rows of a file; see `read_rows`."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SourceError(
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
             "or data_dir='hub' to load it from the Hub."
@@ -201,7 +202,7 @@ def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
     """Loads the training split of a Hub data set."""
     import datasets
 
-    if pathlib.Path(dataset_id).exists():
+    if os.path.exists(dataset_id):
         # The library would read the folder of that name, whoever put it there.
         raise SourceError(
             f"Hub dataset '{dataset_id}': a file or folder here has this name; give data_dir the "

@@ -35,7 +35,7 @@ def save(safety_filter: Filter, folder: str | os.PathLike) -> None:
 
 def check(folder: str | os.PathLike) -> None:
     """Raises `FilterError` where there is no filter."""
-    if not (pathlib.Path(folder) / NAME).is_file():
+    if not os.path.isfile(pathlib.Path(folder) / NAME):
         raise FilterError(
             f"{folder}: no {NAME}; give a folder that `fedsafe train-filter` wrote, or an "
             "encoder with a classification head as filter.encoder and filter.unsafe_labels."
@@ -44,7 +44,7 @@ def check(folder: str | os.PathLike) -> None:
 
 def check_encoder(folder: str | os.PathLike) -> None:
     """Raises `FilterError` where there is no encoder."""
-    if not (pathlib.Path(folder) / "config.json").is_file():
+    if not os.path.isfile(pathlib.Path(folder) / "config.json"):
         raise FilterError(f"filter.encoder: {folder} holds no config.json.")
 
 

@@ -40,7 +40,8 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
     for field in ("seeds", "algorithms"):
         if len(config[field]) != 1:
             raise ConfigError(f"{field}={tuple(config[field])}: a federation is one run; give one.")
-    if sum(arm.trains for arm in arms_of(config)) != 1:
+    trained = [arm for arm in arms_of(config) if arm.trains]
+    if len(trained) != 1 or not trained[0].federated:
         raise ConfigError(f"arms={tuple(config.arms)}: a federation trains one arm beside base.")
     f = config.federated
     aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)

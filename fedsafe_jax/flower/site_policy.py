@@ -157,7 +157,7 @@ def _bind_filter(config: ml_collections.ConfigDict, folder: str) -> None:
     pairs, or a training of no step, a filter is there and drops nothing.
     """
     for arm in arms_of(config):
-        if arm.trains and not arm.filter:
+        if arm.federated and not arm.filter:
             raise FilterError(
                 f"arms={tuple(config.arms)}: the server trains without a filter, and the operator "
                 "of this site demands one."

@@ -1,5 +1,6 @@
 """The name of an adapter's base model, as peft, transformers and vLLM can load it."""
 
+import os
 import pathlib
 
 PACKAGED = "package:model"
@@ -21,4 +22,4 @@ def loadable(name: str) -> str:
     """
     if name == PACKAGED:
         return str(PACKAGED_FOLDER)
-    return str(pathlib.Path(name).resolve()) if name and pathlib.Path(name).is_dir() else name
+    return str(pathlib.Path(name).resolve()) if name and os.path.isdir(name) else name

@@ -6,6 +6,7 @@ is, for each layer i, the tensor `model.layers.{i}.self_attn.q_proj.weight`, tra
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,7 +58,7 @@ def resolve(path_or_hub_id: str) -> pathlib.Path:
       ModelError: neither a folder nor a model that the Hub serves.
     """
     path = pathlib.Path(path_or_hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib raises where a name is too long for any folder
         return path
     if path.is_absolute() or path_or_hub_id.count("/") != 1:
         raise ModelError(

@@ -308,7 +308,7 @@ def _read_factors(
       ModelError: damaged files, tensors that are no factors of projections, of another rank, of a
         type that is not supported, or with numbers that are not finite.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{path}: no such file; pickled adapters (.bin) are not loaded.")
     pattern = re.compile(
         rf"{re.escape(PEFT_PREFIX)}\.([0-9]{{1,5}})\.(\w+)\.(\w+)\.lora_([AB])\.weight"

@@ -1,6 +1,7 @@
 """Files of a Hugging Face folder: JSON, and safetensors that are read lazily."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_json(path: pathlib.Path) -> dict:
     Raises:
       ModelError: no such file, too large, or not JSON.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{path}: no such file; a Hugging Face model folder holds a {path.name}.")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ModelError(f"{path}: has {size:,} bytes; at most {MOST_BYTES:,} are read.")
@@ -79,9 +80,9 @@ class Tensors:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = pathlib.Path(folder)
-        if (self.folder / INDEX).is_file():
+        if os.path.isfile(self.folder / INDEX):
             self._file_of = _weight_map(self.folder / INDEX)
-        elif (self.folder / SINGLE).is_file():
+        elif os.path.isfile(self.folder / SINGLE):
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             pickled = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -103,7 +104,7 @@ class Tensors:
 
     def _open(self, name: str):
         path = self.folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # pathlib raises where a name is too long for any file
             raise ModelError(f"{path}: no such file, though {INDEX} names it; download it again.")
         try:
             return safe_open(path, framework="numpy")

@@ -81,7 +81,7 @@ def _check_files(folder: pathlib.Path) -> None:
 def _lies_elsewhere(folder: pathlib.Path, name: str) -> bool:
     """Whether a name leads to a file that is there, outside the folder."""
     path = pathlib.Path(os.path.abspath(folder / name))
-    return path.exists() and not path.is_relative_to(os.path.abspath(folder))
+    return os.path.exists(path) and not path.is_relative_to(os.path.abspath(folder))
 
 
 def _expressions(value: Any) -> Iterator[str]:

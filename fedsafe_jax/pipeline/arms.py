@@ -10,7 +10,7 @@ class Arm(NamedTuple):
 
     Attributes:
       name: as the config writes it, such as "fl+filter+cai".
-      training: "none" for the base model, or "federated".
+      training: "none" for the base model, "federated", or "server": the server's own alone.
       filter: whether clients filter their pairs.
       cai: whether the server runs Constitutional AI after each round.
     """
@@ -25,11 +25,17 @@ class Arm(NamedTuple):
         """Whether the arm has rounds."""
         return self.training != "none"
 
+    @property
+    def federated(self) -> bool:
+        """Whether clients train in its rounds."""
+        return self.training == "federated"
+
 
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("base", "none"),
+        Arm("cai", "server", cai=True),
         Arm("fl", "federated"),
         Arm("fl+filter", "federated", filter=True),
         Arm("fl+cai", "federated", cai=True),
@@ -44,7 +50,7 @@ class PlannedArm(NamedTuple):
     Attributes:
       id: key in `results.json`: the arm's name, behind that of the algorithm where there are
         several.
-      algorithm: name of the federated algorithm; "" for an arm without training.
+      algorithm: name of the federated algorithm; "" for an arm without clients.
       arm: the arm.
     """
 
@@ -64,12 +70,12 @@ def arms_of(config: ConfigDict) -> list[Arm]:
 
 
 def planned_arms(config: ConfigDict) -> list[PlannedArm]:
-    """Returns everything to run for a seed: arms without training once, others by algorithm."""
+    """Returns everything to run for a seed: arms without clients once, others by algorithm."""
     arms = arms_of(config)
-    planned = [PlannedArm(arm.name, "", arm) for arm in arms if not arm.trains]
+    planned = [PlannedArm(arm.name, "", arm) for arm in arms if not arm.federated]
     for algorithm in config.algorithms:
         for arm in arms:
-            if arm.trains:
+            if arm.federated:
                 several = len(config.algorithms) > 1
                 arm_id = f"{algorithm}/{arm.name}" if several else arm.name
                 planned.append(PlannedArm(arm_id, algorithm, arm))
@@ -100,6 +106,11 @@ def total_rounds(config: ConfigDict) -> int:
     """Returns the rounds of all arms, algorithms and seeds."""
     trained = sum(planned.arm.trains for planned in planned_arms(config))
     return len(config.seeds) * trained * config.rounds
+
+
+def any_federated(config: ConfigDict) -> bool:
+    """Returns whether clients train in an arm."""
+    return any(arm.federated for arm in arms_of(config))
 
 
 def any_filter(config: ConfigDict) -> bool:

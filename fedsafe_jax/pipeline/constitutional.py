@@ -35,6 +35,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.evaluation import judge_tools
 from fedsafe_jax.pipeline.inputs import RunInputs
+from fedsafe_jax.pipeline.own_answers import OwnAnswers
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.pipeline.revision_rows import RevisionRows, read_recipe, training_counts
 from fedsafe_jax.pipeline.rounds import learning_rates
@@ -52,6 +53,7 @@ class ConstitutionalStage:
       config, inputs: config and inputs of the run.
       model: the decoder that adapters belong to.
       clients: clients of the seed; their filter judges revisions where the config says so.
+      own: the base's own answers to harmless requests, replayed with the benign pairs.
       folder: folder of the records, `cai/`.
       mine: tells whether a row of the records is of this arm and seed.
       seed: seed of the run; what is drawn depends on it and the round alone.
@@ -64,12 +66,13 @@ class ConstitutionalStage:
         model: Decoder,
         *,
         clients: Clients,
+        own: OwnAnswers,
         folder: epath.Path,
         mine: Callable[[dict], bool],
         seed: int,
     ):
         self.config, self.inputs, self.clients, self.seed = config, inputs, clients, seed
-        self.folder, self.mine = folder, mine
+        self.own, self.folder, self.mine = own, folder, mine
         self.tokenizer = inputs.lm.tokenizer
         self.schedule = SCHEDULES[config.cai.schedule]
         self.recipe = read_recipe(config)
@@ -121,8 +124,10 @@ class ConstitutionalStage:
                 self._past = [*(self._past or []), *((t, r) for r in records)]
                 clock.mark("cai_generate")
             kept = [r for r in [*earlier, *ready, *records] if not r.dropped]
-            replay = _sample(self.inputs.replay, self._replay_count(amount, len(kept)), rng)
+            replay = _sample(self._replayed, self._replay_count(amount, len(kept)), rng)
             counts |= {"reused": len(earlier), "replay": len(replay)} | tally(ready + records)
+            if self.inputs.harmless:
+                counts["own_answers"] = self.own.counts
             counts["tokens_generated"] = self._count_tokens(_generated(records))
             imitation, lost, notes = self.rows.imitation(kept, replay)
             triples = self.rows.triples(kept)
@@ -140,6 +145,11 @@ class ConstitutionalStage:
             counts["probes"] = probe.results
             counts["tokens_generated"] = counts.get("tokens_generated", 0) + probe.tokens
         return factors, counts, records
+
+    @property
+    def _replayed(self) -> list[Example]:
+        """What is replayed: benign pairs, and harmless requests with the base's own answers."""
+        return [*self.inputs.replay, *self.own.examples]
 
     def _probe(self, clock: PhaseTimer) -> Probe:
         c = self.config.cai
@@ -180,7 +190,7 @@ class ConstitutionalStage:
             self.recipe.imitates_revisions,
             steps=c.steps,
             batch=c.batch_size,
-            replay=min(c.replay_examples, len(self.inputs.replay)),
+            replay=min(c.replay_examples, len(self._replayed)),
             pairs=c.pairs_per_step,
         )
 
@@ -232,6 +242,7 @@ class ConstitutionalStage:
             num_few_shots=c.few_shots,
             **checks,
             only_wrong=c.revise == "wrong",
+            replace=c.replace_dropped,
         )
 
     def _agreed(self, judge: Callable) -> Callable:
@@ -325,5 +336,6 @@ def _sample(pool: Sequence[Example], count: int, rng: np.random.Generator) -> li
 
 def _generated(records: Sequence[Record]) -> list[str]:
     """All texts that were generated for the records."""
-    texts = [text for r in records for text in (r.initial, r.critique, r.revision)]
+    said = [(r.initial, "" if r.replaced else r.revision, r.critique) for r in records]
+    texts = [text for each in said for text in each]
     return texts + [text for r in records for _, *pair in r.earlier for text in pair]

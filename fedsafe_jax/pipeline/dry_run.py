@@ -158,6 +158,7 @@ def describe(config: ConfigDict) -> str:
         *config.cai.records,
         *(config.cai.constitution, config.cai.few_shot_file),
         *(*config.filter.sources, *config.cai.red_team_sources, *config.cai.benign_sources),
+        *config.cai.harmless_sources,
         *(one.source for one in sets.values() if one.source != HELDOUT),
     ]
     lines = [

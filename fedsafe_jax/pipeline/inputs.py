@@ -26,7 +26,7 @@ from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.devices import announce
 
-SIMULATION = ("safe", "unsafe", "filter_pairs", "red_team", "replay")
+SIMULATION = ("safe", "unsafe", "filter_pairs", "red_team", "replay", "harmless")
 
 
 class Asked(NamedTuple):
@@ -52,7 +52,8 @@ class RunInputs(NamedTuple):
       clients: pairs of each client by seed, dealt out from `safe` and `unsafe`.
       asked: what the config asks clients to hold, by seed.
       given: records of Constitutional AI that files give; [] without.
-      site, safe, unsafe, filter_pairs, red_team, replay: the pools of `pools.POOLS`; [] for none.
+      site, safe, unsafe, filter_pairs, red_team, replay, harmless: the pools of `pools.POOLS`; []
+        for none.
       constitution: principles of Constitutional AI.
       evals: the evaluation sets by name.
       counts: examples read, kept and dropped, by the title of the pool.
@@ -71,6 +72,7 @@ class RunInputs(NamedTuple):
     filter_pairs: list[Example]
     red_team: list[Example]
     replay: list[Example]
+    harmless: list[Example]
     constitution: Constitution
     evals: dict[str, EvalSet]
     counts: dict
@@ -254,5 +256,9 @@ def _load_constitution(c: ConfigDict) -> Constitution:
         raise ConstitutionError(
             f"cai.few_shots={c.few_shots}: {c.constitution} has {len(loaded.few_shots)}; lower it, "
             "or give cai.few_shot_file."
+        )
+    if c.replace_dropped and not loaded.refusals:
+        raise ConstitutionError(
+            f"cai.replace_dropped: {c.constitution} has no refusals; add some, or turn it off."
         )
     return loaded

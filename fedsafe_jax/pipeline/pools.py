@@ -49,6 +49,7 @@ POOLS = {
     ),
     "red_team": Pool("CAI red team", lambda c: c.cai.red_team_sources, answered=False),
     "replay": Pool("CAI replay", lambda c: c.cai.benign_sources, HARMLESS),
+    "harmless": Pool("CAI harmless", lambda c: c.cai.harmless_sources, HARMLESS, answered=False),
 }
 
 
@@ -129,6 +130,10 @@ def _needs(role: str, config: ConfigDict) -> bool:
     """Tells whether a run cannot do without a pool."""
     if role == "unsafe":
         return asks_for_harm(config)
+    if role == "harmless":
+        return bool(config.cai.harmless_sources)
+    if role == "replay" and config.cai.harmless_sources:
+        return bool(config.cai.benign_sources)
     if DATA[config.cai.data].given:
         if role == "red_team":  # nothing is asked but by a probe
             return SCHEDULES[config.cai.schedule].steps_after_probe is not None

@@ -1,6 +1,7 @@
 """Which files a config has a run read, by names that stay the same wherever the files lie."""
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -55,7 +56,7 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
     for field in ("constitution", "few_shot_file"):
         given = config.cai[field]
         path = ASSETS / "constitution.json" if given == constitution.PACKAGED else given
-        if path and pathlib.Path(path).is_file():
+        if path and os.path.isfile(path):
             files[f"cai.{field}"] = pathlib.Path(path)
     if (file := named_templates.file_of(config.chat_template)) and file.is_file():
         files["chat_template"] = file
@@ -70,6 +71,7 @@ def _sources(config: ConfigDict) -> Iterator[str]:
         config.filter.sources,
         config.cai.red_team_sources,
         config.cai.benign_sources,
+        config.cai.harmless_sources,
     )
     for names in pools:
         yield from names
@@ -91,9 +93,9 @@ def _source_files(source: str, data_dir: str) -> dict[str, pathlib.Path | str]:
         return {name: json.dumps(rows, ensure_ascii=False, default=str)}
     else:
         path = pathlib.Path(data_dir) / location
-    if path.is_dir():
+    if os.path.isdir(path):
         return {f"{name}/{p.relative_to(path).as_posix()}": p for p in _files_in(path, ("**/*",))}
-    return {name: path} if path.is_file() else {}
+    return {name: path} if os.path.isfile(path) else {}
 
 
 def _folders(config: ConfigDict) -> Iterator[tuple[str, pathlib.Path]]:

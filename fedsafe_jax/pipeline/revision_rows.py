@@ -66,6 +66,9 @@ class RevisionRows:
         encoded = [
             self.encode(turns, answer) for turns, (_, answer) in zip(fitted, said, strict=True)
         ]
+        for i, example in enumerate(replay):
+            if not example.ended and encoded[i] is not None:
+                encoded[i] = chat.without_end(self.tokenizer, encoded[i])
         notes = dialogue_notes.count(encoded)
         short = [
             CUT in one.notes or left != turns

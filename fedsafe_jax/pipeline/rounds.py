@@ -33,6 +33,9 @@ from fedsafe_jax.pipeline.clients import learned, roles
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.runtime import multihost
 
+# What every line of `metrics.jsonl` has, of a round without clients.
+NO_CLIENTS = {"loss": None, "update_norm": None, "tokens_per_second": None}
+
 
 def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Programs:
     """Builds the jitted programs of one algorithm.
@@ -332,7 +335,7 @@ def privacy_of(config: ConfigDict) -> dict:
     """
     if not config.federated.noise_multiplier:
         return {}
-    runs = len(config.seeds) * sum(planned.arm.trains for planned in planned_arms(config))
+    runs = len(config.seeds) * sum(planned.arm.federated for planned in planned_arms(config))
     one, together = _epsilon(config), _epsilon(config, runs=runs)
     delta = config.federated.delta
     # Each run draws its own cohorts and noise, so all of them are one run of as many rounds.

@@ -18,7 +18,7 @@ def sections(run: RunData) -> list[Section]:
             by_arm[row["arm"]].append(row)
     if not by_arm:
         return []
-    counts = ("arm", "", "rounds with CAI", "revisions kept", *REASONS)
+    counts = ("arm", "", "rounds with CAI", "revisions kept", "of these replaced", *REASONS)
     costs = ("arm", "", "pairs", "steps", "tokens generated", "tokens trained", "seconds")
     changed = ("arm", "", "dialogues lost", *NOTES.values())
     blocks = [
@@ -41,7 +41,7 @@ def _total(rows: list[dict], name: str) -> int:
 
 def _counts(rows: list[dict]) -> tuple:
     ran = sum(row["cai"]["steps"] > 0 for row in rows)
-    return f"{ran} of {len(rows)}", *(_total(rows, name) for name in ("kept", *REASONS))
+    return f"{ran} of {len(rows)}", *(_total(rows, name) for name in ("kept", "replaced", *REASONS))
 
 
 def _costs(rows: list[dict]) -> tuple:

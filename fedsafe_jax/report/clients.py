@@ -9,9 +9,10 @@ from fedsafe_jax.report.run_data import RunData
 
 def sections(run: RunData) -> list[Section]:
     """Returns every client's pull on the model; the scatter is written to `clients.png`."""
-    if not run.rows:
+    rows = [row for row in run.rows if "clients" in row]
+    if not rows:
         return []
-    crosses = " Crosses are malicious clients." if any(r.get("malicious") for r in run.rows) else ""
+    crosses = " Crosses are malicious clients." if any(r.get("malicious") for r in rows) else ""
     note = (
         "A point is a client in a round: the length of its update, as a multiple of the round's "
         "median, and its angle to the mean of all. Long updates pull hardest; a negative cosine "
@@ -19,9 +20,9 @@ def sections(run: RunData) -> list[Section]:
     )
     blocks = [
         Text(note),
-        figure(run.figures / "clients.png", lambda plt: _scatter(plt, run.rows)),
-        Table(*_longest(run.rows)),
-        Table(*_totals(run.rows)),
+        figure(run.figures / "clients.png", lambda plt: _scatter(plt, rows)),
+        Table(*_longest(rows)),
+        Table(*_totals(rows)),
     ]
     if "privacy" in run.results:
         blocks.append(Text(run.results["privacy"]["statement"]))

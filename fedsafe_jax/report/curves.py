@@ -15,13 +15,15 @@ def sections(run: RunData) -> list[Section]:
     def curve(stem: str, value: Callable, label: str):
         return figure(run.figures / f"{stem}.png", lambda plt: _draw(plt, run.rows, value, label))
 
-    blocks = [curve("loss", lambda row: row["loss"], "client loss")]
+    blocks = []
+    if any("clients" in row for row in run.rows):
+        blocks.append(curve("loss", lambda row: row["loss"], "client loss"))
     probed = {name for row in run.rows for name in row.get("eval", {})}
     for name, one in run.sets.items():
         if name in probed:
             value = lambda row, name=name: row.get("eval", {}).get(name)  # noqa: E731
             blocks.append(curve(f"{name}_by_round", value, one.columns[0].label))
-    return [Section("By round", blocks)]
+    return [Section("By round", blocks)] if blocks else []
 
 
 def _draw(plt, rows: list[dict], value: Callable, label: str):

@@ -45,9 +45,10 @@ class Progress:
         left = self._left * recent[len(recent) // 2]
         parts = [
             f"{row['arm']} seed {row['seed']} round {row['round'] + 1}",
-            "no loss" if row["loss"] is None else f"loss {row['loss']:.3f}",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
+        if row["tokens_per_second"] is not None:  # clients trained
+            parts.append("no loss" if row["loss"] is None else f"loss {row['loss']:.3f}")
+            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         if "epsilon" in row:
             parts.append(f"epsilon {row['epsilon']:.2f}")
         if "filter" in row:

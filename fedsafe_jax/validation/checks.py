@@ -56,7 +56,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _check_sources("safe_sources", c.safe_sources)
     _check_sources("unsafe_sources", unsafe_sources(c))
     _check_sources("heldout_sources", c.heldout_sources, trained=False)
-    for field in ("red_team_sources", "benign_sources"):
+    for field in ("red_team_sources", "benign_sources", "harmless_sources"):
         _check_sources(f"cai.{field}", c.cai[field])
 
 
@@ -125,6 +125,8 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
     _check_judge("cai.probe_judge", c.probe_judge)
     if c.revise == "wrong" and c.check == "none":
         raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'start'.")
+    if c.replace_dropped and c.check == "none":
+        raise ConfigError("cai.replace_dropped: cai.check='none' drops nothing; use 'start'.")
     given = DATA[c.data].given
     if given != bool(c.records):
         raise ConfigError(

@@ -205,7 +205,7 @@ def read_head(folder: str | os.PathLike) -> tuple[Head, dict]:
       JudgeError: it is not there, or says something else than `Head` needs.
     """
     path = pathlib.Path(folder) / NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise JudgeError(
             f"judge 'classifier:{folder}': no {NAME} there; give a folder that `fedsafe "
             "train-judge` wrote."

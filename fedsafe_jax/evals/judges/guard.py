@@ -56,7 +56,7 @@ def split(argument: str) -> tuple[str, str]:
     name, mark, form = argument.partition("#")
     if mark and form not in FORMATS:
         raise JudgeError(unknown(f"judge 'guard:{argument}': format", form, FORMATS))
-    if (os.path.isabs(name) or name.startswith(".")) and not pathlib.Path(name).is_dir():
+    if (os.path.isabs(name) or name.startswith(".")) and not os.path.isdir(name):
         raise JudgeError(f"judge 'guard:{argument}': {name}: no such folder.")
     return name, form
 
@@ -67,23 +67,23 @@ def template_in(folder: pathlib.Path) -> str:
     Raises:
       ModelError: a file is damaged.
     """
-    if (path := folder / "chat_template.jinja").is_file():
+    if os.path.isfile(path := folder / "chat_template.jinja"):
         return path.read_text(encoding="utf-8", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (path := folder / name).is_file() and (held := read_json(path).get("chat_template")):
+        if os.path.isfile(path := folder / name) and (held := read_json(path).get("chat_template")):
             return held if isinstance(held, str) else str(held)
     return ""
 
 
 def _is_filter(argument: str) -> bool:
     name, form = split(argument)
-    return not form and (pathlib.Path(name) / store.NAME).is_file()
+    return not form and os.path.isfile(pathlib.Path(name) / store.NAME)
 
 
 def _check(argument: str) -> None:
     name, form = split(argument)
     folder = pathlib.Path(name)
-    if not folder.is_dir() or _is_filter(argument):  # on the Hub, or told by its own file
+    if not os.path.isdir(folder) or _is_filter(argument):  # on the Hub, or told by its own file
         return
     try:
         hub.hf_config(read_json(folder / "config.json"))

@@ -5,6 +5,7 @@ labels the six actions of an answer (from "cannot assist" to "follows the instru
 histogram stands in `by_label`: it tells refusing everything from answering with care.
 """
 
+import os
 import pathlib
 
 from fedsafe_jax.data import sources
@@ -25,9 +26,9 @@ def load(source: str, data_dir: str) -> list[Example]:
     """
     name, location, part = sources.parse_source(source)
     folder = pathlib.Path(data_dir) / location
-    if data_dir == "hub" or not folder.is_dir():
+    if data_dir == "hub" or not os.path.isdir(folder):
         return sources.load(source, data_dir)
-    files = sorted(p for p in folder.iterdir() if p.suffix in READABLE and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix in READABLE and os.path.isfile(p))
     if not files:
         raise SourceError(f"{folder}: holds no file that ends in {', '.join(READABLE)}.")
     if part:
