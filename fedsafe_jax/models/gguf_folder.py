@@ -99,7 +99,7 @@ def write_folder(
     raw = gguf_config.config_of(file)
     with config_fields.naming(path):
         config = from_hf(hub.hf_config(raw))
-    names = tensor_names(config, gguf_config.architecture(file))
+        names = tensor_names(config, gguf_config.architecture(file))
     _check_tensors(file, config, names)
     kinds = {file.tensors[name].kind for name in names.values()} - {"F32"}
     plain = {"F16": "float16", "BF16": "bfloat16"}
@@ -126,6 +126,9 @@ def tensor_names(config: DecoderConfig, arch: str) -> dict[str, str]:
     Args:
       config: the model's config.
       arch: architecture of the file, such as "llama".
+
+    Raises:
+      ModelError: files of this architecture have no place for a tensor, such as a Gemma's head.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -135,7 +138,9 @@ def tensor_names(config: DecoderConfig, arch: str) -> dict[str, str]:
     for leaf in hub.leaves(config):
         for name in leaf.names:
             stem, _, last = name.rpartition(".")
-            names[name] = f"{table.get_name(stem)}.{last}"
+            if (own := table.get_name(stem)) is None:
+                raise ModelError(f"tensor '{name}' has no name in GGUF files of {arch}.")
+            names[name] = f"{own}.{last}"
     return names
 
 

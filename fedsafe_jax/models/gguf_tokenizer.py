@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fedsafe_jax.models import hub_files
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.gguf_reader import GgufFile
 
@@ -98,7 +99,8 @@ def files_of(file: GgufFile) -> dict[str, str]:
     _add_whole_tokens(tokenizer, vocabulary)
     _put_ends(file, tokenizer, vocabulary, begins)
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        # The one class of transformers 5 that keeps to tokenizer.json, whatever the family.
+        "tokenizer_class": hub_files.NEW_CLASS,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
