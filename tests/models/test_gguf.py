@@ -106,7 +106,7 @@ def test_every_type_reads_as_transformers_reads_it(tmp_path):
     for name, array in tensors.items():
         if "up_proj" in name or "down_proj" in name:
             tensors[name] = blocks(kinds[name.split(".")[-2]], array.shape, rng)
-    path = gguf_files.write(tmp_path / "m.gguf", hf, tensors, kinds)
+    path = gguf_files.write(tmp_path / "m.gguf", hf, tensors, kinds=kinds)
     ours = read(path, tmp_path / "folder")
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf", dtype=torch.float32
