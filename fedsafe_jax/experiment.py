@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax import random_streams
+from fedsafe_jax import own_folder, random_streams
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
@@ -42,7 +42,6 @@ from fedsafe_jax.runtime import (
     arm_secret,
     checkpoint,
     multihost,
-    own_folder,
     preemption,
     run_date,
     run_files,

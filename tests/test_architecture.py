@@ -4,7 +4,8 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "fedsafe_jax"
-TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config", "whole_files"}
+TOP = {"__init__", "__main__", "main", "experiment", "finetune", "config"}
+TOP |= {"own_folder", "whole_files"}
 LEAVES = {
     "random_streams",
     "registry",
@@ -14,25 +15,27 @@ BELOW_TEXT = {"models"}
 SCIENCE = {"models", "data", "inference", "filters", "federated", "cai", "evals"}
 MAY_IMPORT = {
     "aot": SCIENCE | {"config", "pipeline"},
-    "models": {"whole_files"},
+    "models": {"own_folder", "whole_files"},
     "data": set(),
     "config": set(),
+    "own_folder": {"whole_files"},
     "whole_files": set(),
     "federated": {"models", "data"},
     "filters": {"models", "data", "whole_files"},
     "inference": {"models", "data"},
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
-    "runtime": {"federated", "whole_files"},
+    "runtime": {"federated", "own_folder", "whole_files"},
     "report": {"cai", "evals", "filters", "runtime", "whole_files"},
     "finetune": {"models", "data", "inference", "federated"},
     "pipeline": SCIENCE | {"runtime", "report", "config", "whole_files"},
     "demo": SCIENCE,
     "validation": SCIENCE | {"runtime", "report", "config", "pipeline", "aot", "whole_files"},
     "experiment": SCIENCE
-    | {"runtime", "config", "pipeline", "report", "validation", "whole_files"},
+    | {"runtime", "config", "pipeline", "report", "validation", "own_folder", "whole_files"},
     "flower": SCIENCE
-    | {"runtime", "config", "pipeline", "report", "validation", "experiment", "whole_files"},
+    | {"runtime", "config", "pipeline", "report", "validation", "experiment"}
+    | {"own_folder", "whole_files"},
     "__init__": {"finetune", "inference", "federated", "models", "runtime"},
     "cli": None,  # everything
     "main": {"cli"},

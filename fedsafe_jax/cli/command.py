@@ -54,6 +54,7 @@ COMMANDS = {
     "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
     "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
+    "convert": Entry("convert", "writes a GGUF file as a model folder, or a folder as GGUF"),
     "compile": Entry("compile", "compiles a run for devices that need not be there: memory, FLOPs"),
     "pretrain": Entry("pretrain", "trains the packaged small model from scratch"),
 }

@@ -8,10 +8,10 @@ The same command continues an interrupted run. `--config.dry_run` prints the pla
 from absl import flags
 from etils import epath
 
+from fedsafe_jax import own_folder
 from fedsafe_jax.cli.command import Command, Config, UsageError, check_folder
 from fedsafe_jax.cli.config_help import run_fields
 from fedsafe_jax.config import default_config
-from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate
 

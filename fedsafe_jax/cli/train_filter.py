@@ -12,6 +12,7 @@ import pathlib
 import ml_collections
 from absl import flags
 
+from fedsafe_jax import own_folder
 from fedsafe_jax.cli.command import Command, Config, check_folder
 from fedsafe_jax.cli.config_help import filter_fields
 from fedsafe_jax.config import filter_config
@@ -19,7 +20,6 @@ from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
 from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
 from fedsafe_jax.filters.quality import shown
-from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate_filter
 from fedsafe_jax.whole_files import storage

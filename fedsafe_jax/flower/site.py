@@ -14,7 +14,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedsafe_jax import random_streams
+from fedsafe_jax import own_folder, random_streams
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
@@ -35,7 +35,6 @@ from fedsafe_jax.pipeline.clients import describe_encoding, encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.random_streams import Purpose
-from fedsafe_jax.runtime import own_folder
 from fedsafe_jax.validation import validate
 from fedsafe_jax.whole_files import WorkdirError, make_folder, storage
 

@@ -86,16 +86,15 @@ class Tensors:
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             pickled = sorted(p.name for p in self.folder.glob("*.bin"))
-            ggml = sorted(p.name for p in self.folder.glob("*.gguf"))
-            hint = (
-                f" It has {ggml[0]}: GGUF is not read; use the model's safetensors." if ggml else ""
-            ) or (
-                f" It has {pickled[0]}: pickled weights are not loaded, as they may run code. "
-                "Convert them where you trust them: load the model in transformers and "
-                "save_pretrained it."
-                if pickled
-                else ""
-            )
+            hint = ""
+            if ggml := sorted(p.name for p in self.folder.glob("*.gguf")):
+                hint = f" It has {ggml[0]}: name that file as the model, not its folder."
+            elif pickled:
+                hint = (
+                    f" It has {pickled[0]}: pickled weights are not loaded, as they may run code. "
+                    "Convert them where you trust them: load the model in transformers and "
+                    "save_pretrained it."
+                )
             raise ModelError(f"{self.folder}: no {SINGLE} and no {INDEX}.{hint}")
         self._files = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():

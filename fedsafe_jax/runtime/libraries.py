@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import jax
 from jax._src import xla_bridge
 
-from fedsafe_jax.runtime import cluster, devices, native_notes, own_folder
+from fedsafe_jax import own_folder
+from fedsafe_jax.runtime import cluster, devices, native_notes
 from fedsafe_jax.whole_files import WorkdirError
 
 
@@ -100,24 +101,15 @@ def programs_folder(environment: Mapping[str, str]) -> str:
       `~/.cache/fedsafe_jax/programs`; "" with a warning where others may write to it, or where it
       cannot be created: then each start compiles anew.
     """
-    cache = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(cache, "fedsafe_jax", "programs")
     try:
-        if not folder.is_absolute():
-            raise WorkdirError(f"{folder}: there is no home folder.")
-        own_folder.make_private(folder.parent)
-        own_folder.make_private(folder)
-        why = own_folder.why_not_private(folder)
-    except (OSError, WorkdirError) as error:
-        why = str(error)
-    if why:
+        return os.fspath(own_folder.cache("programs", environment))
+    except WorkdirError as error:
         logging.warning(
             "Compiled programs are not kept: %s. Set JAX_COMPILATION_CACHE_DIR to a folder of your "
             "own.",
-            why.rstrip("."),
+            str(error).rstrip("."),
         )
         return ""
-    return os.fspath(folder)
 
 
 def versions() -> dict[str, str]:

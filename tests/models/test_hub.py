@@ -125,9 +125,9 @@ def test_an_index_that_is_none_is_one_line(folder, files):
         load(folder)
 
 
-def test_gguf_is_refused_by_name(tmp_path):
+def test_a_folder_with_gguf_says_to_name_the_file(tmp_path):
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"model-q4.gguf: GGUF is not read"):
+    with pytest.raises(ModelError, match=r"model-q4.gguf: name that file"):
         load(tmp_path)
 
 

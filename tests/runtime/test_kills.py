@@ -13,10 +13,10 @@ import signal
 import numpy as np
 from etils import epath
 
-from fedsafe_jax import whole_files
+from fedsafe_jax import own_folder, whole_files
 from fedsafe_jax.models.model_files import write_json
 from fedsafe_jax.models.tensor_files import save_file
-from fedsafe_jax.runtime import arm_secret, fingerprints, own_folder, run_files
+from fedsafe_jax.runtime import arm_secret, fingerprints, run_files
 from fedsafe_jax.runtime.client_updates import ClientUpdates
 from fedsafe_jax.runtime.owner import owned
 

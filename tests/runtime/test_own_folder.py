@@ -6,8 +6,9 @@ import types
 import pytest
 from etils import epath
 
-from fedsafe_jax.runtime import libraries, own_folder
-from fedsafe_jax.runtime.own_folder import claim_workdir
+from fedsafe_jax import own_folder
+from fedsafe_jax.own_folder import claim_workdir
+from fedsafe_jax.runtime import libraries
 from fedsafe_jax.runtime.owner import owned
 from fedsafe_jax.whole_files import WorkdirError
 

@@ -1,4 +1,4 @@
-"""Folders of a user's own: that of a run, and that of compiled programs.
+"""Folders of a user's own: that of a run, and those of compiled programs and converted models.
 
 Who may write to a run's folder can change its checkpoints, plant links that the run writes through,
 and read answers to harmful prompts. Who may write to compiled programs runs code as this user.
@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import stat
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -69,6 +70,34 @@ def make_private(folder: epath.PathLike) -> pathlib.Path:
                 pass
         whole_files.make_folder(path)
     return path.resolve()
+
+
+def cache(name: str, environment: Mapping[str, str] = os.environ) -> pathlib.Path:
+    """Returns a folder of the user's cache, created for the user alone if missing.
+
+    Args:
+      name: what the folder holds.
+      environment: environment variables by name; XDG_CACHE_HOME in place of `~/.cache`.
+
+    Returns:
+      `~/.cache/fedsafe_jax/NAME`.
+
+    Raises:
+      WorkdirError: others may write to it, or it cannot be created.
+    """
+    home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = pathlib.Path(home, "fedsafe_jax", name)
+    if not folder.is_absolute():
+        raise WorkdirError(f"{folder}: there is no home folder.")
+    try:
+        make_private(folder.parent)
+        make_private(folder)
+        why = why_not_private(folder)
+    except OSError as error:
+        raise WorkdirError(str(error)) from error
+    if why:
+        raise WorkdirError(f"{why}.")
+    return folder
 
 
 def why_not_private(folder: epath.PathLike) -> str:

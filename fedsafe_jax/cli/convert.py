@@ -1,0 +1,53 @@
+"""Writes a GGUF file as a Hugging Face folder, or a Llama folder as a GGUF file.
+
+    fedsafe convert --model=FILE.gguf --output=FOLDER
+    fedsafe convert --model=FOLDER --output=FILE.gguf
+
+A folder holds the file's own values: float16 and bfloat16 as they are, all other types as float32;
+`--dtype` writes all weights in one type. A GGUF file is float16, or float32 by `--dtype=float32`.
+"""
+
+import pathlib
+
+from absl import flags
+
+from fedsafe_jax.cli.command import Command, UsageError, check_file, check_folder
+from fedsafe_jax.models.gguf_reader import is_gguf
+
+DTYPES = ("", "float32", "float16", "bfloat16")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    here = {"flag_values": values}
+    flags.DEFINE_string("model", None, "GGUF file, model folder, or Hub id.", **here)
+    flags.DEFINE_string("output", None, "New folder, or file whose name ends in .gguf.", **here)
+    flags.DEFINE_enum("dtype", "", DTYPES, "Type of the written weights; empty: see above.", **here)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Converts one way or the other, and says what was written."""
+    from fedsafe_jax.models import gguf_folder, gguf_reader, gguf_writer
+
+    output = pathlib.Path(values.output)
+    to_file = is_gguf(output.name)
+    if to_file and is_gguf(values.model):
+        raise UsageError(f"--output={output}: both are GGUF files; name a folder.")
+    if not to_file and not is_gguf(values.model):
+        raise UsageError(f"--model={values.model}: neither it nor --output is a GGUF file (.gguf).")
+    gguf_reader.check_package()
+    if to_file:
+        from fedsafe_jax.inference.language_model import model_folder
+
+        check_file("output", values.output)
+        gguf_writer.write_file(model_folder(values.model), output, values.dtype or "float16")
+    else:
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise UsageError(f"--output={output}: is there and not empty; name a new folder.")
+        gguf_reader.GgufFile(pathlib.Path(values.model))  # before a folder is made for it
+        check_folder("output", values.output)
+        gguf_folder.write_folder(values.model, output, values.dtype)
+    print(f"output: {output}")
+
+
+COMMAND = Command(define_flags, main, required=("model", "output"))
