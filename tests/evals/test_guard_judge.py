@@ -110,6 +110,8 @@ def test_specs_are_checked_before_anything_is_loaded(tmp_path):
     for spec, message in (
         ("guard:owner/any#wildgard", "Did you mean 'wildguard'"),
         (f"guard:{tmp_path / 'none'}", "no such folder"),
+        ("guard:none", "none: no such folder, and not a Hub id"),
+        ("llama-guard", "Did you mean 'guard'.* Write .*guard:FOLDER"),
         ("guard:", "write guard:FOLDER"),
     ):
         with pytest.raises(JudgeError, match=message):
