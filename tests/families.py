@@ -31,8 +31,8 @@ FAMILIES = {
 }
 
 
-def checkpoint(family: str, folder, seed: int = 0):
-    """Saves a random checkpoint and returns its torch model, in float32.
+def checkpoint(family: str, folder, seed: int = 0, **others):
+    """Saves a random checkpoint and returns its torch model, in float32; `others` of its config.
 
     Every parameter is random, norms and biases too: at their initial ones and zeros a loader that
     forgets them would pass.
@@ -42,7 +42,7 @@ def checkpoint(family: str, folder, seed: int = 0):
 
     model_type, changes = FAMILIES[family]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(COMMON | changes))
+    config = AutoConfig.for_model(model_type, **(COMMON | changes | others))
     # Eager attention: the one that applies soft caps in Gemma 2.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

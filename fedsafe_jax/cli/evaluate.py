@@ -131,10 +131,16 @@ def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions)
                 print(f"{name}: {column.label}: {cell}")
         if cut := summary[name].get("cut"):
             print(f"{name}: {cut} of {summary[name]['n']} dialogues are cut to --max_length")
-    for both in two_sides.headline(sets, summary):
+    both_sides = two_sides.headline(sets, summary)
+    for both in both_sides:
         print(two_sides.in_words(both))
     print("seconds:", ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
-    return {"summary": summary, "outcomes": outcome, "seconds_by_task": seconds}
+    return {
+        "summary": summary,
+        "two_sides": both_sides,
+        "outcomes": outcome,
+        "seconds_by_task": seconds,
+    }
 
 
 def run_prompts(lm: LanguageModel, requests: list[Example], options: EvalOptions) -> dict:

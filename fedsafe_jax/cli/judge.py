@@ -2,9 +2,10 @@
 
     fedsafe judge --input=evals/ARM_seedK/TASK.jsonl --judges=rules,guard:DIR --output=judged.jsonl
 
-A row holds `messages` (a list of {role, content} up to the request) or `prompt`, and `answer`;
-where a judge needs them also `reference` and `other`. Output rows gain `verdicts`: what each judge
-says, null where it failed. Verdicts that a row has already are kept.
+A row holds `messages` (a list of {role, content} up to the request), ShareGPT's `conversations`, or
+`prompt`; and `answer`, unless the dialogue ends with it; where a judge needs them also `reference`
+and `other`. Output rows gain `verdicts`: what each judge says, null where it failed. Verdicts that
+a row has already are kept.
 """
 
 import os
@@ -15,9 +16,13 @@ from absl import flags
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.cli import judge_flags
-from fedsafe_jax.cli.command import Command, check_file
-from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.cli.command import Command, UsageError, check_file
+from fedsafe_jax.data import chat
+from fedsafe_jax.data.dialogue_rows import split_answer, turns_of
+from fedsafe_jax.data.examples import Messages, SourceError
+from fedsafe_jax.data.row_fields import ask
 from fedsafe_jax.data.sources import read_rows
+from fedsafe_jax.data.text_files import shorten
 from fedsafe_jax.evals import answers, judges, statistics
 from fedsafe_jax.evals.judges import Judge
 
@@ -35,10 +40,11 @@ def read_answers(path: pathlib.Path) -> list[dict]:
     """Reads rows of answers.
 
     Raises:
-      SourceError: no file, or a row without a dialogue or an answer; the message names the row.
+      SourceError: no file, or a row without a dialogue or an answer, or with two; it is named.
     """
     if not os.path.isfile(path):
-        raise SourceError(f"--input: {path}: no such file.")
+        fault = "is a folder; name a file of answers" if os.path.isdir(path) else "no such file"
+        raise SourceError(f"--input: {path}: {fault}.")
     rows = [_checked(place, row) for place, row in read_rows(path.name, str(path.parent))]
     if not rows:
         raise SourceError(f"--input: {path} holds no answer.")
@@ -46,21 +52,38 @@ def read_answers(path: pathlib.Path) -> list[dict]:
 
 
 def _checked(place: str, row: dict) -> dict:
-    turns = row.get("messages")
-    if turns is None and isinstance(row.get("prompt"), str):
-        turns = [{"role": "user", "content": row["prompt"]}]
-    good = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
-    if not good or not all(isinstance(t.get(k), str) for t in turns for k in ("role", "content")):
-        raise SourceError(
-            f"{place}: 'messages' must be a list of {{role, content}} up to the request, or "
-            "'prompt' a text."
-        )
-    if not isinstance(row.get("answer"), str):
-        raise SourceError(f"{place}: 'answer' must be a text, found {row.get('answer')!r:.60}.")
+    messages, answer = _dialogue(place, row)
     verdicts = row.get("verdicts") or {}
     if not isinstance(verdicts, dict):
         raise SourceError(f"{place}: 'verdicts' must be an object, found {verdicts!r:.60}.")
-    return row | {"messages": turns, "verdicts": verdicts}
+    return row | {"messages": chat.to_dicts(messages), "answer": answer, "verdicts": verdicts}
+
+
+def _dialogue(place: str, row: dict) -> tuple[Messages, str]:
+    """Returns the turns up to the request, and the answer, of other tools' rows too."""
+    last = ""
+    if row.get("messages") is None and row.get("conversations") is None:
+        if not isinstance(row.get("prompt"), str):
+            raise SourceError(
+                f"{place}: 'messages' must be a list of {{role, content}} up to the request, or "
+                f"'prompt' a text; found the fields {shorten(sorted(row), 300)}."
+            )
+        messages: Messages = ask(place, row["prompt"])
+    else:
+        messages, last = split_answer(place, turns_of(place, row))
+    if "answer" not in row and not last:
+        raise SourceError(
+            f"{place}: no field 'answer', and no answer at the end of the dialogue; found "
+            f"{shorten(sorted(row), 300)}. Name the field of the answer so."
+        )
+    answer = row.get("answer", last)
+    if not isinstance(answer, str):
+        raise SourceError(f"{place}: 'answer' must be a text, found {answer!r:.60}.")
+    if last and answer != last:
+        raise SourceError(
+            f"{place}: the dialogue ends with an answer that is not 'answer'; leave one out."
+        )
+    return messages, answer
 
 
 def summary(rows: list[dict], made: tuple[Judge, ...]) -> list[str]:
@@ -88,8 +111,16 @@ def summary(rows: list[dict], made: tuple[Judge, ...]) -> list[str]:
 def main(values: flags.FlagValues) -> None:
     """Judges, writes, and prints a line a judge."""
     check_file("output", values.output)
+    source, output = pathlib.Path(values.input), pathlib.Path(values.output)
+    if (
+        output.exists()
+        and source.exists()
+        and output.samefile(source)
+        and source.suffix != ".jsonl"
+    ):
+        raise UsageError(f"--output: {output} is the input, and no JSON lines; name another file.")
     made = judge_flags.make(values)
-    rows, problems = answers.judge(read_answers(pathlib.Path(values.input)), made)
+    rows, problems = answers.judge(read_answers(source), made)
     whole_files.write(values.output, whole_files.to_json_lines(rows))
     print("\n".join(summary(rows, made)))
     print(f"output: {values.output}")

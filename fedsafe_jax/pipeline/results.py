@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fedsafe_jax.evals import calibration, comparison
+from fedsafe_jax.evals import calibration, comparison, two_sides
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.pipeline import evaluation, rounds
 from fedsafe_jax.pipeline.arms import planned_arms, references
@@ -81,11 +81,13 @@ def summarise(
         for name, one in inputs.evals.items():
             corrected = calibration.corrections(arm[name], one.task.columns[0].field, measured)
             arm[name] |= {"corrected": corrected} if corrected else {}
+    both_sides = {name: two_sides.headline(inputs.evals, arm) for name, arm in arms.items()}
     differences = comparison.differences(inputs.evals, outcomes, references(config), options)
     read = {n: one.source for n, one in inputs.evals.items() if one.source != HELDOUT}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}
     results = {
         "arms": arms,
+        "two_sides": both_sides,
         "differences": differences,
         "seeds": list(config.seeds),
         "data": inputs.counts | held(holdings),

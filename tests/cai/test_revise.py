@@ -1,5 +1,6 @@
 """The revision loop: what it asks, what it keeps, and its command."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -55,6 +56,36 @@ def test_records_say_why_a_revision_is_dropped():
     assert revise.tally(found) == {"kept": 2} | dict.fromkeys(
         ("unchanged", "empty", "cut", "still harmful", "over-refusal"), 1
     )
+
+
+def test_a_refusal_of_the_constitution_takes_the_place_of_a_revision_that_is_dropped():
+    prompts = ["kept", "cut", "still", "refused", "over"]
+    initial = ["Sure", "Sure", "Sure", "I'm sorry", "A cake"]
+    revisions = ["I'm sorry", "I'm sorry", "Fine", "Fine", "I'm sorry"]
+    rules = revise.Rules([True, True, True, True, False], judges.refuses("start"))
+    answer, reviser = speaker(initial, [revisions], [1, 0, 1, 1, 1])
+    own = PRINCIPLES._replace(refusals=("I won't.", "I can't do that."))
+    ask = functools.partial(
+        revise.revise, asked(prompts), own, answer, reviser=reviser, seed=(0,), rules=rules
+    )
+    found = ask(replace=True)
+    assert [r.replaced for r in found] == ["", "cut", "still harmful", "still harmful", ""]
+    assert [r.dropped for r in found] == [""] * 4 + ["over-refusal"]  # no refusal is wanted there
+    assert [r.preferred for r in found] == [True, True, True, False, False]
+    for record, own_revision in zip(found, revisions, strict=True):
+        if record.replaced:
+            assert record.revision in own.refusals and record.critique == ""
+            assert record.earlier == ((record.principle, "critique", own_revision),)
+    assert revise.tally(found) == {"kept": 4, "replaced": 3, "over-refusal": 1}
+    assert [revise.from_row(revise.to_row(r)) for r in found] == found
+    older = {k: v for k, v in revise.to_row(found[0]).items() if k != "replaced"}
+    assert revise.from_row(older) == found[0]
+    assert [r.principle for r in ask()] == [r.principle for r in found]  # draws are the same
+    with pytest.raises(ValueError, match="no refusals"):
+        revise.revise(
+            asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules,
+            replace=True,
+        )  # fmt: skip
 
 
 def test_revisions_go_on_from_revisions_behind_few_shots():

@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from fedsafe_jax.cli import judge
+from fedsafe_jax.cli.command import UsageError
 from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.judges import JudgeError
 
@@ -52,7 +53,20 @@ def test_a_judge_that_fails_on_all_is_an_error_behind_the_others(tmp_path, capsy
     [
         ({"answer": "So."}, "'messages' must be a list"),
         ({"messages": [], "answer": "So."}, "'messages' must be a list"),
-        ({"messages": [{"role": "user"}], "answer": "So."}, "'messages' must be a list"),
+        ({"messages": [{"role": "user"}], "answer": "So."}, "needs 'role' and 'content'"),
+        ({"prompt": "How?", "response": "So."}, "no field 'answer'.*'response'.* Name the field"),
+        ({"instruction": "How?", "output": "So."}, "'prompt' a text; found the fields.*output"),
+        ({"messages": [{"role": "user", "content": "How?"}]}, "no answer at the end"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": "A"},
+                ],
+                "answer": "B",
+            },
+            "ends with an answer that is not 'answer'",
+        ),
         ({"prompt": "How?", "answer": None}, "'answer' must be a text, found None"),
         ({"prompt": "How?", "answer": "So.", "verdicts": [1]}, "'verdicts' must be an object"),
     ],
@@ -60,3 +74,32 @@ def test_a_judge_that_fails_on_all_is_an_error_behind_the_others(tmp_path, capsy
 def test_rows_that_are_none_are_named(tmp_path, row, message):
     with pytest.raises(SourceError, match=f"line 2.*{message}"):
         run(tmp_path, [ROWS[0], row])
+
+
+def test_answers_of_other_tools_are_read_where_they_stand(tmp_path):
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "I can't help."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "How?"}]}]
+    rows = [
+        {"messages": turns},
+        {"messages": turns, "answer": "I can't help."},
+        {"messages": parts, "answer": "I can't help."},
+        {
+            "conversations": [
+                {"from": "human", "value": "How?"},
+                {"from": "gpt", "value": "I can't."},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "How?"}], "answer": "I can't help."},
+    ]
+    for row, judged in zip(rows, run(tmp_path, rows, judges="start"), strict=True):
+        assert judged["messages"] == [{"role": "user", "content": "How?"}]
+        assert judged["answer"].startswith("I can't") and judged["verdicts"]["start"]["refused"]
+        assert judged.get("conversations") == row.get("conversations")
+
+
+def test_a_file_that_is_no_json_lines_is_not_written_over(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\nHow?,So.\n")
+    with pytest.raises(UsageError, match="is the input, and no JSON lines; name another file"):
+        run(tmp_path, ROWS, input=tmp_path / "a.csv", output=tmp_path / "a.csv")
+    with pytest.raises(SourceError, match="is a folder; name a file of answers"):
+        run(tmp_path, ROWS, input=tmp_path)

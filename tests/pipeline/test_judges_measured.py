@@ -80,3 +80,16 @@ def test_results_hold_the_calibration_and_the_corrected_rates(tmp_path):
     counts = calibration.packaged(["rules"])["rules"]
     want = calibration.correct(90.0, advbench["by_judge"]["rules"]["ci95"], counts)
     assert advbench["corrected"]["rules"] == want._asdict()
+    assert found["two_sides"] == {
+        "base": [
+            {
+                "harmful": "advbench",
+                "harmless": "over_refusal",
+                "safe": 90.0,
+                "safe_ci95": advbench["ci95"],
+                "complied": 10.0,
+                "complied_ci95": [100 - bound for bound in reversed(advbench["ci95"])],
+                "balanced": 50.0,
+            }
+        ]
+    }

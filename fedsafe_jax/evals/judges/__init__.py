@@ -64,7 +64,7 @@ def parse(spec: str) -> tuple[JudgeKind, str]:
     """
     name, colon, argument = str(spec).partition(":")
     if name not in JUDGES:
-        raise JudgeError(unknown("judge", name, JUDGES))
+        raise JudgeError(f"{unknown('judge', name, JUDGES)} Write {', '.join(forms())}.")
     kind = JUDGES[name]
     if kind.argument and not argument:
         raise JudgeError(f"judge '{spec}': write {name}:{kind.argument}.")

@@ -34,8 +34,9 @@ from fedsafe_jax.evals.judges.guard_formats import FORMATS, GuardFormat
 from fedsafe_jax.filters import store
 from fedsafe_jax.filters.decision import flag
 from fedsafe_jax.inference import generation
-from fedsafe_jax.models import hub
+from fedsafe_jax.models import base_model, hub
 from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.gguf_reader import is_gguf
 from fedsafe_jax.models.model_files import read_json
 from fedsafe_jax.registry import unknown
 
@@ -56,8 +57,13 @@ def split(argument: str) -> tuple[str, str]:
     name, mark, form = argument.partition("#")
     if mark and form not in FORMATS:
         raise JudgeError(unknown(f"judge 'guard:{argument}': format", form, FORMATS))
-    if (os.path.isabs(name) or name.startswith(".")) and not os.path.isdir(name):
-        raise JudgeError(f"judge 'guard:{argument}': {name}: no such folder.")
+    packaged = name == base_model.PACKAGED
+    on_hub = name.count("/") == 1 and not os.path.isabs(name) and not name.startswith(".")
+    is_here = os.path.isdir(name) or (is_gguf(name) and os.path.isfile(name))
+    if not packaged and not on_hub and not is_here:
+        raise JudgeError(
+            f"judge 'guard:{argument}': {name}: no such folder, and not a Hub id (owner/name)."
+        )
     return name, form
 
 
