@@ -56,6 +56,7 @@ STEPS = (
     "rounds",
     "federation",
     "refusal_probe",
+    "own_answers",
     "revision_rows",
     "constitutional",
     "results",
