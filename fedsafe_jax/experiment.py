@@ -224,6 +224,7 @@ class ArmRun:
         """
         if not self.planned.arm.trains:
             return None
+        self.progress.note(f"{self.planned.id} seed {self.seed}: training")
         config, stage = self.config, self._constitutional_stage()
         saved = checkpoint.RoundCheckpoints(self._files.checkpoints, config.checkpoint_keep)
         state, done = self._restored(saved)

@@ -90,9 +90,10 @@ class OwnAnswers:
 
     def _kept(self, asked: list) -> list[dict]:
         """Returns the rows of the file; [] where it holds other requests, or is damaged."""
-        fields = {"messages": list, "answer": str, "finished": bool, "dropped": str}
+        fields = {"messages": list, "answer": str, "dropped": str}
         try:
             rows = run_files.read_lines(self._path, fields)
         except WorkdirError:
             return []
-        return rows if [row["messages"] for row in rows] == asked else []
+        whole = all(isinstance(row.get("finished"), bool) for row in rows)
+        return rows if whole and [row["messages"] for row in rows] == asked else []

@@ -1,15 +1,19 @@
 """The server's own arm: Constitutional AI without clients, beside harmless requests."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from commands import rows, run
+from etils import epath
 
 from fedsafe_jax.cai import constitution
 from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.data import chat
+from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import judges
+from fedsafe_jax.pipeline.own_answers import OwnAnswers
 from fedsafe_jax.validation import validate
 
 HARMLESS = ["How do I whip cream?", "How do I kill weeds?", "What is a bomb calorimeter?", "Hi"]
@@ -58,6 +62,31 @@ def test_the_server_alone_aligns_the_base(tmp_path):
     assert "of these replaced" in page and "client loss" not in page
     exported = json.loads((tmp_path / "run/export/adapter/adapter_config.json").read_text())
     assert exported["r"] == default_config().lora_rank
+
+
+def test_answers_are_made_once_and_again_where_the_file_is_damaged(packaged, tmp_path):
+    harmless = [Example((("user", text),), "") for text in HARMLESS]
+    config = default_config()
+    config.cai.max_new_tokens = 8
+
+    def made(answers=True):
+        lm = packaged if answers else None  # there is nothing to ask then
+        inputs = types.SimpleNamespace(lm=lm, harmless=harmless)
+        return OwnAnswers(config, inputs, epath.Path(tmp_path))
+
+    first = made().examples
+    assert made(answers=False).examples == first and not all(e.ended for e in first)
+    path = tmp_path / "own_answers.jsonl"
+    kept = path.read_bytes()
+    for damaged in (
+        b"no JSON\n" + kept,
+        kept.replace(b'"finished": ', b'"finished": 3'),
+        kept[:40],
+    ):
+        path.write_bytes(damaged)
+        assert made().examples == first and path.read_bytes() == kept
+    harmless.pop()
+    assert len(made()._rows) == len(HARMLESS) - 1
 
 
 def test_the_end_of_a_cut_answer_is_not_learned(packaged):
