@@ -8,6 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import importlib.util
 import math
+import os
 import pathlib
 import re
 import struct
@@ -42,9 +43,9 @@ class GgufTensor(NamedTuple):
     stop: int
 
 
-def is_gguf(name: str) -> bool:
+def is_gguf(name: str | os.PathLike[str]) -> bool:
     """Returns whether a model's name is that of a GGUF file."""
-    return name.lower().endswith(SUFFIX)
+    return os.fspath(name).lower().endswith(SUFFIX)
 
 
 def check_package() -> None:

@@ -27,7 +27,7 @@ def stage_of(packaged, red_team, **fields):
     config.cai.update(fields)
     inputs = types.SimpleNamespace(lm=packaged, red_team=red_team, given=[])
     return constitutional.ConstitutionalStage(
-        config, inputs, packaged.model, clients=None, folder=None, mine=bool, seed=0
+        config, inputs, packaged.model, clients=None, own=None, folder=None, mine=bool, seed=0
     )
 
 

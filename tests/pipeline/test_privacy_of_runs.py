@@ -127,8 +127,8 @@ def test_without_noise_nothing_is_secret(tmp_path):
     c = private_config()
     c.federated.noise_multiplier = 0.0
     run = experiment.ArmRun(
-        config=c, inputs=None, clients=None, federation=None, workdir=tmp_path, progress=None,
-        owner=None, seed=0, planned=planned_arms(c)[0],
+        config=c, inputs=None, clients=None, own=None, federation=None, workdir=tmp_path,
+        progress=None, owner=None, seed=0, planned=planned_arms(c)[0],
     )  # fmt: skip
     assert run.secret is None and not list(tmp_path.iterdir())
     assert rounds.privacy_of(c) == {}
