@@ -28,7 +28,7 @@ from fedsafe_jax.data.examples import UNKNOWN, UNSAFE
 from fedsafe_jax.data.refusals import start_refusal
 from fedsafe_jax.filters import decision, protocol, quality
 from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
-from fedsafe_jax.inference.language_model import model_folder
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.pipeline import filtering
 from fedsafe_jax.runtime.libraries import prepare_libraries
 

@@ -20,7 +20,7 @@ from fedsafe_jax.cai import constitution, forms, revise
 from fedsafe_jax.data import sources
 from fedsafe_jax.federated.mesh import make_mesh, use_cores
 from fedsafe_jax.inference.chat_session import ChatSession
-from fedsafe_jax.inference.language_model import model_folder
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.pipeline.constitutional import make_generate_fn
 
 _MODEL = flags.DEFINE_string("model", "package:model", "Model folder or Hub id.")

@@ -15,8 +15,8 @@ from fedsafe_jax import random_streams
 from fedsafe_jax.aot.lengths import Lengths
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import hub, lora, loss, microbatch
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder import Decoder, param_shapes
 from fedsafe_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 from fedsafe_jax.models.known import KNOWN

@@ -25,10 +25,10 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import ChunkInputs
 from fedsafe_jax.inference import decoding
-from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import attention
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.cache import unrolls, unstack
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS

@@ -7,6 +7,7 @@ A folder holds the file's own values: float16 and bfloat16 as they are, all othe
 `--dtype` writes all weights in one type. A GGUF file is float16, or float32 by `--dtype=float32`.
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -37,12 +38,12 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError(f"--model={values.model}: neither it nor --output is a GGUF file (.gguf).")
     gguf_reader.check_package()
     if to_file:
-        from fedsafe_jax.inference.language_model import model_folder
+        from fedsafe_jax.models.base_model import model_folder
 
         check_file("output", values.output)
         gguf_writer.write_file(model_folder(values.model), output, values.dtype or "float16")
     else:
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        if os.path.isfile(output) or (os.path.isdir(output) and any(output.iterdir())):
             raise UsageError(f"--output={output}: is there and not empty; name a new folder.")
         gguf_reader.GgufFile(pathlib.Path(values.model))  # before a folder is made for it
         check_folder("output", values.output)

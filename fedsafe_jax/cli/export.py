@@ -83,8 +83,8 @@ class Saved:
 
     def __init__(self, workdir: str, arm: str, seed: int | None):
         from fedsafe_jax import random_streams
-        from fedsafe_jax.inference.language_model import model_folder
         from fedsafe_jax.models import hub, lora
+        from fedsafe_jax.models.base_model import model_folder
         from fedsafe_jax.pipeline.arms import planned_arms
         from fedsafe_jax.runtime import checkpoint, run_files
         from fedsafe_jax.runtime.client_updates import ClientUpdates

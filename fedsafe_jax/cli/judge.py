@@ -113,8 +113,8 @@ def main(values: flags.FlagValues) -> None:
     check_file("output", values.output)
     source, output = pathlib.Path(values.input), pathlib.Path(values.output)
     if (
-        output.exists()
-        and source.exists()
+        os.path.exists(output)
+        and os.path.exists(source)
         and output.samefile(source)
         and source.suffix != ".jsonl"
     ):

@@ -123,8 +123,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
     from fedsafe_jax.federated.mesh import make_mesh
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.kinds import FILTER_KINDS
-    from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import lora
+    from fedsafe_jax.models.base_model import model_folder
     from fedsafe_jax.models.tokenizer_loading import read_tokenizer
     from fedsafe_jax.pipeline import filtering
     from fedsafe_jax.runtime import devices

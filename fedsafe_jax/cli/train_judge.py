@@ -105,8 +105,8 @@ def measure(judge: EncoderJudge, rows: list[LabelledAnswer]) -> dict:
 def main(values: flags.FlagValues) -> None:
     """Trains, saves, measures, and prints a line for each test model."""
     from fedsafe_jax.evals import judge_training
-    from fedsafe_jax.inference.language_model import model_folder
     from fedsafe_jax.models import encoder_hub
+    from fedsafe_jax.models.base_model import model_folder
     from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 
     try:

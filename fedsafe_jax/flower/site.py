@@ -24,8 +24,8 @@ from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.filters.cache import content_hash, folder_hash
 from fedsafe_jax.flower import site_policy
 from fedsafe_jax.flower.site_policy import SettingsError, SiteSettings
-from fedsafe_jax.inference.language_model import model_folder
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.models.tensor_files import save_file

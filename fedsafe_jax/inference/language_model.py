@@ -18,9 +18,9 @@ from fedsafe_jax.data import chat_template as chat_templates
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.inference.tokenizer import load_tokenizer
-from fedsafe_jax.models import base_model, gguf_folder, hub, hub_files, lora
+from fedsafe_jax.models import hub, hub_files, lora
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder import Decoder, DecoderConfig
-from fedsafe_jax.models.gguf_reader import is_gguf
 from fedsafe_jax.models.sharding import MODEL, writes
 
 Dialogue = Sequence[tuple[str, str]]  # (role, text) turns
@@ -285,23 +285,6 @@ def _check_options(options: dict) -> None:
         raise hub.ModelError(
             f"generation has no option '{name}'; expected {', '.join(sorted(known))}.{hint}"
         )
-
-
-def model_folder(path_or_hub_id: str) -> pathlib.Path:
-    """Returns the local folder of a model.
-
-    That is the folder as given, the packaged one (`package:model`), what a GGUF file became in the
-    user's cache, or a download.
-
-    Raises:
-      ModelError: there is no such model, or it is a GGUF file that cannot be read.
-      WorkdirError: the user's cache cannot be written to.
-    """
-    if path_or_hub_id == base_model.PACKAGED:
-        return base_model.PACKAGED_FOLDER
-    if is_gguf(path_or_hub_id) and not pathlib.Path(path_or_hub_id).is_dir():
-        return gguf_folder.cached(path_or_hub_id)
-    return hub.resolve(path_or_hub_id)
 
 
 def load_pretrained(

@@ -1,13 +1,33 @@
-"""The name of an adapter's base model, as peft, transformers and vLLM can load it."""
+"""What a model's name stands for: its folder, and the name by which other libraries load it."""
 
 import os
 import pathlib
 
-from fedsafe_jax.models import gguf_folder
+from fedsafe_jax.models import gguf_folder, hub
 from fedsafe_jax.models.gguf_reader import is_gguf
 
 PACKAGED = "package:model"
 PACKAGED_FOLDER = pathlib.Path(__file__).resolve().parents[1] / "assets" / "model"
+
+
+def model_folder(path_or_hub_id: str) -> pathlib.Path:
+    """Returns the local folder of a model.
+
+    That is the folder as given, the packaged one (`package:model`), what a GGUF file became in the
+    user's cache, or a download.
+
+    Args:
+      path_or_hub_id: local folder or GGUF file, `package:model`, or a Hub id.
+
+    Raises:
+      ModelError: there is no such model, or it is a GGUF file that cannot be read.
+      WorkdirError: the user's cache cannot be written to.
+    """
+    if path_or_hub_id == PACKAGED:
+        return PACKAGED_FOLDER
+    if is_gguf(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
+        return gguf_folder.cached(path_or_hub_id)
+    return hub.resolve(path_or_hub_id)
 
 
 def loadable(name: str) -> str:

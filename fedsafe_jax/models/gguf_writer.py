@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.models import hub
@@ -169,8 +170,11 @@ def _add_tokenizer(writer: "GGUFWriter", folder: pathlib.Path, config: DecoderCo
         "eot": writer.add_eot_token_id,
         "eom": writer.add_eom_token_id,
     }
-    for name, number in zip(END_TOKENS, _end_tokens(folder, tokenizer), strict=False):
+    ends = _end_tokens(folder, tokenizer)
+    for name, number in zip(END_TOKENS, ends, strict=False):
         adders[name](number)
+    if lost := ends[len(END_TOKENS) :]:
+        logging.warning("%s: GGUF has no place for the end tokens %s.", folder, lost)
     bos = tokenizer.bos_token_id
     writer.add_add_bos_token(bos is not None and tokenizer("a")["input_ids"][:1] == [bos])
     if tokenizer.chat_template:
@@ -213,7 +217,7 @@ def _state_of(splitting: Any) -> str:
 def _plain(state: Any) -> Any:
     """Returns a pre-tokenizer's state without what changes no token."""
     if isinstance(state, dict):
-        return {k: _plain(v) for k, v in state.items() if k not in ("trim_offsets", "invert")}
+        return {k: _plain(v) for k, v in state.items() if k != "trim_offsets"}
     return [_plain(part) for part in state] if isinstance(state, list) else state
 
 

@@ -24,7 +24,7 @@ from fedsafe_jax.pipeline.pools import read_client_pools
 def _decoder_config(name: str, dtype: str) -> DecoderConfig:
     if name in KNOWN:
         return dataclasses.replace(KNOWN[name], dtype=dtype)
-    from fedsafe_jax.inference.language_model import model_folder
+    from fedsafe_jax.models.base_model import model_folder
 
     return hub.read_config(model_folder(name), dtype)
 

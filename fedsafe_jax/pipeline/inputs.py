@@ -17,9 +17,10 @@ from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.federated import mesh, participation
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.store import check_folders
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, model_folder
+from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
 from fedsafe_jax.inference.tokenizer import PROBE, load_tokenizer
 from fedsafe_jax.models import attention, hub, lora
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.pools import POOLS, read_pools
 from fedsafe_jax.random_streams import Purpose, generator

@@ -14,7 +14,7 @@ from fedsafe_jax.data.examples import SourceError
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.filters import store
 from fedsafe_jax.filters.kinds import FILTER_KINDS
-from fedsafe_jax.inference.language_model import model_folder
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import chosen_sets
 

@@ -21,7 +21,7 @@ def twins(tmp_path_factory):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from fedsafe_jax import load_pretrained
-    from fedsafe_jax.inference.language_model import model_folder
+    from fedsafe_jax.models.base_model import model_folder
 
     folder = tmp_path_factory.mktemp("random")
     tokenizer = AutoTokenizer.from_pretrained(model_folder("package:model"))

@@ -117,14 +117,15 @@ def test_microbatches_and_the_queue_of_clients_drop_the_same(model, monkeypatch)
 
     by_parts = microbatch.value_and_grad_in_microbatches(loss_fn, platform="cpu")
     parts = jax.jit(by_parts)(factors, params, batch)
-    # Float32 sums in another order: 2e-5 were seen. Other noise of one token moves them by 0.1.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), parts, expected)
+    # Float32 sums in another order: 2e-5 were seen. Other noise of one token that is learned from
+    # moves them by 1e-4 to 1e-1.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=4e-5), parts, expected)
     from fedsafe_jax.federated.mesh import make_mesh
 
     queue = microbatch.value_and_grad_in_microbatches(loss_fn, make_mesh(jax.devices()[:2]))
     two = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch)
     values, _ = jax.jit(jax.vmap(queue, (None, None, 0)))(factors, params, two)
-    np.testing.assert_allclose(values, [expected[0]] * 2, atol=1e-4)
+    np.testing.assert_allclose(values, [expected[0]] * 2, atol=1e-5)
 
 
 def test_without_noise_or_rate_the_program_is_what_it_was(model):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedsafe_jax.inference.language_model import load_pretrained, model_folder
+from fedsafe_jax.inference.language_model import load_pretrained
 from fedsafe_jax.models import (
     base_model,
     gguf_folder,
@@ -22,6 +22,7 @@ from fedsafe_jax.models import (
     gguf_writer,
     hub,
 )
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder_config import ModelError, from_hf
 from fedsafe_jax.models.tokenizer_loading import read_tokenizer
 
@@ -336,3 +337,20 @@ def test_what_is_not_written_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="model_type 'gemma2' is not written as GGUF"):
         gguf_writer.write_file(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_splitting_that_keeps_what_others_take_out_is_not_theirs(tmp_path):
+    splitting = gguf_writer.SPLITTINGS["llama-bpe"]
+    state = {
+        "model": {"type": "BPE", "ignore_merges": splitting.whole_words},
+        "normalizer": {"type": "NFC"} if splitting.composed else None,
+        "pre_tokenizer": json.loads(gguf_writer._state_of(splitting)),
+    }
+    name = gguf_writer._splitting(state, tmp_path)
+    assert gguf_writer.SPLITTINGS[name] == splitting
+    text = json.dumps(state)
+    assert '"invert": false' in text
+    with pytest.raises(ModelError, match="splits texts as one of"):
+        gguf_writer._splitting(
+            json.loads(text.replace('"invert": false', '"invert": true')), tmp_path
+        )

@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.inference.language_model import load_pretrained, model_folder, save_pretrained
+from fedsafe_jax.inference.language_model import load_pretrained, save_pretrained
 from fedsafe_jax.models import base_model, hub_files, tensor_files
+from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder_config import ModelError
 
 PACKAGED = model_folder("package:model")
