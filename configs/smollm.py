@@ -82,6 +82,8 @@ def get_config(arg=""):
         "do_not_answer",
         "utility",
         "token_f1",
+        "prefilled=advbench_targets:advbench/harmful_behaviors.csv",
+        "divergence=advbench_targets:advbench/harmful_behaviors.csv",
     )
     c.eval.max_new_tokens = 256 if on_gpu else 24
     if not on_gpu:

@@ -60,7 +60,12 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("max_length", 256, "Tokens of a scored dialogue.", lower_bound=16, **here)
     whole("max_prompts", 0, "Prompts taken of each set; 0 for all.", lower_bound=0, **here)
     judge_flags.define(values, judges.DEFAULT)
-    text("base", None, "Model that a judge of preference compares the answers with.", **here)
+    text(
+        "base",
+        None,
+        "Model that judges of preference, and tasks such as divergence, compare with.",
+        **here,
+    )
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
     text("system", "", "System prompt of dialogues that have none.", **here)
@@ -74,9 +79,13 @@ def options_of(values: flags.FlagValues) -> EvalOptions:
       UsageError: a judge is unknown or cannot be made, or the base has none that compares.
     """
     chosen = judge_flags.make(values)
-    if values.base and not any(one.measures == judges.PREFERENCE for one in chosen):
+    compares = any(one.measures == judges.PREFERENCE for one in chosen)
+    readers = [name for name, task in tasks().items() if task.reads_base]
+    named = {entry.partition("=")[0] for entry in values.tasks}
+    if values.base and not compares and not named & set(readers):
         raise UsageError(
-            f"--base: add a judge that compares, {judges.EXAMPLES[judges.PREFERENCE]}, to --judges."
+            f"--base: add a judge that compares, {judges.EXAMPLES[judges.PREFERENCE]}, to "
+            f"--judges, or one of {', '.join(readers)} to --tasks."
         )
     if values.samples > 1 and not values.temperature:
         raise UsageError("--samples: greedy answers are all the same; give --temperature.")
@@ -108,6 +117,8 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
         raise UsageError(f"--tasks: {error}") from None
     sets = {}
     for name, one in chosen.items():
+        if one.task.reads_base and not values.base and not values.adapter:
+            raise UsageError(f"--tasks: '{name}' compares with a base: give --base or --adapter.")
         if one.source == HELDOUT:
             raise UsageError(
                 f"--tasks: '{name}' reads the pairs that a run holds out; give {name}=SOURCE."

@@ -14,7 +14,13 @@ from fedsafe_jax.data.examples import SAFE, UNKNOWN, UNSAFE, Example, SourceErro
 from fedsafe_jax.data.row_fields import answer, ask, field, one_of, optional
 
 # Readers of benchmarks, which may be evaluated on and never trained on.
-EVALUATION_ONLY = ("advbench", "xstest_safe", "xstest_unsafe", *BENCHMARKS)
+EVALUATION_ONLY = (
+    "advbench",
+    "advbench_targets",
+    "xstest_safe",
+    "xstest_unsafe",
+    *BENCHMARKS,
+)
 
 Rows = Iterable[tuple[str, dict]]
 EN, KO = ("_en", ""), ("",)  # endings of the fields: English where the row has it, or Korean
@@ -131,6 +137,13 @@ def _advbench(rows: Rows) -> Iterable[Example]:
         yield Example(ask(place, field(place, row, "goal")), "")
 
 
+def _advbench_targets(rows: Rows) -> Iterable[Example]:
+    """Yields AdvBench's requests with its targets: how an answer that complies would begin."""
+    for place, row in rows:
+        said = field(place, row, "target").strip()
+        yield Example(ask(place, field(place, row, "goal")), said, UNSAFE, ended=False)
+
+
 def _derta(rows: Rows) -> Iterable[Example]:
     for place, row in rows:
         prompt = field(place, row, "prefix", "question")
@@ -162,6 +175,7 @@ READERS: dict[str, Callable[[Rows], Iterable[Example]]] = {
     "dolly": functools.partial(_instructions, context="context", response="response"),
     "alpaca": functools.partial(_instructions, context="input", response="output"),
     "advbench": _advbench,
+    "advbench_targets": _advbench_targets,
     "derta": _derta,
     "prompts": _prompts,
     "chat": read_dialogues,

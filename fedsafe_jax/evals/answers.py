@@ -40,10 +40,25 @@ def ask(lm: LanguageModel, requests: Sequence[Example], options: EvalOptions) ->
         )
         for sample in range(options.samples)
     ]
+    return as_rows(requests, dialogues, by_sample)
+
+
+def as_rows(
+    requests: Sequence[Example],
+    dialogues: Sequence[Messages],
+    by_sample: Sequence[tuple[Sequence[str], Sequence[bool]]],
+) -> list[dict]:
+    """Returns answers as the rows that `ask` describes.
+
+    Args:
+      requests: the requests.
+      dialogues: the turns that were answered, of each request.
+      by_sample: for each sample the answers, and whether each is finished.
+    """
     rows = []
     for i, (request, messages) in enumerate(zip(requests, dialogues, strict=True)):
         for sample, (answers, finished) in enumerate(by_sample):
-            row = {"item": i} | ({"sample": sample} if options.samples > 1 else {})
+            row = {"item": i} | ({"sample": sample} if len(by_sample) > 1 else {})
             row |= {"messages": chat.to_dicts(messages), "answer": answers[i]}
             row["finished"] = bool(finished[i])
             known = {"category": request.category, "language": request.language}

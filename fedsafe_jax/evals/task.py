@@ -82,7 +82,8 @@ class EvalOptions(NamedTuple):
       max_length: longest dialogue that is scored, in tokens.
       batch_size: prompts answered at once.
       judges: judges of the answers; the first that measures what a task asks is its headline.
-      base: the base model, whose answers judges of preference compare with; None for none.
+      base: the base model, whose answers judges of preference compare with, and tasks that
+        `reads_base` its distributions; None for none.
       temperature: temperature of the answers; 0 for greedy.
       samples: answers to each prompt.
       system: system prompt of dialogues that have none; "" for none.
@@ -130,6 +131,8 @@ class Task(NamedTuple):
       beside: names of tasks without one of which this one is never shown, the best match first,
         such as over-refusal for refusal; () for none. The first column of both is the side that
         `two_sides` shows.
+      reads_base: whether `run` compares with a base: that of the options, or the model without its
+        adapter.
     """
 
     name: str
@@ -147,6 +150,7 @@ class Task(NamedTuple):
     measures: tuple[str, ...] = ()
     optional: bool = False
     beside: tuple[str, ...] = ()
+    reads_base: bool = False
 
     @property
     def generates(self) -> bool:

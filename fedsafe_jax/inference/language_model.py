@@ -221,22 +221,75 @@ class LanguageModel:
         """Answers as `answer_dialogues`, under each of `num_adapters` (0: one) adapters."""
         begun = self.tokenizer(begin, add_special_tokens=False)["input_ids"] if begin else []
         prompts = self.render(dialogues, max_new_tokens + len(begun), truncate)
-        generated = generation.generate_ids(
-            self.model,
-            self.params,
-            self.factors,
-            prompts=[[*prompt, *begun] for prompt in prompts],
-            stop_ids=self.stop_ids,
-            max_new_tokens=max_new_tokens,
+        generated = self._generate(
+            [[*prompt, *begun] for prompt in prompts],
+            max_new_tokens,
+            Sampling(float(temperature), top_k, top_p, min_p),
             seed=seed,
-            sampling=Sampling(float(temperature), top_k, top_p, min_p),
             batch_size=batch_size,
-            mesh=self.mesh,
             num_adapters=num_adapters,
         )
         return [
             ([self.text([*begun, *ids]) for ids in each.ids], each.finished) for each in generated
         ]
+
+    def continue_answers(
+        self,
+        dialogues: Sequence[Dialogue],
+        begun: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> generation.Generated:
+        """Goes on with the answer to each dialogue from tokens that are put in the model's mouth.
+
+        Args:
+          dialogues: as in `answer_dialogues`; those too long for the context are cut.
+          begun: token ids that each answer begins with.
+          max_new_tokens: longest continuation, without the tokens given.
+          temperature, seed, batch_size: as in `answer_dialogues`.
+
+        Returns:
+          What the model says behind the given tokens, as token ids.
+
+        Raises:
+          ChatTemplateError: the chat template refuses a dialogue's roles or their order.
+        """
+        longest = max(map(len, begun), default=0)
+        prompts = self.render(dialogues, max_new_tokens + longest, truncate=True)
+        (generated,) = self._generate(
+            [[*prompt, *said] for prompt, said in zip(prompts, begun, strict=True)],
+            max_new_tokens,
+            Sampling(float(temperature)),
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return generated
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        seed: int,
+        batch_size: int,
+        num_adapters: int = 0,
+    ) -> list[generation.Generated]:
+        return generation.generate_ids(
+            self.model,
+            self.params,
+            self.factors,
+            prompts=prompts,
+            stop_ids=self.stop_ids,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampling=sampling,
+            batch_size=batch_size,
+            mesh=self.mesh,
+            num_adapters=num_adapters,
+        )
 
     def render(
         self, dialogues: Sequence[Dialogue], max_new_tokens: int, truncate: bool

@@ -3,6 +3,7 @@
 from fedsafe_jax.evals.task import Task
 from fedsafe_jax.evals.tasks.alert import ALERT
 from fedsafe_jax.evals.tasks.arc import ARC_CHALLENGE, ARC_EASY
+from fedsafe_jax.evals.tasks.divergence import DIVERGENCE
 from fedsafe_jax.evals.tasks.do_not_answer import DO_NOT_ANSWER
 from fedsafe_jax.evals.tasks.gsm8k import GSM8K
 from fedsafe_jax.evals.tasks.harmbench import HARMBENCH
@@ -13,6 +14,7 @@ from fedsafe_jax.evals.tasks.malicious_instruct import MALICIOUS_INSTRUCT
 from fedsafe_jax.evals.tasks.mmlu import MMLU, MMLU_FIVE_SHOT
 from fedsafe_jax.evals.tasks.mt_bench import MT_BENCH
 from fedsafe_jax.evals.tasks.or_bench import OR_BENCH, OR_BENCH_TOXIC
+from fedsafe_jax.evals.tasks.prefilled import PREFILLED
 from fedsafe_jax.evals.tasks.reference import EXERCISES, TOKEN_F1
 from fedsafe_jax.evals.tasks.refusal import ADVBENCH, OVER_REFUSAL
 from fedsafe_jax.evals.tasks.s_eval import S_EVAL, S_EVAL_ATTACK
@@ -56,5 +58,7 @@ TASKS: dict[str, Task] = {
         MMLU_FIVE_SHOT,
         GSM8K,
         IFEVAL,
+        PREFILLED,
+        DIVERGENCE,
     )
 }
