@@ -32,7 +32,9 @@ from absl import app, flags
 
 import fedsafe_jax as fs
 from fedsafe_jax.cai import constitution
+from fedsafe_jax.cai import steps as cai_steps
 from fedsafe_jax.cai import train as cai_train
+from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.cai.revise import revise
 from fedsafe_jax.data import chat, sources
 from fedsafe_jax.data.batches import RoundBatches
@@ -384,7 +386,7 @@ def measure_cai(results):
     )  # fmt: skip
     results["revise: seconds"] = round(time.perf_counter() - started, 2)
     results["prompts"] = len(records)
-    recipe = cai_train.Recipe(
+    recipe = cai_steps.Recipe(
         ("sft", "dpo"), (1.0, 0.5), 0.1, batch_size=8, pairs_per_step=4, seq=128
     )
     init, step = cai_train.make_step(lm.model, recipe)
@@ -392,9 +394,9 @@ def measure_cai(results):
     def encode(turns, response):
         return chat.encode(lm.tokenizer, turns, response, 128)
 
-    triples = [cai_train.Triple(r.prompt, r.initial, r.revision or "No.") for r in records]
+    triples = [Triple(r.prompt, r.initial, r.revision or "No.") for r in records]
     imitation = [e for e in (encode(r.turns, r.revision or "No.") for r in records) if e]
-    data = cai_train.steps(recipe, steps, imitation, triples=triples, encode=encode, seed=(0,))
+    data = cai_steps.make_steps(recipe, steps, imitation, triples=triples, encode=encode, seed=(0,))
     factors = lm.factors
     state, taken = init(factors), []
     for one in data:

@@ -163,7 +163,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.reviser = "global"  # who criticises and revises: the global model, or the frozen base
     c.cai.red_team_prompts = 24  # red-team prompts a round
     c.cai.benign_prompts = 8  # harmless prompts a round, whose answers must not become refusals
-    c.cai.replay_examples = 48  # replayed pairs a round, imitated beside the revisions
+    c.cai.replay_examples = 48  # replayed pairs a round, imitated or held beside the revisions
     c.cai.few_shots = 0  # examples of the constitution put before each prompt
     c.cai.few_shot_file = ""  # file of examples in Anthropic's form; "" for the constitution's own
     c.cai.revision_rounds = 1  # rounds of critique and revision of an answer
@@ -189,10 +189,11 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.pairs_per_step = 4  # preference pairs a step
     # learning rate of CAI; decays as the clients' does, but not if adaptive
     c.cai.learning_rate = 1e-3
-    c.cai.losses = ("sft", "dpo")  # losses, added up; replay is always imitated
+    # losses, added up; replay is imitated, or with kl the model is held to its reference on it
+    c.cai.losses = ("sft", "dpo")
     c.cai.weights = (1.0, 0.5)  # weight of each loss
     c.cai.beta = 0.1  # beta of dpo, ipo and kto
-    # reference of dpo, ipo, kto: the base, or global: the model of the round's start
+    # reference of dpo, ipo, kto and kl: the base, or global: the model of the round's start
     c.cai.reference = "base"
     c.cai.refusal_word = " Sorry"  # derta: word whose first token harmful answers turn to
     c.cai.max_new_tokens = 48  # longest answer, critique or revision, in tokens

@@ -19,7 +19,9 @@ from fedsafe_jax.aot.program import (
     least,
     on,
 )
+from fedsafe_jax.cai import steps as cai_steps
 from fedsafe_jax.cai import train as cai_train
+from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
@@ -227,10 +229,10 @@ def constitutional(run: Run) -> Iterator[Program]:
 
     answer = int(min(c.cai.max_new_tokens, c.seq_len // 2))
     triples = [
-        cai_train.Triple(text(min(int(n), c.seq_len // 2)), text(answer), text(answer))
+        Triple(text(min(int(n), c.seq_len // 2)), text(answer), text(answer))
         for n in run.lengths.prompts[: c.cai.pairs_per_step]
     ]
-    data = cai_train.steps(
+    data = cai_steps.make_steps(
         recipe,
         1,
         run.lengths.encoded(c.cai.batch_size, c.seq_len),
@@ -239,9 +241,9 @@ def constitutional(run: Run) -> Iterator[Program]:
         seed=(0,),
         tokenizer=tokenizer,
     )[0]
-    trained = [data.imitation, *data.rows.values()]
-    read = [] if data.pairs is None else [data.pairs.rows]
-    batches = trained + read
+    # Of the last ones the reference makes a pass too.
+    compared = [b for b in (data.held, data.pairs and data.pairs.rows) if b is not None]
+    batches = [data.imitation, *data.rows.values(), *compared]
     filled = [int((b.segment_ids > 0).sum()) for b in batches]
     targets = [int((b.mask > 0).sum()) for b in batches]
     seen = [attended(b.positions, b.segment_ids) for b in batches]
@@ -249,8 +251,8 @@ def constitutional(run: Run) -> Iterator[Program]:
         least(shape, n, s, logits=2 * t, trains=True, remat=c.remat)
         for n, s, t in zip(filled, seen, targets, strict=True)
     )
-    if read:  # the reference's pass
-        minimum += least(shape, filled[-1], seen[-1], logits=targets[-1])
+    for n, s, t in list(zip(filled, seen, targets, strict=True))[len(batches) - len(compared) :]:
+        minimum += least(shape, n, s, logits=t)
     base = base_shapes(shape, c)
     factors, data = on(run.factors, mesh), on(data, mesh)
     state = on(jax.eval_shape(init, run.factors), mesh)

@@ -5,7 +5,8 @@ The loop itself is `revise.revise`; it is not exported here, where `revise` is t
 
 from fedsafe_jax.cai.losses import LOSSES, Loss, Ratios, dpo, ipo, kto
 from fedsafe_jax.cai.revise import Generate, Judge, Record, Rules, tally
-from fedsafe_jax.cai.train import Pairs, Recipe, Step, make_step, preference_losses
+from fedsafe_jax.cai.steps import Pairs, Recipe, Step, make_steps
+from fedsafe_jax.cai.train import make_step, preference_losses
 
 __all__ = [
     "LOSSES",
@@ -22,6 +23,7 @@ __all__ = [
     "ipo",
     "kto",
     "make_step",
+    "make_steps",
     "preference_losses",
     "tally",
 ]

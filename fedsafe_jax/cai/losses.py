@@ -78,6 +78,8 @@ class Loss(NamedTuple):
       mismatched: whether it also needs the next pair's answers to each prompt.
       make_rows: packs rows of its own out of a step's triples, which are then imitated; arguments
         as for `derta.batch`.
+
+    The two that need nothing of this are about dialogues: `SFT` and `KL`.
     """
 
     preference: Callable[[Ratios, float], jax.Array] | None = None
@@ -86,8 +88,12 @@ class Loss(NamedTuple):
 
 
 SFT = "sft"  # imitates the revisions themselves; replay is imitated with or without it
+# Holds the model to its reference on the replay, which is then not imitated. Imitated, the greedy
+# answers of the base make its distribution narrower, and what it says of other texts less likely.
+KL = "kl"
 LOSSES = {
     SFT: Loss(),
+    KL: Loss(),
     "dpo": Loss(dpo),
     "ipo": Loss(ipo),
     "kto": Loss(kto, mismatched=True),

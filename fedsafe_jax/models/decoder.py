@@ -176,6 +176,24 @@ def target_nll(model: Decoder, params: dict, hidden: jax.Array, targets: jax.Arr
     return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
 
+def divergence(model: Decoder, params: dict, hidden: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns KL(reference || model) of the next token; every logit of both is held.
+
+    Args:
+      model: the decoder, for its unembedding.
+      params: base parameters.
+      hidden, reference: `[tokens, hidden_size]`.
+
+    Returns:
+      float32 `[tokens]`, in nats.
+    """
+    ours, theirs = (
+        jax.nn.log_softmax(model.apply({"params": params}, x, method="unembed"))
+        for x in (hidden, reference)
+    )
+    return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+
+
 @functools.lru_cache
 def param_shapes(config: DecoderConfig) -> dict:
     """Returns the pytree of base parameters as `jax.ShapeDtypeStruct`s, float32."""

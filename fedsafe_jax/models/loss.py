@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from fedsafe_jax.models.decoder import Decoder, target_nll
+from fedsafe_jax.models.decoder import Decoder, divergence, target_nll
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS, flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS, count_on
 from fedsafe_jax.models.sparse_last_layer import weighted_nll
@@ -38,21 +38,55 @@ def token_nll(
     Returns:
       float32 `[batch, seq]`, in nats.
     """
-    chunk = min(CHUNK_TOKENS.get(model.config.platform, DEFAULT_CHUNK_TOKENS), targets.size)
+    chunk = _chunk_tokens(model, targets.size)
     flat = hidden.reshape(targets.size, -1), targets.reshape(-1), mask.reshape(-1) != 0
-    return _chunked_nll(model, chunk)(params, *flat).reshape(targets.shape)
+    return _chunked_nll(model, chunk, target_nll)(params, *flat).reshape(targets.shape)
+
+
+def token_divergence(
+    model: Decoder, params: dict, hidden: jax.Array, reference: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Returns KL(reference || model) of the next token at each place, zero where the mask is off.
+
+    Chunks, gradients and `vmap` as in `token_nll`; nothing flows into the reference.
+
+    Args:
+      model: the decoder, for its unembedding.
+      params: base parameters, frozen.
+      hidden: `[batch, seq, hidden_size]`.
+      reference: `[batch, seq, hidden_size]`, of the same base under other factors.
+      mask: float32 or bool `[batch, seq]`, nonzero where it is computed.
+
+    Returns:
+      float32 `[batch, seq]`, in nats.
+    """
+    chunk = _chunk_tokens(model, mask.size)
+    flat = (x.reshape(mask.size, -1) for x in (hidden, jax.lax.stop_gradient(reference)))
+    is_target = mask.reshape(-1) != 0
+    return _chunked_nll(model, chunk, divergence)(params, *flat, is_target).reshape(mask.shape)
+
+
+def _chunk_tokens(model: Decoder, tokens: int) -> int:
+    """Returns how many tokens' logits are held at once."""
+    return min(CHUNK_TOKENS.get(model.config.platform, DEFAULT_CHUNK_TOKENS), tokens)
 
 
 # Cached, so that a model and chunk size have one function, whose traces jax can reuse.
 @functools.lru_cache(maxsize=16)
-def _chunked_nll(model: Decoder, chunk: int) -> Callable:
+def _chunked_nll(model: Decoder, chunk: int, of_chunk: Callable) -> Callable:
     """Returns the differentiable loss of a flat sequence of tokens.
 
+    Args:
+      model: the decoder, for its unembedding.
+      chunk: tokens of a chunk.
+      of_chunk: `(model, params, hidden, targets) -> float32 [tokens]`, such as `target_nll`; with
+        every logit held.
+
     Returns:
-      `(params, hidden [tokens, hidden_size], targets int32 [tokens], is_target bool [tokens])
-      -> nll float32 [tokens]`.
+      `(params, hidden [tokens, hidden_size], targets [tokens, ...], is_target bool [tokens])
+      -> loss float32 [tokens]`.
     """
-    chunk_nll = functools.partial(target_nll, model)
+    chunk_nll = functools.partial(of_chunk, model)
     value = functools.partial(_nll, chunk_nll, chunk)
     value_and_gradient = functools.partial(_nll_and_gradient, chunk_nll, chunk)
     trainable = functools.partial(_nll_of_trainable_base, chunk_nll, chunk)
@@ -151,7 +185,8 @@ def _nll_of_trainable_base(chunk_nll: Callable, chunk: int, params, hidden, targ
             hidden, targets,
         )  # fmt: skip
 
-    chunks = hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk), is_filled
+    hidden, targets = (x.reshape(-1, chunk, *x.shape[1:]) for x in (hidden, targets))
+    chunks = hidden, targets, is_filled
     return _restore_order(jax.lax.map(one_chunk, chunks).reshape(-1), order, is_target)
 
 
@@ -222,3 +257,25 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
     )
     nll = token_nll(model, base, hidden, batch.targets, batch.mask)
     return masked_mean(nll, batch.mask)
+
+
+def packed_divergence(
+    model: Decoder, reference: dict | None, factors: dict, base: dict, batch: Any
+) -> jax.Array:
+    """Returns the mean KL(reference || model), in nats, at the places that predict target tokens.
+
+    Args:
+      model: the decoder.
+      reference: LoRA factors that the model is held to; None for the base alone.
+      factors: LoRA factors.
+      base: frozen base parameters.
+      batch: `data.packing.Batch` with fields `[rows, seq]`.
+
+    Returns:
+      float32 scalar.
+    """
+    rows = batch.tokens, batch.positions, batch.segment_ids
+    hidden, _ = model.apply({"params": base, "lora": factors}, *rows)
+    variables = {"params": base} | ({} if reference is None else {"lora": reference})
+    fixed, _ = model.apply(variables, *rows)
+    return masked_mean(token_divergence(model, base, hidden, fixed, batch.mask), batch.mask)

@@ -23,7 +23,8 @@ from fedsafe_jax.cai.revise import (
     tally,
 )
 from fedsafe_jax.cai.schedule import LIMIT, SCHEDULES, Amount
-from fedsafe_jax.cai.train import Step, make_step
+from fedsafe_jax.cai.steps import Step
+from fedsafe_jax.cai.train import make_step
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.task import subset
@@ -129,14 +130,14 @@ class ConstitutionalStage:
             if self.inputs.harmless:
                 counts["own_answers"] = self.own.counts
             counts["tokens_generated"] = self._count_tokens(_generated(records))
-            imitation, lost, notes = self.rows.imitation(kept, replay)
+            imitation, replayed, lost, notes = self.rows.imitation(kept, replay)
             triples = self.rows.triples(kept)
             counts |= {"pairs": len(triples), "lost": lost, "notes": notes}
             if imitation:  # else the adapter stays as it is
                 if math.isinf(num_steps):
                     num_steps = math.ceil(len(imitation) / c.batch_size)
                 limit = LIMIT * c.steps if probe else int(num_steps)
-                data = self.rows.steps(limit, imitation, triples=triples, t=t)
+                data = self.rows.steps(limit, imitation, replayed, triples=triples, t=t)
                 learning_rate = jnp.float32(c.learning_rate * share)
                 factors, losses = self._train(current, data, int(num_steps), learning_rate, probe)
                 counts |= training_counts(data[: len(losses)], losses)

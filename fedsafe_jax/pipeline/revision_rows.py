@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import derta
 from fedsafe_jax.cai.revise import Record
-from fedsafe_jax.cai.train import Recipe, Step, steps
+from fedsafe_jax.cai.steps import Recipe, Step, make_steps
 from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.dialogue_notes import CUT
@@ -50,7 +50,7 @@ class RevisionRows:
 
     def imitation(
         self, kept: Sequence[Record], replay: Sequence[Example]
-    ) -> tuple[list[Encoded], int, dict[str, int]]:
+    ) -> tuple[list[Encoded], int, int, dict[str, int]]:
         """Encodes what is imitated: the replay, and revisions where the losses ask for them.
 
         Args:
@@ -58,8 +58,9 @@ class RevisionRows:
           replay: benign examples.
 
         Returns:
-          `(dialogues, those lost because their requests alone fill a row, notes)`. The notes, see
-          `dialogue_notes.count`, are of replay and revisions in any case.
+          `(dialogues, how many of them are replay, those lost because their requests alone fill a
+          row, notes)`. The replay is first. The notes, see `dialogue_notes.count`, are of replay
+          and revisions in any case.
         """
         said = [(e.messages, e.response) for e in replay] + [(r.turns, r.revision) for r in kept]
         fitted = [self._fitted(turns, answer) for turns, answer in said]
@@ -80,7 +81,8 @@ class RevisionRows:
         if not self.recipe.imitates_revisions:
             encoded = encoded[: len(replay)]
         left = [e for e in encoded if e is not None]
-        return left, len(encoded) - len(left), notes
+        replayed = sum(e is not None for e in encoded[: len(replay)])
+        return left, replayed, len(encoded) - len(left), notes
 
     def triples(self, kept: Sequence[Record]) -> list[derta.Triple]:
         """Returns what preference losses and DeRTa learn from: answers with their revisions."""
@@ -96,6 +98,7 @@ class RevisionRows:
         self,
         count: int,
         imitation: Sequence[Encoded],
+        replayed: int,
         triples: Sequence[derta.Triple],
         t: int,
     ) -> list[Step]:
@@ -103,19 +106,21 @@ class RevisionRows:
 
         Args:
           count: number of steps.
-          imitation, triples: what is learned from.
+          imitation, replayed: as of `imitation`.
+          triples: pairs that are learned from.
           t: number of the round, from 0.
         """
         refusal = 0
         if self.recipe.own_rows:
             refusal = derta.refusal_token(self.tokenizer, self.config.cai.refusal_word)
-        return steps(
+        return make_steps(
             self.recipe,
             count,
             imitation,
             triples=triples,
             encode=self.encode,
             seed=(self.seed, t),
+            replayed=replayed,
             tokenizer=self.tokenizer,
             refusal=refusal,
         )
@@ -141,7 +146,7 @@ def training_counts(taken: Sequence[Step], losses: Sequence[dict]) -> dict:
       taken: data of the steps.
       losses: losses of each.
     """
-    batches = [b for s in taken for b in (s.imitation, *s.rows.values())]
+    batches = [b for s in taken for b in (s.imitation, *s.rows.values(), s.held) if b is not None]
     batches += [s.pairs.rows for s in taken if s.pairs]
     tokens = int(sum((b.segment_ids > 0).sum() for b in batches))
     names = sorted({name for values in losses for name in values})

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from cai_examples import TRIPLES
 
-from fedsafe_jax.cai import derta, train
+from fedsafe_jax.cai import derta, steps, train
 from fedsafe_jax.data import chat
+from fedsafe_jax.data.packing import assign_rows, fill
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.loss import packed_divergence
 
 SHAPE = lora.LoraConfig(4, 8.0, ("q_proj",))
 
 
 def recipe(*names, weights=None):
-    return train.Recipe(
+    return steps.Recipe(
         names, weights or (1.0,) * len(names), 0.1, batch_size=2, pairs_per_step=2, seq=64
     )
 
@@ -33,7 +35,7 @@ def test_every_loss_learns_what_it_is_told(packaged, names):
     triples = [t._replace(harmful="Sure, step one, step two.") for t in TRIPLES]
     imitation = [encode(t.turns, t.safe) for t in triples]
     refusal = derta.refusal_token(packaged.tokenizer)
-    data = train.steps(
+    data = steps.make_steps(
         recipe(*names),
         12,
         imitation,
@@ -58,17 +60,19 @@ def test_steps_have_one_shape_and_cover_every_pair(packaged):
     encode = encoder(packaged.tokenizer)
     triples = [t._replace(harmful="Sure " * (5 * i + 1)) for i, t in enumerate(TRIPLES)]
     imitation = [encode(t.turns, t.safe) for t in triples]
-    data = train.steps(
+    data = steps.make_steps(
         recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
     )
     shapes = {str(jax.tree.map(np.shape, s)) for s in data}
     assert len(shapes) == 1
-    again = train.steps(
+    again = steps.make_steps(
         recipe("sft", "kto"), 6, imitation, triples=triples, encode=encode, seed=(3,)
     )
     jax.tree.map(np.testing.assert_array_equal, data, again)
     assert all(s.pairs.on.sum() == 2 for s in data)
-    empty = train.steps(recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,))
+    empty = steps.make_steps(
+        recipe("sft", "dpo"), 2, imitation, triples=[], encode=encode, seed=(3,)
+    )
     assert all(s.pairs is None for s in empty)
 
 
@@ -81,7 +85,7 @@ def test_pairs_of_answers_keep_the_dialogue_before_them(packaged):
     alone = triple._replace(messages=())
     texts = {}
     for name, one in (("whole", triple), ("alone", alone)):
-        (step,) = train.steps(
+        (step,) = steps.make_steps(
             recipe("dpo", "derta", weights=(1.0, 1.0)), 1,
             [encoder(words)(one.turns, one.safe)], triples=[one], encode=encoder(words),
             seed=(0,), tokenizer=words, refusal=1,
@@ -105,8 +109,40 @@ def test_steps_on_given_devices_are_compiled_once(packaged):
     start, step = train.make_step(lm.model, recipe("sft"))
     state, before = start(factors), step._cache_size()  # other tests may share the step
     encoded = chat.encode(lm.tokenizer, (("user", "Hello"),), "Hi.", 64)
-    data = train.steps(recipe("sft"), 3, [encoded], triples=[], encode=None, seed=(0,))
+    data = steps.make_steps(recipe("sft"), 3, [encoded], triples=[], encode=None, seed=(0,))
     for one in data:
         factors, state, _ = step(factors, state, None, params, one, jnp.float32(1e-3))
     assert step._cache_size() == before + 1
     assert {x.sharding for x in jax.tree.leaves(state)} == {place}
+
+
+def test_the_replay_is_held_and_not_imitated(packaged):
+    """Under "kl" what is replayed is a batch of its own, and the model stays what it was there."""
+    encode = encoder(packaged.tokenizer)
+    replay = [encode((("user", text),), "Chess is one.") for text in ("Name a game.", "A game?")]
+    revised = [encode(t.turns, t.safe) for t in TRIPLES]
+    ends = {}
+    for names in (("sft",), ("sft", "kl")):
+        how = recipe(*names)
+        data = steps.make_steps(
+            how, 12, [*replay, *revised], triples=[], encode=encode, seed=(0,), replayed=len(replay)
+        )
+        shown = [(packaged.tokenizer.decode(s.imitation.tokens.reshape(-1)), s.held) for s in data]
+        assert any("game" in text for text, _ in shown) == ("kl" not in names)
+        model = packaged.model.__class__(packaged.config, SHAPE.scale)
+        start, step = train.make_step(model, how)
+        adapter = lora.init(jax.random.key(0), packaged.config, SHAPE)
+        state = start(adapter)
+        for one in data:
+            adapter, state, values = step(
+                adapter, state, None, packaged.params, one, jnp.float32(2e-3)
+            )
+            assert set(values) == set(names)
+        rows = assign_rows([len(e.ids) for e in replay], 64)
+        held = fill(replay, rows, len(rows), 64)
+        ends[names] = float(packed_divergence(model, None, adapter, packaged.params, batch=held))
+    assert 0 < ends["sft", "kl"] < ends["sft",] / 2
+    held_alone = steps.make_steps(
+        recipe("kl"), 1, replay, triples=[], encode=encode, seed=(0,), replayed=len(replay)
+    )
+    assert not held_alone[0].imitation.mask.any() and held_alone[0].held.mask.any()

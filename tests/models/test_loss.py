@@ -117,3 +117,49 @@ def test_masked_mean_counts_places_and_not_weights():
     assert float(loss.masked_mean(values, weights)) == 0.75
     assert float(loss.masked_mean(values, weights > 0)) == 1.5
     assert float(loss.masked_mean(values, 0 * weights)) == 0
+
+
+def test_divergence_from_a_reference_equals_torch(monkeypatch):
+    """KL(reference || model) over the places of targets: value, and gradient by the factors."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 8)
+    model, params = tiny_model()
+    shape = lora.LoraConfig(2, 4.0, ("q_proj", "down_proj"))
+    model = Decoder(model.config, shape.scale)
+    factors, reference = (
+        jax.tree.map(
+            lambda x, i=i: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape),
+            lora.init(jax.random.key(i), model.config, shape),
+        )
+        for i in (1, 2)
+    )
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 97, (2, 12)), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
+    mask = jnp.asarray(rng.random((2, 12)) < 0.5, jnp.float32)
+    batch = Batch(tokens, tokens, positions=places, segment_ids=jnp.ones_like(tokens), mask=mask)
+
+    def logits_of(factors):
+        lora_of = {} if factors is None else {"lora": factors}
+        rows = batch.tokens, batch.positions, batch.segment_ids
+        hidden, _ = model.apply({"params": params} | lora_of, *rows)
+        return model.apply({"params": params}, hidden, method="unembed")
+
+    for fixed in (reference, None):
+        value, gradient = jax.value_and_grad(
+            lambda f, fixed=fixed: loss.packed_divergence(model, fixed, f, params, batch)
+        )(factors)
+        logits, pull_back = jax.vjp(logits_of, factors)
+        ours = torch.tensor(np.asarray(logits), dtype=torch.float64, requires_grad=True)
+        theirs = torch.tensor(np.asarray(logits_of(fixed)), dtype=torch.float64)
+        on = torch.tensor(np.asarray(mask)) > 0
+        expected = torch.nn.functional.kl_div(
+            ours.log_softmax(-1)[on], theirs.log_softmax(-1)[on], log_target=True, reduction="sum"
+        ) / int(on.sum())
+        expected.backward()
+        # float32 differences of log-probabilities near each other, against float64.
+        assert float(value) == pytest.approx(expected.item(), rel=1e-4)
+        (by_torch,) = pull_back(jnp.asarray(ours.grad.numpy(), jnp.float32))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), gradient, by_torch)
+    same = loss.packed_divergence(model, factors, factors, params, batch)
+    assert abs(float(same)) < 1e-6

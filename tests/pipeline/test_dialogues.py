@@ -112,8 +112,8 @@ def test_triples_and_imitation_keep_the_dialogue(packaged, monkeypatch):
         chat, "encode", lambda words, turns, *rest: encode(words, turns, *rest)
         if turns[-1][1] != "Lost?" else None,
     )  # fmt: skip
-    (revised, replayed), lost, notes = stage.rows.imitation([long], replay)
-    assert lost == 1 and notes == {"cut": 2}  # the lost one is not counted again
+    (revised, replayed), first, lost, notes = stage.rows.imitation([long], replay)
+    assert (first, lost) == (1, 1) and notes == {"cut": 2}  # the lost one is not counted again
     for encoded, answer in ((revised, "An hour."), (replayed, "I'm sorry.")):
         text = packaged.tokenizer.decode(encoded.ids)
         assert "Be brief." in text and "I tie a knot." in text and answer in text
