@@ -3,9 +3,10 @@
     fedsafe run --config=configs/align.py --workdir=runs/aligned --config.model=FOLDER
 
 The server alone runs Constitutional AI on its own red-team requests (arm `cai`). As many harmless
-requests in the same words ("how to kill weeds") are answered by the model itself and replayed, so
-that it does not learn to refuse by the words. `export/merged` is what a federation starts from.
-With `--config.data_dir=DATA` `:public` adds public instructions, and public evaluation sets.
+requests in the same words ("how to kill weeds") are answered by the model itself, and on them it is
+held to its own distribution, so that it does not learn to refuse by the words, nor to speak
+otherwise. `export/merged` is what a federation starts from. With `--config.data_dir=DATA` `:public`
+adds public requests and instructions, and is evaluated on public sets.
 """
 
 from fedsafe_jax.config import ConfigError, default_config
@@ -35,8 +36,10 @@ def get_config(arg=""):
     c.cai.replay_examples = 600
     c.cai.steps = 70
     c.cai.batch_size = 8
-    c.cai.losses, c.cai.weights = ("sft",), (1.0,)
+    # A mean over tokens each: what is held has twice as many, and refusal is to be the exception.
+    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 4.0)
     c.cai.learning_rate = 5e-4
+    c.cai.max_new_tokens = 32
     c.eval.judges = ("rules", "start")
     c.eval.tasks = (
         "advbench=chat:package/align_harmful_heldout.jsonl",
@@ -47,12 +50,16 @@ def get_config(arg=""):
         c.data_dir = "data"
         c.safe_sources = ("dolly:dolly/databricks_dolly_sample.csv#clients",)
         c.heldout_sources = ("dolly:dolly/databricks_dolly_sample.csv#heldout",)
-        c.cai.harmless_sources += ("prompts:refusal_direction/harmless_train.json.gz#server",)
+        c.cai.red_team_sources += ("prompts:derta/safety_illegal_instructions_200.json",)
+        c.cai.benign_sources = ("dolly:dolly/databricks_dolly_sample.csv#server",)
+        c.cai.red_team_prompts = 698
+        c.cai.replay_examples = 850
+        c.cai.steps = 90
         c.eval.tasks = (
             "advbench",
             "xstest_safe",
             "xstest_unsafe",
-            "over_refusal=prompts:refusal_direction/harmless_train.json.gz#heldout",
+            "over_refusal=chat:package/align_harmless_heldout.jsonl",
             "utility",
         )
         c.eval.max_prompts = 200

@@ -71,17 +71,20 @@ def get_config(arg=""):
     c.cai.replay_examples = 192 if on_gpu else 48
     c.cai.steps = 20 if on_gpu else 8
     c.cai.batch_size = 16 if on_gpu else 8
-    c.cai.losses, c.cai.weights = ("sft",), (1.0,)
+    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 4.0)  # as it was aligned
+    c.cai.reference = "global"  # what clients taught of other things stays
     c.cai.learning_rate = 5e-4
     c.cai.max_new_tokens = 128 if on_gpu else 32
     c.eval.judges = ("rules", "start", "keyword")
     c.eval.tasks = (
         "advbench",
+        "harmbench=prompts:harmbench/harmbench_prompts.txt",
         "xstest_safe",
         "xstest_unsafe",
         "do_not_answer",
         "utility",
         "token_f1",
+        "exercises",
         "prefilled=advbench_targets:advbench/harmful_behaviors.csv",
         "divergence=advbench_targets:advbench/harmful_behaviors.csv",
     )

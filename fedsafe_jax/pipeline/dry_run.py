@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.config import default_config, unsafe_sources
+from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import UNSAFE, SourceError
 from fedsafe_jax.evals.task import HELDOUT, TaskError
 from fedsafe_jax.filters.kinds import FILTER_KINDS
@@ -107,6 +108,20 @@ def _cai_data(config: ConfigDict) -> str:
     )
 
 
+def _own_answers(config: ConfigDict) -> str:
+    """Returns how many harmless requests the base would answer; "" for none."""
+    c = config.cai
+    if not c.harmless_sources or not any(arm.cai for arm in arms_of(config)):
+        return ""
+    if config.data_dir == "hub":
+        return "the base answers harmless requests that are read from the Hub when it runs"
+    try:
+        asked = sum(len(sources.load(name, config.data_dir)) for name in c.harmless_sources)
+    except SourceError as error:
+        return f"not known: {error}"
+    return f"the base answers <= {asked:,} harmless requests once, by <= {c.max_new_tokens} tokens"
+
+
 def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
@@ -182,6 +197,7 @@ def describe(config: ConfigDict) -> str:
         f"clients hold     harmful share {_held(config)}",
         f"CAI a round      {config.cai.schedule}: {_cai_data(config)}, {config.cai.steps} steps of "
         f"{' + '.join(config.cai.losses)}",
+        *([f"own answers      {own}"] if (own := _own_answers(config)) else []),
         f"evaluation       {', '.join(sets)}, {c.max_prompts or 'all'} prompts each; answers of <= "
         f"{c.max_new_tokens} tokens to {', '.join(n for n, s in sets.items() if s.task.generates)}",
         "would load       " + "\n                 ".join(dict.fromkeys(filter(None, loaded))),

@@ -29,13 +29,16 @@ def harmless(tmp_path):
         f"data_dir={tmp_path}", "arms=('base','cai')", "export_arm=cai", "rounds=2",
         "cai.harmless_sources=('chat:harmless.jsonl',)", "cai.benign_sources=()",
         "cai.benign_prompts=0", "cai.replay_examples=50", "cai.replace_dropped=True",
-        "cai.max_new_tokens=8", "eval.max_prompts=2",
+        "cai.max_new_tokens=8", "cai.losses=('sft','kl')", "cai.weights=(1.0,2.0)",
+        "eval.max_prompts=2",
         "eval.tasks=('advbench=chat:asked.jsonl','over_refusal=chat:package/benign_heldout.jsonl')",
     )  # fmt: skip
 
 
 def test_the_server_alone_aligns_the_base(tmp_path):
     options = harmless(tmp_path)
+    plan = run(tmp_path / "run", *options, "dry_run=True").stdout
+    assert "the base answers <= 5 harmless requests once, by <= 8 tokens" in plan
     run(tmp_path / "run", *options)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert list(results["arms"]) == ["base", "cai"]
@@ -51,6 +54,7 @@ def test_the_server_alone_aligns_the_base(tmp_path):
     assert len(mine) == 2
     for row in mine:
         assert "clients" not in row and row["loss"] is None and row["cai"]["sft_loss"] > 0
+        assert row["cai"]["kl_loss"] > 0 or row["round"] == 0  # at first it is the base
         assert row["cai"]["replay"] == row["cai"]["own_answers"].get("kept", 0) == kept
         assert row["cai"]["own_answers"]["asked"] == 4
     refusals = constitution.load(constitution.PACKAGED).refusals
