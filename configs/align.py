@@ -36,8 +36,8 @@ def get_config(arg=""):
     c.cai.replay_examples = 600
     c.cai.steps = 70
     c.cai.batch_size = 8
-    # A mean over tokens each. Whether an answer refuses is decided by its first one, of which what is
-    # held has a smaller share; at 4 half of the held-out twins are refused.
+    # A mean over tokens each. The first token decides whether an answer refuses, and is a smaller
+    # share of the longer answers that are held: at 4 half of the held-out twins are refused.
     c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 16.0)
     c.cai.learning_rate = 5e-4
     c.cai.max_new_tokens = 32
