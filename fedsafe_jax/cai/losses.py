@@ -93,9 +93,9 @@ SFT = "sft"  # imitates the revisions themselves; replay is imitated with or wit
 KL = "kl"
 LOSSES = {
     SFT: Loss(),
-    KL: Loss(),
     "dpo": Loss(dpo),
     "ipo": Loss(ipo),
     "kto": Loss(kto, mismatched=True),
     "derta": Loss(make_rows=derta.batch),
+    KL: Loss(),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cai_examples import Logits
 
-from fedsafe_jax.cai import losses, train
+from fedsafe_jax.cai import losses, steps, train
 from fedsafe_jax.cai.losses import Ratios
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data.chat import Encoded
@@ -32,7 +32,7 @@ def answers():
 def packed(answers):
     pairs = [(answers[0], answers[2]), (answers[1], answers[3])]
     others = [(answers[4], answers[6]), (answers[5], answers[7])]
-    return train.pack_pairs(pairs, others, SIZE, SEQ)
+    return steps.pack_pairs(pairs, others, SIZE, SEQ)
 
 
 def torch_ratio(torch, policy, reference, answer, tokens_at):
