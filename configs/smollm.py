@@ -78,7 +78,7 @@ def get_config(arg=""):
     c.eval.judges = ("rules", "start", "keyword")
     c.eval.tasks = (
         "advbench",
-        "harmbench=prompts:harmbench/harmbench_prompts.txt",
+        "harmbench",
         "xstest_safe",
         "xstest_unsafe",
         "do_not_answer",

@@ -6,11 +6,8 @@ native_notes.import_jax()  # before anything below does
 
 from fedsafe_jax.federated.mesh import make_mesh  # noqa: E402
 from fedsafe_jax.finetune import finetune  # noqa: E402
-from fedsafe_jax.inference.language_model import (  # noqa: E402
-    LanguageModel,
-    load_pretrained,
-    save_pretrained,
-)
+from fedsafe_jax.inference.language_model import LanguageModel  # noqa: E402
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained  # noqa: E402
 from fedsafe_jax.models.lora import (  # noqa: E402
     Adapter,
     LoraConfig,

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import multiprocessing
+import os
 import pathlib
 import re
 import time
@@ -84,7 +85,7 @@ FROM_THE_START = {
 # Those that are asked of short texts alone: an expression, whose length is checked before.
 SHORT = {r"\[\^?\]?[^\]]*\]": tokenizer_loading.MOST_CHARACTERS}
 # A quadratic expression takes minutes on this many characters, a linear one a fraction of a second.
-SIZE = 200_000
+SIZE = int(os.environ.get("FEDSAFE_TEXT_SIZE", "200000"))
 ALPHABET = (
     "a", " ", "\n", "1", "[", "]", "#", "*", "|", "<", ">", "_", ".", "(", "\\", '"', "\u3000", "é",
     "\n\n", " \n", "a ", "a\n", "1.", "[[1", "[[", "<|a|>", "</s>", "<|a|> ", "<think>", "<think> ",

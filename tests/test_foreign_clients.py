@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from families import FAMILIES, VOCAB, checkpoint
 
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained
 from fedsafe_jax.models import hub, lora
 
 pytest.importorskip("torch")

@@ -70,3 +70,15 @@ def test_ranges_in_words(allowed, words):
 
 def test_messages_are_one_printable_line():
     assert one_line(ValueError("a\x1b[31m\nb")) == "a\\x1b[31m b"
+
+
+def test_holding_alone_or_on_nothing_is_refused():
+    config = default_config()
+    config.cai.losses, config.cai.weights = ("sft", "kl"), (1.0, 4.0)
+    validate(config)
+    config.cai.replay_examples = 0
+    with pytest.raises(ConfigError, match="'kl' holds the model on replayed pairs, and cai.replay"):
+        validate(config)
+    config.cai.losses, config.cai.weights, config.cai.replay_examples = ("kl",), (1.0,), 8
+    with pytest.raises(ConfigError, match="'kl' keeps the model what it is; add a loss"):
+        validate(config)

@@ -232,6 +232,8 @@ def constitutional(run: Run) -> Iterator[Program]:
         Triple(text(min(int(n), c.seq_len // 2)), text(answer), text(answer))
         for n in run.lengths.prompts[: c.cai.pairs_per_step]
     ]
+    asked = c.cai.red_team_prompts + c.cai.benign_prompts
+    replay = c.cai.replay_examples / max(c.cai.replay_examples + asked, 1)
     data = cai_steps.make_steps(
         recipe,
         1,
@@ -239,6 +241,7 @@ def constitutional(run: Run) -> Iterator[Program]:
         triples=triples,
         encode=lambda turns, r: chat.encode(tokenizer, turns, r, c.seq_len),
         seed=(0,),
+        replayed=round(c.cai.batch_size * replay),
         tokenizer=tokenizer,
     )[0]
     # Of the last ones the reference makes a pass too.

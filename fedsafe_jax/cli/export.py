@@ -188,7 +188,7 @@ def check_output(output: str) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Writes the adapter or the merged model, and prints how to load it."""
-    from fedsafe_jax.inference.language_model import load_pretrained
+    from fedsafe_jax.inference.pretrained import load_pretrained
     from fedsafe_jax.models import lora
     from fedsafe_jax.models.adapter_hash import adapter_hash
     from fedsafe_jax.pipeline import export

@@ -73,7 +73,7 @@ def score(
     """
     from fedsafe_jax.filters import store
     from fedsafe_jax.filters.decision import check_threshold, flag
-    from fedsafe_jax.inference.language_model import load_pretrained
+    from fedsafe_jax.inference.pretrained import load_pretrained
     from fedsafe_jax.runtime import devices
 
     check_threshold(threshold)

@@ -18,7 +18,8 @@ import optax
 from fedsafe_jax import random_streams
 from fedsafe_jax.data import chat, packing
 from fedsafe_jax.demo.dialogues import Dialogue, build_dialogues, model_card
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained
 from fedsafe_jax.models import hub
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import from_hf

@@ -6,7 +6,8 @@ packs prompts (`prompt_packing`) and runs the compiled programs of `decoding` wi
 """
 
 from fedsafe_jax.inference.chat_session import ChatSession
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained
 from fedsafe_jax.inference.sampling import GREEDY, Sampling
 
 __all__ = [

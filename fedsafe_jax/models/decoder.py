@@ -13,6 +13,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.models import attention, dropout, rotary
@@ -191,7 +192,7 @@ def divergence(model: Decoder, params: dict, hidden: jax.Array, reference: jax.A
         jax.nn.log_softmax(model.apply({"params": params}, x, method="unembed"))
         for x in (hidden, reference)
     )
-    return jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+    return optax.losses.kl_divergence_with_log_targets(ours, theirs)
 
 
 @functools.lru_cache

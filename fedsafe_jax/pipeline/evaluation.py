@@ -22,7 +22,8 @@ from fedsafe_jax.evals.task import (
     select,
     subset,
 )
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.runtime import multihost
 
 Rows = list[dict]  # see `evals.answers`

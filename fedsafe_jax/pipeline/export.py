@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from fedsafe_jax import whole_files
 from fedsafe_jax.config import ConfigError, unsafe_sources
 from fedsafe_jax.federated.mesh import spans_hosts
-from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import save_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder

@@ -33,7 +33,8 @@ from fedsafe_jax.filters.pairs import Refuses, hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.chat_session import ChatSession
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
 from fedsafe_jax.pipeline.clients import Clients, describe_encoding, encode, learned

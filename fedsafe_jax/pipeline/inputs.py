@@ -17,7 +17,8 @@ from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.federated import mesh, participation
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.store import check_folders
-from fedsafe_jax.inference.language_model import LanguageModel, load_pretrained
+from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.inference.tokenizer import PROBE, load_tokenizer
 from fedsafe_jax.models import attention, hub, lora
 from fedsafe_jax.models.base_model import model_folder

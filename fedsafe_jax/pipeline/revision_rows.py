@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai import derta
+from fedsafe_jax.cai.losses import KL, SFT
 from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.cai.steps import Recipe, Step, make_steps
 from fedsafe_jax.data import chat, dialogue_notes
@@ -51,7 +52,7 @@ class RevisionRows:
     def imitation(
         self, kept: Sequence[Record], replay: Sequence[Example]
     ) -> tuple[list[Encoded], int, int, dict[str, int]]:
-        """Encodes what is imitated: the replay, and revisions where the losses ask for them.
+        """Encodes the replay, and the revisions where the losses imitate them.
 
         Args:
           kept: records that may be trained on.
@@ -149,9 +150,12 @@ def training_counts(taken: Sequence[Step], losses: Sequence[dict]) -> dict:
     batches = [b for s in taken for b in (s.imitation, *s.rows.values(), s.held) if b is not None]
     batches += [s.pairs.rows for s in taken if s.pairs]
     tokens = int(sum((b.segment_ids > 0).sum() for b in batches))
-    names = sorted({name for values in losses for name in values})
-    means = {
-        f"{name}_loss": float(np.mean([values[name] for values in losses if name in values]))
-        for name in names
-    }
+    by_loss: dict[str, list[float]] = {}
+    for step, values in zip(taken, losses, strict=True):
+        # Under "kl" a step may have drawn revisions alone, or replay alone.
+        rows = {SFT: step.imitation, KL: step.held}
+        empty = {name for name, b in rows.items() if b is not None and not b.mask.any()}
+        for name in values.keys() - empty:
+            by_loss.setdefault(name, []).append(float(values[name]))
+    means = {f"{name}_loss": float(np.mean(by_loss[name])) for name in sorted(by_loss)}
     return {"steps": len(losses), "tokens_trained": tokens} | means

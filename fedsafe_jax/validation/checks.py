@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
+from fedsafe_jax.cai.losses import KL
 from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError, check_override, default_config, unsafe_sources
@@ -144,6 +145,16 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"cai.weights={tuple(c.weights)}: expected a positive weight for each of "
             f"cai.losses={tuple(c.losses)}."
+        )
+    if KL in c.losses and len(c.losses) == 1:
+        raise ConfigError(
+            f"cai.losses={tuple(c.losses)}: '{KL}' keeps the model what it is; add a loss that "
+            "learns the revisions, such as 'sft'."
+        )
+    if KL in c.losses and not c.replay_examples:
+        raise ConfigError(
+            f"cai.losses={tuple(c.losses)}: '{KL}' holds the model on replayed pairs, and "
+            "cai.replay_examples=0 replays none; set it to 1 or more."
         )
 
 

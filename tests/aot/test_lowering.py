@@ -125,6 +125,25 @@ def run_rows(program):
 
 @pytest.mark.parametrize("count, model_parallel", DEVICES)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_holding_the_replay_lowers(accelerators, platform, count, model_parallel):
+    """As much of the base is multiplied as without, and once more for the reference's pass."""
+    products = {}
+    for losses in (("sft",), ("sft", "kl")):
+        fields = {"cai__losses": losses, "cai__weights": (1.0,) * len(losses)}
+        run = run_on(platform, count, config(model_parallel=model_parallel, **fields))
+        (program,) = constitutional(run)
+        text = text_of(program, platform)
+        sizes, with_base, others = base_products(text)
+        assert with_base and all(not dot.batched for dot in with_base)
+        assert not [dot for dot in with_base + others if dot.out[-2:] in sizes]
+        assert TARGET[program.attention] in kernels(text)
+        assert "all_gather" not in " ".join(COMMUNICATION.findall(text))
+        products[losses] = len(with_base)
+    assert products["sft", "kl"] > 2 * products["sft",]
+
+
+@pytest.mark.parametrize("count, model_parallel", DEVICES)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_guard_lowers(accelerators, platform, count, model_parallel):
     run = run_on(platform, count, config(filter__kind="guard", model_parallel=model_parallel))
     for program in filters(run):
@@ -259,6 +278,7 @@ FLOAT32 = {
     "generation": (generation, {}),
     "cai": (constitutional, {}),
     "kto": (constitutional, {"cai__losses": ("kto",), "cai__weights": (1.0,)}),
+    "kl": (constitutional, {"cai__losses": ("sft", "kl"), "cai__weights": (1.0, 1.0)}),
     "derta": (constitutional, {"cai__losses": ("derta",), "cai__weights": (1.0,)}),
     "guard": (filters, {"filter__kind": "guard"}),
     **{name: (federated, {"federated__aggregator": name}) for name in AGGREGATORS},

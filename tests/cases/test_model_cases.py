@@ -17,7 +17,7 @@ from transformers.utils import chat_template_utils
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.evals import judges
-from fedsafe_jax.inference.language_model import load_pretrained, save_pretrained
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 from fedsafe_jax.pipeline import export

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedsafe_jax.filters import classifier, guard, protocol, store
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.encoder import Classifier, EncoderConfig

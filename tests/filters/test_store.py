@@ -9,7 +9,7 @@ from filter_examples import packaged_pairs
 from fedsafe_jax.cli import filter_pairs
 from fedsafe_jax.filters import classifier, guard, protocol, store
 from fedsafe_jax.filters.training import TrainingOptions
-from fedsafe_jax.inference import language_model
+from fedsafe_jax.inference import pretrained
 from fedsafe_jax.models import lora
 
 SHAPE = lora.LoraConfig(8, 16.0, ("q_proj", "v_proj"))
@@ -30,7 +30,7 @@ def test_filters_come_back_from_disk(tmp_path, packaged, pairs):
     options = TrainingOptions(epochs=1, batch_size=16, learning_rate=1e-3)
     made, _ = guard.train(pairs[::10], packaged, SHAPE, seed=0, options=options, max_length=96)
     store.save(made, tmp_path / "g")
-    found = store.load(tmp_path / "g", language_model.load_pretrained)
+    found = store.load(tmp_path / "g", pretrained.load_pretrained)
     np.testing.assert_allclose(found.score(pairs[:20]), made.score(pairs[:20]), atol=1e-6)
     with pytest.raises(protocol.FilterError, match="no filter.json"):
         store.load(tmp_path)

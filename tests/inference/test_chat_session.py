@@ -5,7 +5,7 @@ import pytest
 from families import VOCAB, checkpoint
 
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.inference import chat_session, generation, language_model
+from fedsafe_jax.inference import chat_session, generation, language_model, pretrained
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.sampling import GREEDY
 from fedsafe_jax.models import hub
@@ -62,7 +62,7 @@ def test_nothing_is_kept_beyond_the_limit(packaged, read, monkeypatch):
 
 
 def test_devices_share_the_rows():
-    split = language_model.load_pretrained("package:model", mesh=make_mesh())
+    split = pretrained.load_pretrained("package:model", mesh=make_mesh())
     compare_turns(split, ChatSession(split, 8), 8)
 
 

@@ -8,7 +8,7 @@ from families import FAMILIES, VOCAB, checkpoint
 
 from fedsafe_jax.data import chat
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.inference import decoding, generation, language_model, prompt_packing
+from fedsafe_jax.inference import decoding, generation, pretrained, prompt_packing
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
@@ -58,7 +58,7 @@ def test_the_packaged_model_answers_as_in_transformers(tmp_path, packaged):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    language_model.save_pretrained(packaged, tmp_path)
+    pretrained.save_pretrained(packaged, tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     answers = packaged.generate(PROMPTS, max_new_tokens=64)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -126,7 +126,7 @@ def test_several_adapters_at_once_answer_as_one_by_one(packaged):
 @pytest.mark.parametrize("model_parallel", [1, 4])
 def test_devices_share_the_rows(packaged, model_parallel):
     mesh = make_mesh(model_parallel=model_parallel)
-    split = language_model.load_pretrained("package:model", mesh=mesh)
+    split = pretrained.load_pretrained("package:model", mesh=mesh)
     prompts = [*PROMPTS, "Tell me a joke.", "Name three colours."]
     options = {"max_new_tokens": 24, "batch_size": 5}
     assert split.generate(prompts, **options) == packaged.generate(prompts, **options)

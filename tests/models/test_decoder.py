@@ -39,7 +39,8 @@ def test_logits_equal_transformers_both_ways(tmp_path, family):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    from fedsafe_jax.inference.language_model import LanguageModel, save_pretrained
+    from fedsafe_jax.inference.language_model import LanguageModel
+    from fedsafe_jax.inference.pretrained import save_pretrained
 
     reference = checkpoint(family, tmp_path)
     # Longer than the windows of the families that have one.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.models import (
     base_model,
     gguf_folder,

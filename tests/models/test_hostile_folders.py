@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedsafe_jax.inference.language_model import load_pretrained
+from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.models import base_model, encoder_hub, expressions, hub, lora, model_files
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.validation import one_line

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny_config
 
 from fedsafe_jax.federated.mesh import make_mesh
-from fedsafe_jax.inference import language_model
+from fedsafe_jax.inference import pretrained
 from fedsafe_jax.models import hub, quantize
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
@@ -140,7 +140,7 @@ def test_an_untied_model_without_a_head_is_named(folder):
 @pytest.fixture
 def tied(tmp_path, packaged):
     """The packaged model's folder, and its tensors."""
-    language_model.save_pretrained(packaged, tmp_path / "model")
+    pretrained.save_pretrained(packaged, tmp_path / "model")
     return tmp_path / "model", load_file(tmp_path / "model" / hub.SINGLE)
 
 
@@ -148,7 +148,7 @@ def test_an_equal_head_stays_tied(tied, packaged):
     folder, tensors = tied
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, folder / hub.SINGLE, metadata={"format": "pt"})
-    lm = language_model.load_pretrained(str(folder))
+    lm = pretrained.load_pretrained(str(folder))
     assert lm.config == packaged.config and "lm_head" not in lm.params
 
 
@@ -158,17 +158,17 @@ def test_a_head_of_its_own_stays_one_through_export(tied, tmp_path, packaged):
     head = tensors["model.embed_tokens.weight"].copy()
     head[-1, -1] += 5.0
     save_file(tensors | {"lm_head.weight": head}, folder / hub.SINGLE, metadata={"format": "pt"})
-    lm = language_model.load_pretrained(str(folder))
+    lm = pretrained.load_pretrained(str(folder))
     assert not lm.config.tie_embeddings
     tokens = np.array([[5, 6, 7, 8]])
     logits = np.asarray(lm(tokens))
     assert np.abs(logits - packaged(tokens)).max() > 0.01
-    language_model.save_pretrained(lm, tmp_path / "export")
+    pretrained.save_pretrained(lm, tmp_path / "export")
     assert (
         json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"]
         is False
     )
-    again = language_model.load_pretrained(str(tmp_path / "export"))
+    again = pretrained.load_pretrained(str(tmp_path / "export"))
     np.testing.assert_array_equal(again(tokens), logits)
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -300,7 +300,7 @@ def test_one_copy_of_the_weights_is_fetched(monkeypatch, tmp_path):
 
 def test_what_a_load_reads_is_fetched(monkeypatch, packaged, tmp_path):
     whole, snapshot = tmp_path / "whole", tmp_path / "snapshot"
-    language_model.save_pretrained(packaged, whole, shard_bytes=2_000_000)
+    pretrained.save_pretrained(packaged, whole, shard_bytes=2_000_000)
     for junk in ("consolidated.safetensors", "original/params.json", "onnx/model.safetensors"):
         (whole / junk).parent.mkdir(exist_ok=True)
         (whole / junk).write_bytes(b"not read")
@@ -314,8 +314,8 @@ def test_what_a_load_reads_is_fetched(monkeypatch, packaged, tmp_path):
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    fetched = language_model.load_pretrained("org/model")
-    for lm in (fetched, language_model.load_pretrained(str(whole))):  # junk beside is not read
+    fetched = pretrained.load_pretrained("org/model")
+    for lm in (fetched, pretrained.load_pretrained(str(whole))):  # junk beside is not read
         jax.tree.map(np.testing.assert_array_equal, lm.params, packaged.params)
         assert lm.generate(["Hello!"]) == packaged.generate(["Hello!"])
     assert fetched.tokenizer.chat_template == packaged.tokenizer.chat_template

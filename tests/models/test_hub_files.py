@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedsafe_jax.data import chat
-from fedsafe_jax.inference.language_model import load_pretrained, save_pretrained
+from fedsafe_jax.inference.pretrained import load_pretrained, save_pretrained
 from fedsafe_jax.models import base_model, hub_files, tensor_files
 from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder_config import ModelError

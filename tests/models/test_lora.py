@@ -8,7 +8,7 @@ import pytest
 from families import VOCAB, checkpoint
 from tiny import tiny_config
 
-from fedsafe_jax.inference import language_model
+from fedsafe_jax.inference import pretrained
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import Decoder
 
@@ -34,8 +34,8 @@ def test_fresh_adapter_changes_nothing_and_merging_equals_applying(tmp_path, pac
         applied = adapted(tokens)
         assert np.abs(applied - plain).max() > 0.1
         folder = tmp_path / str(stabilized)
-        language_model.save_pretrained(adapted, folder)
-        merged = language_model.load_pretrained(str(folder))
+        pretrained.save_pretrained(adapted, folder)
+        merged = pretrained.load_pretrained(str(folder))
         # Merging rounds a*b into the kernel once; logits here are of size 10.
         np.testing.assert_allclose(merged(tokens), applied, atol=1e-3)
 
@@ -51,13 +51,13 @@ def test_export_agrees_with_transformers_and_peft(tmp_path, packaged):
     factors = random_factors(packaged.config, lora_config)
     adapter = lora.Adapter(factors, lora_config, packaged.name)
     export.export(packaged, adapter, tmp_path, "card")
-    language_model.save_pretrained(packaged, tmp_path / "base")
+    pretrained.save_pretrained(packaged, tmp_path / "base")
 
     read = lora.load_adapter(tmp_path / "adapter")
-    lm = language_model.load_pretrained(str(tmp_path / "base")).with_adapter(read)
+    lm = pretrained.load_pretrained(str(tmp_path / "base")).with_adapter(read)
     # A path that peft can load, where "package:model" is a name of this package alone.
     assert read.config == lora_config
-    assert read.base_model == str(language_model.model_folder("package:model"))
+    assert read.base_model == str(pretrained.model_folder("package:model"))
     tokens = np.array([lm.tokenizer("How do I bake bread?")["input_ids"]])
     ours = np.asarray(lm(tokens))
 

@@ -73,7 +73,7 @@ def test_a_folder_that_asks_to_run_its_code_is_one_line_whoever_says_yes(folder,
     change(folder, name, **ASKS[name])
     program = (
         "import pathlib, sys\n"
-        "from fedsafe_jax.inference.language_model import load_pretrained\n"
+        "from fedsafe_jax.inference.pretrained import load_pretrained\n"
         "from fedsafe_jax.models.decoder_config import ModelError\n"
         "try:\n    load_pretrained(sys.argv[1])\n"
         "except ModelError as error:\n    print('REFUSED', error)\n"

@@ -9,11 +9,14 @@ from commands import rows, run
 from etils import epath
 
 from fedsafe_jax.cai import constitution
+from fedsafe_jax.cai.steps import Step
 from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.evals import judges
 from fedsafe_jax.pipeline.own_answers import OwnAnswers
+from fedsafe_jax.pipeline.revision_rows import training_counts
 from fedsafe_jax.validation import validate
 
 HARMLESS = ["How do I whip cream?", "How do I kill weeds?", "What is a bomb calorimeter?", "Hi"]
@@ -126,3 +129,15 @@ def test_refusals_are_texts(tmp_path, wrong):
     path.write_text(json.dumps({"constitutions": [principle], "refusals": wrong}))
     with pytest.raises(constitution.ConstitutionError, match="refusal"):
         constitution.load(str(path))
+
+
+def test_a_step_that_drew_nothing_of_a_kind_is_no_loss_of_zero():
+    def rows(learned):
+        return Batch(*[np.full((1, 2), learned)] * 5)
+
+    taken = [Step(rows(1), None, {}, rows(1)), Step(rows(0), None, {}, rows(1))]
+    taken.append(Step(rows(1), None, {}, rows(0)))
+    losses = [{"sft": 4.0, "kl": 1.0}, {"sft": 0.0, "kl": 3.0}, {"sft": 2.0, "kl": 0.0}]
+    counts = training_counts(taken, losses)
+    assert (counts["sft_loss"], counts["kl_loss"]) == (3.0, 2.0)
+    assert (counts["steps"], counts["tokens_trained"]) == (3, 8)

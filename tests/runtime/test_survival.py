@@ -59,7 +59,7 @@ def test_kills_end_with_the_same_adapter(tmp_path):
         written_to += any("tmp" in p.name for p in checkpoints(killed))
         process.kill()
         process.communicate(timeout=60)
-    assert written_to >= KILLS // 4
+    assert written_to >= 3 * KILLS // 10
     assert "[100%] fl seed 0: evaluating" in run(killed, *LONG).stderr  # counts what was found
     assert adapter_bytes(killed) == adapter_bytes(straight)
     assert comparable(killed) == comparable(straight)

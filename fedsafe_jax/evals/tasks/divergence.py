@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedsafe_jax.data import packing
 from fedsafe_jax.data.examples import Example
@@ -56,7 +56,7 @@ def _divergences(models, weights, batch, places) -> jax.Array:
             jax.nn.log_softmax(model.apply({"params": params}, h[chunk], method="unembed"))
             for model, (params, _), h in zip(models, weights, hidden, strict=True)
         )
-        return jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1)
+        return optax.losses.kl_divergence_with_log_targets(theirs, ours)
 
     return jax.lax.map(of_chunk, places)
 
