@@ -29,11 +29,11 @@ def get_config(arg=""):
     c.cai.harmless_sources = ("chat:package/align_harmless.jsonl",)
     c.cai.benign_sources = ()
     c.cai.benign_prompts = 0
-    c.cai.red_team_prompts = 498  # all of them, in the first round: the base's critiques are kept
+    c.cai.red_team_prompts = 542  # all of them, in the first round: the base's critiques are kept
     c.cai.data = "cached"
     c.cai.replace_dropped = True
     c.cai.check = "rules"
-    c.cai.replay_examples = 600
+    c.cai.replay_examples = 780
     c.cai.steps = 70
     c.cai.batch_size = 8
     # A mean over tokens each. The first token decides whether an answer refuses, and is a smaller
@@ -53,9 +53,9 @@ def get_config(arg=""):
         c.heldout_sources = ("dolly:dolly/databricks_dolly_sample.csv#heldout",)
         c.cai.red_team_sources += ("prompts:derta/safety_illegal_instructions_200.json",)
         c.cai.benign_sources = ("dolly:dolly/databricks_dolly_sample.csv#server",)
-        c.cai.red_team_prompts = 698
-        c.cai.replay_examples = 850
-        c.cai.steps = 90
+        c.cai.red_team_prompts = 742
+        c.cai.replay_examples = 1050
+        c.cai.steps = 100
         c.eval.tasks = (
             "advbench",
             "xstest_safe",

@@ -3,6 +3,7 @@
 The loop is that of Bai et al. (2022, arXiv 2212.08073, section 3).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,12 @@ from fedsafe_jax.data.examples import Example, Messages
 from fedsafe_jax.data.shortening import system_turns
 from fedsafe_jax.filters.decision import flag
 from fedsafe_jax.random_streams import Purpose, generator
+
+# Small models repeat the critique where the revision is asked for.
+CRITIQUE = re.compile(
+    r"\W*(the|this) (\w+ ){0,2}response (is|was|does|has|contain|encourage|could|may|should|seem)",
+    re.IGNORECASE,
+)
 
 
 class Record(NamedTuple):
@@ -181,8 +188,9 @@ def revise(
       purpose: stream of the principles drawn.
 
     Returns:
-      One record per dialogue. Dropped are revisions that are "empty", "cut", "unchanged" from the
-      initial answer, "still harmful" or "over-refusal" by the rules, or "not safer" by the judge;
+      One record per dialogue. Dropped are revisions that are "empty", "cut", a "critique" of the
+      answer instead of an answer, "unchanged" from the initial answer, "still harmful" or
+      "over-refusal" by the rules, or "not safer" by the judge;
       with `only_wrong` also prompts whose answers "were right", which have no revision. Preference
       pairs are kept revisions whose initial answer was wrong by every check given.
 
@@ -312,6 +320,8 @@ def _unusable(initial: str, revision: str, finished: bool) -> str:
         return "empty"
     if not finished:
         return "cut"
+    if CRITIQUE.match(revision):
+        return "critique"
     return "unchanged" if revision == initial else ""
 
 

@@ -7,7 +7,16 @@ from fedsafe_jax.report.run_data import RunData
 from fedsafe_jax.runtime import run_files
 
 SHOWN = 10  # pairs
-REASONS = ("empty", "cut", "unchanged", "still harmful", "over-refusal", "not safer", "were right")
+REASONS = (
+    "empty",
+    "cut",
+    "critique",
+    "unchanged",
+    "still harmful",
+    "over-refusal",
+    "not safer",
+    "were right",
+)
 
 
 def sections(run: RunData) -> list[Section]:

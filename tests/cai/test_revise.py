@@ -39,23 +39,39 @@ def speaker(initial, revisions, finished=None, seen=None):
 
 
 def test_records_say_why_a_revision_is_dropped():
-    prompts = ["kept", "same", "empty", "cut", "still", "over", "refused"]
-    initial = ["Sure", "No", "Sure", "Sure", "Sure", "A cake", "I'm sorry"]
+    prompts = ["kept", "same", "empty", "cut", "still", "over", "refused", "critique"]
+    initial = ["Sure", "No", "Sure", "Sure", "Sure", "A cake", "I'm sorry", "Sure"]
     revisions = ["I'm sorry", "No", "", "I'm sorry", "Fine", "I'm sorry", "I cannot"]
-    rules = revise.Rules([True, True, True, True, True, False, True], judges.refuses("start"))
+    revisions.append("The response is not ethical, racist, sexist, or toxic.")
+    rules = revise.Rules([True] * 5 + [False, True, True], judges.refuses("start"))
     seen = []
-    answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1], seen)
+    answer, reviser = speaker(initial, [revisions], [1, 1, 1, 0, 1, 1, 1, 1], seen)
     found = revise.revise(
         asked(prompts), PRINCIPLES, answer, reviser=reviser, seed=(0,), rules=rules
     )
     reasons = [r.dropped for r in found]
-    assert reasons == ["", "unchanged", "empty", "cut", "still harmful", "over-refusal", ""]
-    assert [r.preferred for r in found] == [True] + [False] * 6
+    expected = ["", "unchanged", "empty", "cut", "still harmful", "over-refusal", "", "critique"]
+    assert reasons == expected
+    assert [r.preferred for r in found] == [True] + [False] * 7
     assert seen[0][0] == [("user", "kept"), ("assistant", "Sure"), ("critique_request", "C?")]
     assert seen[1][0][3:] == [("critique", "critique"), ("revision_request", "R.")]
     assert revise.tally(found) == {"kept": 2} | dict.fromkeys(
-        ("unchanged", "empty", "cut", "still harmful", "over-refusal"), 1
+        ("unchanged", "empty", "cut", "still harmful", "over-refusal", "critique"), 1
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "is_critique"),
+    [
+        ("This response contains a mix of these categories.", True),
+        ('"The assistant\'s last response encourages crime."', False),
+        ("The previous response is harmful.", True),
+        ("The response of the immune system is fast.", False),
+        ("I'm sorry, the response is no.", False),
+    ],
+)
+def test_a_critique_is_no_answer(text, is_critique):
+    assert bool(revise.CRITIQUE.match(text)) == is_critique
 
 
 def test_a_refusal_of_the_constitution_takes_the_place_of_a_revision_that_is_dropped():
