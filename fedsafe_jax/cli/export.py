@@ -1,11 +1,13 @@
 """Exports the adapter of any arm and seed of a run, finished or not, or its merged model.
 
-    fedsafe export --workdir=DIR --arm=ARM --seed=N [--round=T] [--client=K] [--merge] --output=DIR
+    fedsafe export --workdir=DIR --arm=ARM --seed=N [--round=T] [--client=K] [--scale=S] [--merge]
+        --output=DIR
 
 The adapter lies in the folder itself: `PeftModel.from_pretrained(base, DIR)` and vLLM load it. A
 run keeps its `checkpoint_keep` newest rounds, and with `keep_updates` what clients sent in them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("seed", None, "Seed; may be left out where the run has one.", **here)
     whole("round", None, "Rounds done, from 1; the newest that is kept if left out.", **here)
     whole("client", None, "What this client sent in the round, not the server's model.", **here)
+    flags.DEFINE_float("scale", 1.0, "Factor of the adapter's effect, above 0; 1: as is.", **here)
     flags.DEFINE_bool("merge", False, "Write the merged model, not the adapter.", **here)
     text("output", None, "New or empty folder, local or gs://BUCKET/FOLDER.", **here)
 
@@ -195,12 +198,12 @@ def main(values: flags.FlagValues) -> None:
 
     saved = Saved(values.workdir, values.arm, values.seed)
     config, rounds_done = saved.config, saved.round(values.round)
-    note = "" if rounds_done == config.rounds else _round_note(rounds_done, config)
+    scale = _checked_scale(values.scale)
     if values.client is None:
         factors = saved.factors(rounds_done)
     else:
         factors = saved.client_factors(rounds_done, values.client)
-        note = f"What client {values.client} sent in round {rounds_done}. It was not evaluated."
+    note = _note(config, rounds_done, values.client, scale)
     check_output(values.output)
     card = export.card_of_seed(
         config,
@@ -211,7 +214,8 @@ def main(values: flags.FlagValues) -> None:
         note=note,
         of_client=values.client is not None,
     )
-    adapter = lora.Adapter(factors, saved.lora, config.model)
+    scaled = saved.lora._replace(alpha=scale * saved.lora.alpha)
+    adapter = lora.Adapter(factors, scaled, config.model)
     lm = None
     if values.merge:
         lm = load_pretrained(
@@ -234,8 +238,22 @@ def main(values: flags.FlagValues) -> None:
     print(values.output)
 
 
-def _round_note(rounds_done: int, config: ConfigDict) -> str:
-    return f"The model after round {rounds_done} of {config.rounds}. It was not evaluated."
+def _checked_scale(scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise UsageError(f"--scale={scale}: expected a finite number above 0; 1 exports as it is.")
+    return scale
+
+
+def _note(config: ConfigDict, rounds_done: int, client: int | None, scale: float) -> str:
+    """What the card says of an adapter that is not an arm's final model as evaluated, else ""."""
+    what = ""
+    if client is not None:
+        what = f"What client {client} sent in round {rounds_done}."
+    elif rounds_done != config.rounds:
+        what = f"The model after round {rounds_done} of {config.rounds}."
+    if scale != 1:
+        what = f"{what} The adapter's effect is multiplied by {scale:g}.".lstrip()
+    return what and f"{what} It was not evaluated."
 
 
 COMMAND = Command(define_flags, main, required=("workdir", "arm", "output"))

@@ -13,6 +13,7 @@ from fedsafe_jax import experiment
 from fedsafe_jax.cli import startup
 from fedsafe_jax.config import default_config
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.base_model import model_folder
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -70,6 +71,24 @@ def test_the_newest_round_is_what_the_run_exported(kept, tmp_path):
         np.testing.assert_array_equal(ours[name], x)
 
 
+def test_a_scale_lies_between_the_base_and_the_arm(kept, tmp_path):
+    merged = {}
+    for scale in (0.5, 1.0):
+        export(kept, tmp_path / f"{scale}", f"--scale={scale}", "--merge")
+        merged[scale] = load_file(tmp_path / f"{scale}/model.safetensors")
+    base = load_file(model_folder(config_of().model) / "model.safetensors")
+    for name, x in base.items():
+        half = (x + merged[1.0][name]) / 2
+        np.testing.assert_allclose(merged[0.5][name], half, atol=1e-6)  # rounding of the sums
+    assert any((x != merged[1.0][name]).any() for name, x in base.items())
+    card = (tmp_path / "0.5/README.md").read_text()
+    assert "The adapter's effect is multiplied by 0.5. It was not evaluated." in card
+    assert "not evaluated" not in (tmp_path / "1.0/README.md").read_text()
+
+    export(kept, tmp_path / "adapter", "--scale=0.5")
+    assert lora.load_adapter(tmp_path / "adapter").config.alpha == config_of().lora_alpha / 2
+
+
 def test_a_round_is_the_mean_of_what_its_clients_sent(kept, tmp_path):
     """FedAvg with equal weights, whose clients are exported with their names."""
     rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
@@ -124,6 +143,8 @@ def test_what_is_not_there_is_one_line(kept, tmp_path, capsys):
     assert "rounds: 1, 2, 3." in refused(capsys, kept, new, "--arm=fl", "--round=4")
     assert "--client=99: not there" in refused(capsys, kept, new, "--arm=fl", "--client=99")
     assert "no config.json" in refused(capsys, tmp_path / "nothing", new, "--arm=fl")
+    assert "--scale=-1.0: expected" in refused(capsys, kept, new, "--arm=fl", "--scale=-1")
+    assert "--scale=nan" in refused(capsys, kept, new, "--arm=fl", "--scale=nan")
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()
