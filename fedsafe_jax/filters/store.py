@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter, LoadModel
 from fedsafe_jax.filters.protocol import FilterError
+from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.hub import ModelError, read_json, write_json
 
 NAME = "filter.json"
@@ -43,17 +44,21 @@ def check(folder: str | os.PathLike) -> None:
 
 
 def check_encoder(folder: str | os.PathLike) -> None:
-    """Raises `FilterError` where there is no encoder."""
+    """Raises `FilterError` where there is no encoder, and `ModelError` where it is not supported."""
     if not os.path.isfile(pathlib.Path(folder) / "config.json"):
         raise FilterError(f"filter.encoder: {folder} holds no config.json.")
+    encoder_hub.read_config(pathlib.Path(folder))
 
 
 def check_folders(filter_folder: str, encoder: str) -> None:
-    """Raises `FilterError` where a folder that a config's `filter` names is not what it should be.
+    """Raises an error where a folder that a config's `filter` names is not what it should be.
 
     Args:
       filter_folder: folder of a trained filter, which then is all that is used; "" for none.
       encoder: folder of an encoder; "" for none.
+
+    Raises:
+      FilterError, ModelError: it holds nothing of use, or a model that is not supported.
     """
     if filter_folder:
         check(filter_folder)

@@ -77,6 +77,23 @@ def test_encoders_that_claim_anything_are_one_line(made, tmp_path, field):
         refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "holds no config.json"),
+        ({"word_embedding_dimension": 384}, "model_type 'none given' is not supported"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+    ],
+)
+def test_a_folder_without_an_encoder_is_one_line_before_any_compute(tmp_path, content, said):
+    """Sentence transformers keep such files beside the encoder's own (`1_Pooling`)."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(REFUSED) as caught:
+        store.check_folders("", str(tmp_path))
+    assert said in one_line(caught.value)
+
+
 OTHERS = {
     "encoder": [None, [], 7, {}, "a"],
     "unsafe_classes": [None, [], [0, 1], [2], ["1"], [[1]], 1, [True]],
