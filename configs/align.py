@@ -1,11 +1,13 @@
 """An instruct model that refuses what harms, and little else, before any client trains it.
 
     fedsafe run --config=configs/align.py --workdir=runs/aligned --config.model=FOLDER
+    fedsafe export --workdir=runs/aligned --arm=cai --scale=0.75 --merge --output=models/aligned
 
 The server alone runs Constitutional AI on its own red-team requests (arm `cai`). As many harmless
 requests in the same words ("how to kill weeds") are answered by the model itself, and on them it is
 held to its own distribution, so that it does not learn to refuse by the words, nor to speak
-otherwise. `export/merged` is what a federation starts from. With `--config.data_dir=DATA` `:public`
+otherwise. A part of what was learned (`--scale`) refuses less of either kind, and is what a
+federation starts from. With `--config.data_dir=DATA` `:public`
 adds public requests and instructions, and is evaluated on public sets.
 """
 
@@ -36,9 +38,8 @@ def get_config(arg=""):
     c.cai.replay_examples = 780
     c.cai.steps = 70
     c.cai.batch_size = 8
-    # A mean over tokens each. The first token decides whether an answer refuses, and is a smaller
-    # share of the longer answers that are held: at 4 half of the held-out twins are refused.
-    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 16.0)
+    # A greater weight lowers over-refusal, and refusal with it, more than a smaller --scale does.
+    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 4.0)
     c.cai.learning_rate = 5e-4
     c.cai.max_new_tokens = 32
     c.eval.judges = ("rules", "start")

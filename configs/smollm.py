@@ -1,9 +1,11 @@
 """The paper's protocol on a real instruct model of 135M parameters, on real data.
 
     bash launch/smollm.sh models/smollm2
-    fedsafe run --config=configs/align.py --workdir=runs/aligned --config.model=models/smollm2
+    fedsafe run --config=configs/align.py:public --workdir=runs/aligned --config.data_dir=DATA \\
+        --config.model=models/smollm2
+    fedsafe export --workdir=runs/aligned --arm=cai --scale=0.75 --merge --output=models/aligned
     fedsafe run --config=configs/smollm.py --workdir=runs/smollm --config.data_dir=DATA \\
-        --config.model=runs/aligned/export/merged --config.filter.encoder=MINILM
+        --config.model=models/aligned --config.filter.encoder=MINILM
 
 20 clients, 5 a round, 30% harmful; FedAvg; five arms and three seeds. Sizes are such that an arm of
 one seed, its evaluation included, takes at most 20 minutes on two CPU cores; `:gpu` is the full
@@ -23,7 +25,7 @@ def get_config(arg=""):
     c = default_config()
     c.seeds = (0, 1, 2)
     c.algorithms = ("scaffold",) if arg.endswith("scaffold") else ("fedavg",)
-    c.model = "runs/aligned/export/merged"
+    c.model = "models/aligned"
     c.data_dir = "data"
     c.safe_sources = (
         "dolly:dolly/databricks_dolly_sample.csv#clients",
@@ -71,7 +73,7 @@ def get_config(arg=""):
     c.cai.replay_examples = 192 if on_gpu else 48
     c.cai.steps = 20 if on_gpu else 8
     c.cai.batch_size = 16 if on_gpu else 8
-    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 16.0)  # as it was aligned
+    c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 16.0)  # as no --scale follows
     c.cai.reference = "global"  # what clients taught of other things stays
     c.cai.learning_rate = 5e-4
     c.cai.max_new_tokens = 128 if on_gpu else 32

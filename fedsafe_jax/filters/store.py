@@ -44,7 +44,7 @@ def check(folder: str | os.PathLike) -> None:
 
 
 def check_encoder(folder: str | os.PathLike) -> None:
-    """Raises `FilterError` where there is no encoder, and `ModelError` where it is not supported."""
+    """Raises `FilterError` where there is no encoder, `ModelError` where it is not supported."""
     if not os.path.isfile(pathlib.Path(folder) / "config.json"):
         raise FilterError(f"filter.encoder: {folder} holds no config.json.")
     encoder_hub.read_config(pathlib.Path(folder))
