@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "aot": SCIENCE | {"config", "pipeline"},
     "models": {"own_folder", "whole_files"},
     "data": set(),
+    "fetch": {"data", "whole_files"},
     "config": set(),
     "own_folder": {"whole_files"},
     "whole_files": set(),

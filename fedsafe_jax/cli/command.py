@@ -36,6 +36,7 @@ class Command(NamedTuple):
     main: Callable[[flags.FlagValues], None]
     required: tuple[str, ...] = ()
     config: Config | None = None
+    positional: str = ""  # flag, a list, that arguments without a flag are added to
 
 
 class Entry(NamedTuple):
@@ -55,6 +56,7 @@ COMMANDS = {
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
     "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
     "convert": Entry("convert", "writes a GGUF file as a model folder, or a folder as GGUF"),
+    "fetch-data": Entry("fetch_data", "downloads public data sets, with their hashes and licences"),
     "compile": Entry("compile", "compiles a run for devices that need not be there: memory, FLOPs"),
     "pretrain": Entry("pretrain", "trains the packaged small model from scratch"),
 }

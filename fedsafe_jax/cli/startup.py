@@ -125,8 +125,11 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> flags.FlagVa
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, sys_argv=["", *arguments]
         )
+    values.set_gnu_getopt(bool(command.positional))  # else the first name would end the flags
     rest = values(["fedsafe", *arguments])[1:]
-    if rest:
+    if rest and command.positional:
+        values[command.positional].value = [*(values[command.positional].value or ()), *rest]
+    elif rest:
         raise UsageError(f"unexpected argument '{rest[0]}'; flags are written --flag=value.")
     for flag in command.required:
         if values[flag].value in (None, ""):

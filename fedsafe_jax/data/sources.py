@@ -16,6 +16,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
+from fedsafe_jax.data.catalog import sets_at
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.data.packed_files import READABLE
 from fedsafe_jax.data.readers import READERS
@@ -112,9 +113,11 @@ def _is_link_out(path: pathlib.Path, location: str, data_dir: str) -> bool:
 def _file_rows(path: pathlib.Path, location: str) -> list[tuple[str, dict]]:
     """Reads the rows of a file; see `read_rows`."""
     if not os.path.isfile(path):
+        names = " ".join(sets_at(location))
+        get = f" `fedsafe fetch-data {names} --data_dir=DIR` downloads it." if names else ""
         raise SourceError(
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
-            "or data_dir='hub' to load it from the Hub."
+            f"or data_dir='hub' to load it from the Hub.{get}"
         )
     name, text = read_text(path)
     try:
