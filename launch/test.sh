@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
-install '[test,report,dp,privacy,flower,judge,docs]'
+install '[test,report,dp,privacy,flower,judge,serve,docs]'
 # Small programs too: the tests compile the same ones in many processes.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 export HF_HUB_OFFLINE=1 JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla_cache}"

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "federated": {"models", "data"},
     "filters": {"models", "data", "whole_files"},
     "inference": {"models", "data"},
+    "serving": {"models", "data", "inference"},
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
     "runtime": {"federated", "own_folder", "whole_files"},

@@ -1,6 +1,7 @@
 """Batched generation: prompts are read packed, then all rows of a batch decode together."""
 
-from collections.abc import Collection, Sequence
+import collections
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -245,7 +246,33 @@ class Engine:
         prompt_len: np.ndarray,
         keys: jax.Array,
     ) -> decoding.State:
-        """Decodes answers from the logits of the prompts' last tokens.
+        """Decodes answers to their end from the logits of the prompts' last tokens.
+
+        Args:
+          sampling, max_new_tokens, logits, cache, written, prompt_len, keys: see `pieces`.
+        """
+        pieces = self.pieces(
+            sampling,
+            max_new_tokens,
+            logits=logits,
+            cache=cache,
+            written=written,
+            prompt_len=prompt_len,
+            keys=keys,
+        )
+        return collections.deque(pieces, maxlen=1).pop()
+
+    def pieces(
+        self,
+        sampling: Sampling,
+        max_new_tokens: int,
+        logits: jax.Array,
+        cache: KVCache,
+        written: int,
+        prompt_len: np.ndarray,
+        keys: jax.Array,
+    ) -> Iterator[decoding.State]:
+        """Decodes answers, and yields them with their first token and whenever the cache is full.
 
         Args:
           sampling: how tokens are drawn.
@@ -255,12 +282,16 @@ class Engine:
           written: slots of the cache that the prompts fill.
           prompt_len: int32 `[rows]`, tokens of each prompt, 0 for an unused row.
           keys: PRNG keys `[groups, rows]` of `keys`.
+
+        Yields:
+          The answers so far; the memory of a state is overwritten by the next one.
         """
         decode = decoding.decode_program(self.model, sampling, self._stacked, self.mesh)
         token, out, done = decoding.start(
             sampling, max_new_tokens, logits, prompt_len, keys, self._stop_ids
         )
         state, step = decoding.State(token, out, done, cache), 1
+        yield state
         while step < max_new_tokens and not state.done.all():
             used = written + step - 1
             slots = cache_length(used + 1, self.platform)
@@ -277,7 +308,7 @@ class Engine:
                 self._stop_ids,
             )
             step += slots - used
-        return state
+            yield state
 
 
 @jax.jit

@@ -1,0 +1,215 @@
+"""Serves a model and adapters to clients of OpenAI's API.
+
+    fedsafe serve --model=FOLDER [--adapter=NAME=FOLDER ...] [--port=8000] [--api_key=KEY]
+    fedsafe serve --workdir=DIR --arm=ARM[,ARM...] [--seed=N] [--round=T] [--client=K]
+
+The second form serves the base of a run under its own name, and arms by theirs. Endpoints are
+/v1/models, /v1/chat/completions and /v1/completions. Only this machine can connect, unless --host
+says otherwise; FEDSAFE_API_KEY takes the place of --api_key, which other users can see.
+"""
+
+import importlib.util
+import ipaddress
+import os
+import socket
+import sys
+from typing import Any
+
+from absl import flags
+
+from fedsafe_jax.cli import template_flags
+from fedsafe_jax.cli.command import Command, UsageError
+from fedsafe_jax.cli.export import Saved
+from fedsafe_jax.models import lora
+
+PACKAGES = ("starlette", "uvicorn")
+KEY = "FEDSAFE_API_KEY"
+GRACE_S = 10  # that requests have to end once the server is told to stop
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags."""
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    here = {"flag_values": values}
+    text("model", None, "Model folder, GGUF file or Hub id; its name for clients, too.", **here)
+    flags.DEFINE_multi_string("adapter", [], "NAME=FOLDER of a PEFT adapter.", **here)
+    text("workdir", None, "Folder of a run, local or gs://BUCKET/FOLDER.", **here)
+    flags.DEFINE_list("arm", None, "Arms of the run, such as fl,fl+cai.", **here)
+    whole("seed", None, "Seed; may be left out where the run has one.", **here)
+    whole("round", None, "Rounds done, from 1; the newest that is kept if left out.", **here)
+    whole("client", None, "What this client sent in the round, not the server's model.", **here)
+    template_flags.define(values)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Precision of the model.", **here
+    )
+    text("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for any.", **here)
+    whole("port", 8000, "Port; 0 for any that is free.", 0, 65535, **here)
+    text("api_key", None, f"Key that clients must send; else that of {KEY}, else none.", **here)
+    whole("batch_size", 64, "Prompts computed at once.", lower_bound=1, **here)
+    whole("max_length", 0, "Tokens of prompt and answer; 0: the context.", lower_bound=0, **here)
+    whole("max_prompt_tokens", 1 << 20, "Tokens of a prompt.", lower_bound=1, **here)
+    whole("max_body_bytes", 4 << 20, "Size of a request.", lower_bound=1024, **here)
+    whole("max_queue", 1024, "Prompts that may wait.", lower_bound=1, **here)
+    flags.DEFINE_float("timeout_s", 600.0, "Seconds of a request.", lower_bound=0.1, **here)
+
+
+def check_packages() -> None:
+    """Checks that the web framework is installed.
+
+    Raises:
+      UsageError: it is not.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"`fedsafe serve` needs {' and '.join(missing)}; pip install -e .[serve]")
+
+
+def named_folders(entries: list[str]) -> dict[str, str]:
+    """Returns the folder of each adapter by its name.
+
+    Raises:
+      UsageError: an entry is no NAME=FOLDER, or a name is given twice.
+    """
+    folders: dict[str, str] = {}
+    for entry in entries:
+        name, _, folder = entry.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--adapter={entry}: expected NAME=FOLDER.")
+        if name in folders:
+            raise UsageError(f"--adapter={entry}: '{name}' is given twice.")
+        folders[name] = folder
+    return folders
+
+
+def of_run(values: flags.FlagValues) -> tuple[dict[str, lora.Adapter], Any]:
+    """Returns the adapters of the arms asked for by name, and the run's config.
+
+    The name is the arm's, with those of seed, round and client that the flags give.
+
+    Raises:
+      UsageError: there is no such run, arm, seed, round or client.
+    """
+    adapters: dict[str, lora.Adapter] = {}
+    config = None
+    for arm in values.arm or [None]:
+        saved = Saved(values.workdir, arm, values.seed)
+        rounds_done = saved.round(values.round)
+        if values.client is None:
+            factors = saved.factors(rounds_done)
+        else:
+            factors = saved.client_factors(rounds_done, values.client)
+        name = saved.planned.id
+        for flag in ("seed", "round", "client"):
+            if values[flag].value is not None:
+                name += f":{flag}{values[flag].value}"
+        adapters[name], config = lora.Adapter(factors, saved.lora, saved.config.model), saved.config
+    return adapters, config
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the port, before anything is loaded.
+
+    Raises:
+      UsageError: it is taken, or the address is not of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"--host={host} --port={port}: cannot listen there ({why}).") from None
+
+
+def http_server(app: Any) -> Any:
+    """Returns uvicorn's server of an application; `run(sockets=[...])` starts it."""
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return uvicorn.Server(settings)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check(values: flags.FlagValues) -> None:
+    if bool(values.model) == bool(values.workdir):
+        raise UsageError("--model, --workdir: give one of them.")
+    if values.workdir:
+        given = [x for x in ("chat_template", "chat_template_kwargs", "date") if values[x].present]
+        if given or values["dtype"].present:
+            raise UsageError(f"--{(given or ['dtype'])[0]}: with --workdir it is the run's.")
+    else:
+        for flag in ("arm", "seed", "round", "client"):
+            if values[flag].value is not None:
+                raise UsageError(f"--{flag}: needs --workdir.")
+
+
+def main(values: flags.FlagValues) -> None:
+    """Loads what is served, and answers requests until it is interrupted."""
+    check_packages()
+    _check(values)
+    folders = named_folders(values.adapter)
+
+    import jax
+
+    from fedsafe_jax import load_adapter, load_pretrained
+    from fedsafe_jax.federated.mesh import make_mesh, use_cores
+    from fedsafe_jax.runtime import devices
+    from fedsafe_jax.serving.app import Limits, make_app
+    from fedsafe_jax.serving.batching import Batcher
+    from fedsafe_jax.serving.served_models import ServedModels
+
+    key = values.api_key or os.environ.get(KEY, "")
+    taken = listen(values.host, values.port)
+    use_cores(values.batch_size)
+    mesh = make_mesh(jax.local_devices())
+    adapters: dict[str, lora.Adapter] = {}
+    if values.workdir:
+        adapters, config = of_run(values)
+        name, template = (
+            config.model,
+            {
+                "quantization": config.quantization,
+                "chat_template": config.chat_template,
+                "chat_template_kwargs": config.chat_template_kwargs.to_dict(),
+                "date": config.date,
+            },
+        )
+        dtype = config.dtype
+    else:
+        name, template, dtype = values.model, template_flags.options(values), values.dtype
+    if twice := {*adapters, name} & folders.keys():
+        raise UsageError(f"--adapter: '{min(twice)}' is the name of another model.")
+    adapters |= {known: load_adapter(folder) for known, folder in folders.items()}
+    lm = load_pretrained(name, dtype, mesh=mesh, **template)
+    models = ServedModels(
+        lm, name, adapters, batch_size=values.batch_size, max_length=values.max_length
+    )
+    limits = Limits(values.max_body_bytes, values.max_prompt_tokens, values.timeout_s, api_key=key)
+    batcher = Batcher(models, values.batch_size, values.max_queue)
+    app = make_app(models, batcher, limits)
+    devices.announce()
+    if not key and not _is_local(values.host):
+        print(
+            f"warning: anybody who reaches {values.host} may ask; give --api_key or {KEY}.",
+            file=sys.stderr,
+        )
+    host, port = taken.getsockname()[:2]
+    print(f"models: {', '.join(models.names)}")
+    print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    http_server(app).run(sockets=[taken])
+
+
+COMMAND = Command(define_flags, main)
