@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "models": {"own_folder", "whole_files"},
     "data": set(),
     "fetch": {"data", "whole_files"},
+    "interop": {"data", "whole_files"},
     "config": set(),
     "own_folder": {"whole_files"},
     "whole_files": set(),

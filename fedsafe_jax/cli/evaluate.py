@@ -2,6 +2,7 @@
 
     fedsafe evaluate [--model=FOLDER] [--adapter=FOLDER] [--tasks=TASK=SOURCE,...] [--output=FILE]
     fedsafe evaluate [--model=FOLDER] --prompts=FILE [--column=NAME] [--output=FILE.json]
+    fedsafe evaluate ... --export=inspect,lm_eval --export_dir=FOLDER
 
 The second form prints a line per prompt with the answer and each judge's verdict; a prompt may be a
 whole dialogue, a list of {role, content}. Without further flags the packaged model answers the
@@ -15,7 +16,7 @@ import time
 
 from absl import flags
 
-from fedsafe_jax.cli import judge_flags, template_flags
+from fedsafe_jax.cli import export_flags, judge_flags, template_flags
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
@@ -33,7 +34,8 @@ from fedsafe_jax.evals.task import (
     select,
 )
 from fedsafe_jax.inference.language_model import LanguageModel
-from fedsafe_jax.pipeline.evaluation import evaluate, summarise, tasks
+from fedsafe_jax.interop.origin import Origin
+from fedsafe_jax.pipeline.evaluation import AnswerStore, evaluate, summarise, tasks
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -68,6 +70,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
+    export_flags.define(values)
     text("system", "", "System prompt of dialogues that have none.", **here)
     text("prefix", "", "Text that every answer begins with.", **here)
 
@@ -127,12 +130,33 @@ def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalS
     return sets
 
 
-def run_tasks(lm: LanguageModel, sets: dict[str, EvalSet], options: EvalOptions) -> dict:
+class CollectedAnswers(AnswerStore):
+    """Holds the answers of every set, with their verdicts once they are judged.
+
+    Attributes:
+      rows: rows of answers by the name of the set.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[dict]] = {}
+
+    def write(self, name: str, key: dict, rows: list[dict]) -> None:
+        """Takes the rows of a set in the place of those before they were judged."""
+        del key
+        self.rows[name] = rows
+
+
+def run_tasks(
+    lm: LanguageModel,
+    sets: dict[str, EvalSet],
+    options: EvalOptions,
+    kept: AnswerStore | None = None,
+) -> dict:
     """Runs the tasks and prints their figures with intervals, and how long each took."""
     outcome, seconds = {}, {}
     for name, one in sets.items():
         began = time.monotonic()
-        outcome |= evaluate(lm, {name: one}, options)
+        outcome |= evaluate(lm, {name: one}, options, kept)
         seconds[name] = time.monotonic() - began
     summary = summarise(sets, [outcome], options)
     print("mean (95% interval)")
@@ -185,6 +209,38 @@ def _in_words(said: dict | None) -> str:
     return "refused" if said["refused"] else "answered"
 
 
+def export(
+    values: flags.FlagValues,
+    sets: dict[str, EvalSet],
+    rows: dict[str, list[dict]],
+    adapter: str | None,
+) -> None:
+    """Writes the answers of every set as `--export` says, and names sets without any.
+
+    Args:
+      values: the command's flags.
+      sets: the sets by name; none for a file of prompts.
+      rows: rows of answers by the name of the set.
+      adapter: hash of the adapter that answered; None without.
+    """
+    settings = {k: values[k].value for k in ("max_new_tokens", "temperature", "system", "prefix")}
+    facts = {"adapter": values.adapter, "adapter_sha256": adapter} if adapter else {}
+    model = f"{values.model}:{values.adapter}" if values.adapter else values.model
+    for name, answered in rows.items():
+        one = sets.get(name)
+        origin = Origin(
+            name,
+            model,
+            version=one.task.version if one else 0,
+            source=one.source if one else values.prompts,
+            settings=settings,
+            facts=facts,
+        )
+        export_flags.write(values, answered, origin)
+    if without := [name for name in sets if not rows.get(name)]:
+        print(f"not exported, as nothing is generated: {', '.join(without)}")
+
+
 def main(values: flags.FlagValues) -> None:
     """Loads the model, runs the tasks or the prompt file, and writes the results."""
     import jax
@@ -197,6 +253,7 @@ def main(values: flags.FlagValues) -> None:
 
     if values.output:
         check_file("output", values.output)
+    export_flags.check(values)
     started = time.monotonic()
     options, prompts, sets = options_of(values), [], {}
     template = template_flags.options(values)
@@ -227,7 +284,14 @@ def main(values: flags.FlagValues) -> None:
                 lm.tokenizer, ((f"task '{name}', {one.source}", x) for x in one.items)
             )
         devices.announce()
-        result = run_prompts(lm, prompts, chosen) if prompts else run_tasks(lm, sets, chosen)
+        kept = CollectedAnswers()
+        if prompts:
+            result = run_prompts(lm, prompts, chosen)
+            kept.rows = {"prompts": result["prompts"]}
+        else:
+            result = run_tasks(lm, sets, chosen, kept)
+        if values.export:
+            export(values, sets, kept.rows, evaluated)
         if values.output:
             result |= {"model": values.model, "adapter": values.adapter, HASH: evaluated}
             result["seconds"] = time.monotonic() - started

@@ -4,8 +4,9 @@
 
 A row holds `messages` (a list of {role, content} up to the request), ShareGPT's `conversations`, or
 `prompt`; and `answer`, unless the dialogue ends with it; where a judge needs them also `reference`
-and `other`. Output rows gain `verdicts`: what each judge says, null where it failed. Verdicts that
-a row has already are kept.
+and `other`. A log of inspect_ai (.json, .eval) and samples of lm-evaluation-harness are read, too.
+Output rows gain `verdicts`: what each judge says, null where it failed. Verdicts that a row has
+already are kept.
 """
 
 import os
@@ -21,10 +22,10 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.dialogue_rows import split_answer, turns_of
 from fedsafe_jax.data.examples import Messages, SourceError
 from fedsafe_jax.data.row_fields import ask
-from fedsafe_jax.data.sources import read_rows
 from fedsafe_jax.data.text_files import shorten
 from fedsafe_jax.evals import answers, judges, statistics
 from fedsafe_jax.evals.judges import Judge
+from fedsafe_jax.interop import reading
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,7 +38,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def read_answers(path: pathlib.Path) -> list[dict]:
-    """Reads rows of answers.
+    """Reads rows of answers, of ours or of another harness.
+
+    Args:
+      path: the file; see `interop.reading`.
 
     Raises:
       SourceError: no file, or a row without a dialogue or an answer, or with two; it is named.
@@ -45,10 +49,7 @@ def read_answers(path: pathlib.Path) -> list[dict]:
     if not os.path.isfile(path):
         fault = "is a folder; name a file of answers" if os.path.isdir(path) else "no such file"
         raise SourceError(f"--input: {path}: {fault}.")
-    rows = [_checked(place, row) for place, row in read_rows(path.name, str(path.parent))]
-    if not rows:
-        raise SourceError(f"--input: {path} holds no answer.")
-    return rows
+    return [_checked(place, row) for place, row in reading.read(path)]
 
 
 def _checked(place: str, row: dict) -> dict:
@@ -56,7 +57,19 @@ def _checked(place: str, row: dict) -> dict:
     verdicts = row.get("verdicts") or {}
     if not isinstance(verdicts, dict):
         raise SourceError(f"{place}: 'verdicts' must be an object, found {verdicts!r:.60}.")
+    for spec, said in verdicts.items():
+        if said is not None and not _is_verdict(said):
+            raise SourceError(
+                f"{place}: the verdict of {shorten(spec)} must be null, or hold 'refused' (true, "
+                f"false or null) and 'score' (a number); found {shorten(said)}."
+            )
     return row | {"messages": chat.to_dicts(messages), "answer": answer, "verdicts": verdicts}
+
+
+def _is_verdict(said: object) -> bool:
+    if not isinstance(said, dict) or not {"refused", "score"} <= set(said):
+        return False
+    return isinstance(said["refused"], bool | None) and isinstance(said["score"], int | float)
 
 
 def _dialogue(place: str, row: dict) -> tuple[Messages, str]:

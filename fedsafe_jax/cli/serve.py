@@ -9,7 +9,6 @@ says otherwise; FEDSAFE_API_KEY takes the place of --api_key, which other users 
 """
 
 import importlib.util
-import ipaddress
 import os
 import socket
 import sys
@@ -44,6 +43,13 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     text("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for any.", **here)
     whole("port", 8000, "Port; 0 for any that is free.", 0, 65535, **here)
+    flags.DEFINE_list(
+        "allow_host",
+        [],
+        "Names for the header Host beside the address and localhost; * for any. "
+        "On loopback others are refused; elsewhere only where this is given.",
+        **here,
+    )
     text("api_key", None, f"Key that clients must send; else that of {KEY}, else none.", **here)
     whole("batch_size", 64, "Prompts computed at once.", lower_bound=1, **here)
     whole("max_length", 0, "Tokens of prompt and answer; 0: the context.", lower_bound=0, **here)
@@ -136,13 +142,6 @@ def http_server(app: Any) -> Any:
     return uvicorn.Server(settings)
 
 
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _check(values: flags.FlagValues) -> None:
     if bool(values.model) == bool(values.workdir):
         raise UsageError("--model, --workdir: give one of them.")
@@ -169,6 +168,7 @@ def main(values: flags.FlagValues) -> None:
     from fedsafe_jax.runtime import devices
     from fedsafe_jax.serving.app import Limits, make_app
     from fedsafe_jax.serving.batching import Batcher
+    from fedsafe_jax.serving.hosts import allowed_hosts, is_loopback
     from fedsafe_jax.serving.served_models import ServedModels
 
     key = values.api_key or os.environ.get(KEY, "")
@@ -197,11 +197,17 @@ def main(values: flags.FlagValues) -> None:
     models = ServedModels(
         lm, name, adapters, batch_size=values.batch_size, max_length=values.max_length
     )
-    limits = Limits(values.max_body_bytes, values.max_prompt_tokens, values.timeout_s, api_key=key)
+    limits = Limits(
+        values.max_body_bytes,
+        values.max_prompt_tokens,
+        values.timeout_s,
+        api_key=key,
+        hosts=allowed_hosts(values.host, tuple(values.allow_host)),
+    )
     batcher = Batcher(models, values.batch_size, values.max_queue)
     app = make_app(models, batcher, limits)
     devices.announce()
-    if not key and not _is_local(values.host):
+    if not key and not is_loopback(values.host):
         print(
             f"warning: anybody who reaches {values.host} may ask; give --api_key or {KEY}.",
             file=sys.stderr,

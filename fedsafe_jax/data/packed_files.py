@@ -48,11 +48,11 @@ def read_bytes(path: pathlib.Path) -> tuple[str, bytes]:
     try:
         if path.suffix == ".gz":
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as inside:
-                return path.stem, _pieces(path, inside, len(data), most)
+                return path.stem, unpacked(path, inside, len(data), most)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             member = _member(path, archive)
             with archive.open(member) as inside:
-                return member.filename, _pieces(path, inside, len(data), most)
+                return member.filename, unpacked(path, inside, len(data), most)
     except SourceError:
         raise
     except (NotImplementedError, RuntimeError) as error:  # encrypted, or a rare compression
@@ -81,8 +81,18 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return texts[0]
 
 
-def _pieces(path: pathlib.Path, inside: BinaryIO, packed: int, most: int) -> bytes:
-    """Reads what is inside, unless it is more than `most`."""
+def unpacked(path: pathlib.Path, inside: BinaryIO, packed: int, most: int) -> bytes:
+    """Reads what is inside of a packed file, unless it is more than `most`.
+
+    Args:
+      path: the packed file, named in the error.
+      inside: what is read.
+      packed: bytes of the packed file.
+      most: bytes that are read.
+
+    Raises:
+      SourceError: there are more.
+    """
     pieces, size = [], 0
     while piece := inside.read(PIECE):
         size += len(piece)

@@ -1,11 +1,13 @@
 """Sources: a local file in its upstream format, or a Hub data set, becomes typed examples.
 
 A source is written `name:location`, such as `dolly:dolly/databricks_dolly_sample.csv`. A location
-is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip) or, when `data_dir` is
-`hub`, a dataset id that the `datasets` library loads. `package/FILE` is a file of the packaged demo
-set. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`: disjoint parts of
-the source by a hash of the first user turn, so that no prompt and no conversation is on two sides.
-`#without=CATEGORY+CATEGORY` leaves categories out, as a policy that allows such requests does.
+is a file below `data_dir` (json, jsonl, csv, txt; optionally .gz or .zip), `package/FILE` for a
+file of the packaged demo set, or `hub:owner/name[config]/split@revision` for a data set of the Hub,
+which the `datasets` library loads; where `data_dir` is `hub`, `hub:` may be left out. All kinds may
+stand beside each other. A location may end in `#clients`, `#server`, `#train` (both) or `#heldout`:
+disjoint parts of the source by a hash of the first user turn, so that no prompt and no conversation
+is on two sides. `#without=CATEGORY+CATEGORY` leaves categories out, as a policy that allows such
+requests does.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 
 from fedsafe_jax.data.catalog import sets_at
 from fedsafe_jax.data.examples import Example, SourceError
+from fedsafe_jax.data.hub_rows import PREFIX, is_on_hub, parse_location, read_hub_rows
 from fedsafe_jax.data.packed_files import READABLE
 from fedsafe_jax.data.readers import READERS
 from fedsafe_jax.data.text_files import (
@@ -44,7 +47,7 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     """Reads the rows of a file or of a Hub data set.
 
     Args:
-      location: file below `data_dir`, `package/FILE`, or Hub id.
+      location: file below `data_dir`, `package/FILE`, or data set of the Hub.
       data_dir: folder of the files, or `hub`.
 
     Returns:
@@ -55,7 +58,7 @@ def read_rows(location: str, data_dir: str) -> list[tuple[str, dict]]:
     """
     path = _path_of(location, data_dir)
     if path is None:
-        return _hub_rows(location)
+        return read_hub_rows(location)
     if os.path.exists(path) and not os.path.isfile(path):
         raise SourceError(f"{path}: is no regular file; give a file with text.")
     with quoting_no_other_file(location, data_dir):
@@ -71,7 +74,7 @@ def _path_of(location: str, data_dir: str) -> pathlib.Path | None:
         if ".." in pathlib.PurePath(name).parts or pathlib.PurePath(name).is_absolute():
             raise SourceError(f"{location}: leads out of the packaged files; name one of them.")
         return pathlib.Path(str(folder)) / name
-    return None if data_dir == "hub" else pathlib.Path(data_dir) / location
+    return None if is_on_hub(location, data_dir) else pathlib.Path(data_dir) / location
 
 
 @contextlib.contextmanager
@@ -117,7 +120,7 @@ def _file_rows(path: pathlib.Path, location: str) -> list[tuple[str, dict]]:
         get = f" `fedsafe fetch-data {names} --data_dir=DIR` downloads it." if names else ""
         raise SourceError(
             f"{path}: no such file. Give data_dir the folder that holds '{location}', "
-            f"or data_dir='hub' to load it from the Hub.{get}"
+            f"or write hub:OWNER/NAME to load it from the Hub.{get}"
         )
     name, text = read_text(path)
     try:
@@ -201,25 +204,6 @@ def _items(path: pathlib.Path, items: list) -> list[tuple[str, dict]]:
     return [(f"{path} item {i}", row) for i, row in enumerate(items)]
 
 
-def _hub_rows(dataset_id: str) -> list[tuple[str, dict]]:
-    """Loads the training split of a Hub data set."""
-    import datasets
-
-    if os.path.exists(dataset_id):
-        # The library would read the folder of that name, whoever put it there.
-        raise SourceError(
-            f"Hub dataset '{dataset_id}': a file or folder here has this name; give data_dir the "
-            "folder that holds it, or start elsewhere."
-        )
-    try:
-        data = datasets.load_dataset(dataset_id, split="train")
-    except Exception as error:  # The library raises exceptions of many unrelated types.
-        raise SourceError(
-            f"Hub dataset '{dataset_id}' could not be loaded: {one_line(error)}"
-        ) from error
-    return [(f"{dataset_id} row {i}", dict(row)) for i, row in enumerate(data)]
-
-
 def part_of(prompt: str) -> str:
     """Returns the part of a prompt: `heldout` (a tenth), `clients` or `server` (half of the rest).
 
@@ -237,7 +221,8 @@ def parse_source(source: str) -> tuple[str, str, str]:
     """Splits `name:location#part` into its three parts, `part` being "" where there is none.
 
     Raises:
-      SourceError: an unknown name or part; the message lists the known ones.
+      SourceError: an unknown name or part; the message lists the known ones. Or a location of the
+        Hub that is not written as one.
     """
     name, _, location = source.partition(":")
     location, _, part = location.partition("#")
@@ -246,6 +231,8 @@ def parse_source(source: str) -> tuple[str, str, str]:
         raise SourceError(f"source {source!r}: expected NAME:LOCATION with NAME one of {known}.")
     if part and part not in PARTS and not part.startswith(WITHOUT):
         raise SourceError(f"source {source!r}: part {'#' + part!r} is not one of {sorted(PARTS)}.")
+    if location.startswith(PREFIX):
+        parse_location(location)
     return name, location, part
 
 

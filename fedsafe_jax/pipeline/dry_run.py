@@ -10,6 +10,7 @@ from fedsafe_jax.cai.revise import DATA, parse_check
 from fedsafe_jax.config import default_config, unsafe_sources
 from fedsafe_jax.data import sources
 from fedsafe_jax.data.examples import UNSAFE, SourceError
+from fedsafe_jax.data.hub_rows import is_on_hub
 from fedsafe_jax.evals.task import HELDOUT, TaskError
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.models import hub, lora
@@ -20,6 +21,7 @@ from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.evaluation import chosen_sets
 from fedsafe_jax.pipeline.inputs import deal
 from fedsafe_jax.pipeline.pools import read_client_pools
+from fedsafe_jax.pipeline.read_files import sources_of
 
 
 def _decoder_config(name: str, dtype: str) -> DecoderConfig:
@@ -73,9 +75,9 @@ def _held(config: ConfigDict) -> str:
       PartitionError: they cannot hold what is asked for.
     """
     asked = f"{config.harmful_share:.1%} asked"
-    if config.data_dir == "hub":
-        return f"{asked}; the data are read from the Hub when it runs"
     try:
+        if any(_is_on_hub(source, config) for source in sources_of(config)):
+            return f"{asked}; the data are read from the Hub when it runs"
         pools = read_client_pools(config)
     except (SourceError, TaskError) as error:
         return f"{asked}; not known: {error}"
@@ -86,6 +88,14 @@ def _held(config: ConfigDict) -> str:
         f"{unsafe / pairs:.1%} of {pairs:,} pairs, {wanted.harmful_share:.1%} of {wanted.pairs:,} "
         f"asked; there are {len(pools[0]):,} safe and {len(pools[1]):,} unsafe ones"
     )
+
+
+def _is_on_hub(source: str, config: ConfigDict) -> bool:
+    try:
+        location = sources.parse_source(source)[1]
+    except SourceError:  # a task's own form
+        location = source
+    return is_on_hub(location, config.data_dir)
 
 
 def _base_bytes(shape: DecoderConfig, config) -> float:
@@ -113,7 +123,7 @@ def _own_answers(config: ConfigDict) -> str:
     c = config.cai
     if not c.harmless_sources or not any(arm.cai for arm in arms_of(config)):
         return ""
-    if config.data_dir == "hub":
+    if any(_is_on_hub(source, config) for source in c.harmless_sources):
         return "the base answers harmless requests that are read from the Hub when it runs"
     try:
         asked = sum(len(sources.load(name, config.data_dir)) for name in c.harmless_sources)

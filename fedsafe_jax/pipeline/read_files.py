@@ -11,6 +11,7 @@ from fedsafe_jax.cai import constitution
 from fedsafe_jax.config import unsafe_sources
 from fedsafe_jax.data import labelled_answers, named_templates, sources
 from fedsafe_jax.data.examples import SourceError
+from fedsafe_jax.data.hub_rows import is_on_hub
 from fedsafe_jax.evals.task import HELDOUT
 from fedsafe_jax.filters import store
 from fedsafe_jax.filters.kinds import FILTER_KINDS
@@ -45,7 +46,7 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
       SourceError: a source is not written as one, or the Hub does not have the data set.
     """
     files = {}
-    for source in dict.fromkeys(_sources(config)):
+    for source in dict.fromkeys(sources_of(config)):
         files |= _source_files(source, config.data_dir)
     labels = [labelled_answers.parse(source)[2] for source in config.eval.labels]
     for location in (*config.cai.records, *labels):
@@ -63,7 +64,8 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
     return files
 
 
-def _sources(config: ConfigDict) -> Iterator[str]:
+def sources_of(config: ConfigDict) -> Iterator[str]:
+    """Yields the sources of a config's data and tasks, as they are written there."""
     pools: Sequence[Sequence[str]] = (
         config.safe_sources,
         unsafe_sources(config),
@@ -88,7 +90,7 @@ def _source_files(source: str, data_dir: str) -> dict[str, pathlib.Path | str]:
     name = f"data/{location}"
     if location.startswith("package/"):
         path = ASSETS / "demo" / location.removeprefix("package/")
-    elif data_dir == "hub":
+    elif is_on_hub(location, data_dir):
         rows = [row for _, row in sources.read_rows(location, data_dir)]
         return {name: json.dumps(rows, ensure_ascii=False, default=str)}
     else:

@@ -19,6 +19,7 @@ from fedsafe_jax.serving import schema
 from fedsafe_jax.serving.batching import Batcher
 from fedsafe_jax.serving.calls import Call
 from fedsafe_jax.serving.errors import ApiError, malformed
+from fedsafe_jax.serving.hosts import check_host
 from fedsafe_jax.serving.replies import Replies, event
 from fedsafe_jax.serving.schema import Asked
 from fedsafe_jax.serving.served_models import ServedModels
@@ -36,12 +37,14 @@ class Limits(NamedTuple):
       prompt_tokens: tokens of a prompt.
       seconds: time until it is answered, or its stream has ended.
       api_key: what it must bring; "" for nothing.
+      hosts: names that it may call the server by; none for any.
     """
 
     body_bytes: int = 4 << 20
     prompt_tokens: int = 1 << 20
     seconds: float = 600.0
     api_key: str = ""
+    hosts: frozenset[str] = frozenset()
 
 
 def make_app(models: ServedModels, batcher: Batcher, limits: Limits) -> Starlette:
@@ -76,12 +79,12 @@ class _Server:
         self._created = int(time.time())
 
     async def list_models(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         data = [self._model(name) for name in self._models.names]
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         name = request.path_params["name"]
         self._check_model(name)
         return JSONResponse(self._model(name))
@@ -137,7 +140,7 @@ class _Server:
     async def _with_content(
         self, request: Request, answer: Callable[[dict], Awaitable[Response]]
     ) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Any web page may have a browser send other types to this machine, unasked.
@@ -202,7 +205,8 @@ class _Server:
             )
         return asked._replace(max_tokens=most)
 
-    def _check_key(self, request: Request) -> None:
+    def _check_caller(self, request: Request) -> None:
+        check_host(request, self._limits.hosts)
         if not self._limits.api_key:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")

@@ -69,6 +69,11 @@ def test_a_judge_that_fails_on_all_is_an_error_behind_the_others(tmp_path, capsy
         ),
         ({"prompt": "How?", "answer": None}, "'answer' must be a text, found None"),
         ({"prompt": "How?", "answer": "So.", "verdicts": [1]}, "'verdicts' must be an object"),
+        (
+            {"prompt": "How?", "answer": "So.", "verdicts": {"rules": {"refused": True}}},
+            "the verdict of 'rules' must be null, or hold 'refused'",
+        ),
+        ({"prompt": "How?", "answer": "So.", "verdicts": {"rules": 1}}, "found 1"),
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path, row, message):
