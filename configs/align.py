@@ -7,8 +7,8 @@ The server alone runs Constitutional AI on its own red-team requests (arm `cai`)
 requests in the same words ("how to kill weeds") are answered by the model itself, and on them it is
 held to its own distribution, so that it does not learn to refuse by the words, nor to speak
 otherwise. A part of what was learned (`--scale`) refuses less of either kind, and is what a
-federation starts from. With `--config.data_dir=DATA` `:public`
-adds public requests and instructions, and is evaluated on public sets.
+federation starts from. With `--config.data_dir=DATA` `:public` adds public requests and
+instructions, and is evaluated on public sets.
 """
 
 from fedsafe_jax.config import ConfigError, default_config
@@ -38,7 +38,7 @@ def get_config(arg=""):
     c.cai.replay_examples = 780
     c.cai.steps = 70
     c.cai.batch_size = 8
-    # A greater weight lowers over-refusal, and refusal with it, more than a smaller --scale does.
+    # At 16 the whole refuses about as much, of either kind, as four fifths of what 4 teaches.
     c.cai.losses, c.cai.weights = ("sft", "kl"), (1.0, 4.0)
     c.cai.learning_rate = 5e-4
     c.cai.max_new_tokens = 32

@@ -204,6 +204,7 @@ def main(values: flags.FlagValues) -> None:
     else:
         factors = saved.client_factors(rounds_done, values.client)
     note = _note(config, rounds_done, values.client, scale)
+    factors = _scaled(factors, scale)
     check_output(values.output)
     card = export.card_of_seed(
         config,
@@ -214,8 +215,7 @@ def main(values: flags.FlagValues) -> None:
         note=note,
         of_client=values.client is not None,
     )
-    scaled = saved.lora._replace(alpha=scale * saved.lora.alpha)
-    adapter = lora.Adapter(factors, scaled, config.model)
+    adapter = lora.Adapter(factors, saved.lora, config.model)
     lm = None
     if values.merge:
         lm = load_pretrained(
@@ -242,6 +242,15 @@ def _checked_scale(scale: float) -> float:
     if not 0 < scale < math.inf:
         raise UsageError(f"--scale={scale}: expected a finite number above 0; 1 exports as it is.")
     return scale
+
+
+def _scaled(factors: dict, scale: float) -> dict:
+    """Multiplies the products of factors; another alpha would leave the adapter's hash as it is."""
+
+    def scaled(path: tuple, x: jax.Array) -> jax.Array:
+        return scale * x if path[-1].key == "b" else x
+
+    return factors if scale == 1 else jax.tree_util.tree_map_with_path(scaled, factors)
 
 
 def _note(config: ConfigDict, rounds_done: int, client: int | None, scale: float) -> str:

@@ -126,7 +126,7 @@ class ChatSession:
             logits, batch.cache = self._engine.prefill(packed)
             written = int(packed.width)
             batch.slots = [np.arange(written - n, written) for n in lengths]
-        state = self._engine.answer(
+        pieces = self._engine.pieces(
             sampling,
             max_new_tokens,
             logits=logits,
@@ -135,6 +135,7 @@ class ChatSession:
             prompt_len=lengths,
             keys=self._engine.keys(seed, batch.row_of, batch.size),
         )
+        state = generation.last(pieces)
         out, done = fetch((state.out[0], state.done[0]))
         # Decoding ends before the last token of an answer is read, so the cache may lack it.
         answers = [row[row >= 0][:-1] for row in out]

@@ -100,7 +100,7 @@ def generate_ids(
     for row_of, size in engine.batches(prompts):
         packed = pack_prompts(in_rows(prompts, row_of, size), engine.devices, engine.platform)
         logits, cache = engine.prefill(packed)
-        state = engine.answer(
+        pieces = engine.pieces(
             sampling,
             max_new_tokens,
             logits=logits,
@@ -109,6 +109,7 @@ def generate_ids(
             prompt_len=packed.valid.sum(-1, dtype=np.int32),
             keys=engine.keys(seed, row_of, size),
         )
+        state = last(pieces)
         out, done = fetch((state.out, state.done))
         for group, generated in enumerate(answers):
             collect(generated, out[group], done[group], row_of=row_of, stop_ids=stop_ids)
@@ -236,32 +237,6 @@ class Engine:
         program = decoding.extend_program(self.model, self.mesh)
         return program(self._decoding_params, self._factors, tokens, positions, valid, cache)
 
-    def answer(
-        self,
-        sampling: Sampling,
-        max_new_tokens: int,
-        logits: jax.Array,
-        cache: KVCache,
-        written: int,
-        prompt_len: np.ndarray,
-        keys: jax.Array,
-    ) -> decoding.State:
-        """Decodes answers to their end from the logits of the prompts' last tokens.
-
-        Args:
-          sampling, max_new_tokens, logits, cache, written, prompt_len, keys: see `pieces`.
-        """
-        pieces = self.pieces(
-            sampling,
-            max_new_tokens,
-            logits=logits,
-            cache=cache,
-            written=written,
-            prompt_len=prompt_len,
-            keys=keys,
-        )
-        return collections.deque(pieces, maxlen=1).pop()
-
     def pieces(
         self,
         sampling: Sampling,
@@ -309,6 +284,11 @@ class Engine:
             )
             step += slots - used
             yield state
+
+
+def last(pieces: Iterator[decoding.State]) -> decoding.State:
+    """Decodes to the end: returns the last of the states that `Engine.pieces` yields."""
+    return collections.deque(pieces, maxlen=1).pop()
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from fedsafe_jax import experiment
 from fedsafe_jax.cli import startup
 from fedsafe_jax.config import default_config
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder
 
 ADAPTER = "adapter_model.safetensors"
@@ -85,8 +86,9 @@ def test_a_scale_lies_between_the_base_and_the_arm(kept, tmp_path):
     assert "The adapter's effect is multiplied by 0.5. It was not evaluated." in card
     assert "not evaluated" not in (tmp_path / "1.0/README.md").read_text()
 
-    export(kept, tmp_path / "adapter", "--scale=0.5")
-    assert lora.load_adapter(tmp_path / "adapter").config.alpha == config_of().lora_alpha / 2
+    whole, half = export(kept, tmp_path / "whole"), export(kept, tmp_path / "half", "--scale=0.5")
+    assert adapter_hash(whole) != adapter_hash(half)
+    assert adapter_hash(half)[:12] in card
 
 
 def test_a_round_is_the_mean_of_what_its_clients_sent(kept, tmp_path):
