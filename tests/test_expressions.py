@@ -11,7 +11,7 @@ import time
 import pytest
 
 import fedsafe_jax
-from fedsafe_jax.cai import forms, given
+from fedsafe_jax.cai import forms, given, revise
 from fedsafe_jax.data import benchmark_readers, chat_template, overlap, readers
 from fedsafe_jax.evals.judges import chat
 from fedsafe_jax.models import tokenizer_loading
@@ -36,6 +36,7 @@ PUT_TOGETHER = {
     "data/control_tokens.py": "escaped names, none repeated",
     "models/lora.py": "names of at most a file's header, each part once",
     "data/sources.py": "an escaped path",
+    "fetch/download.py": "one class of characters, repeated a fixed number of times",
     "evals/judges/mt_bench_prompts.py": "two patterns of a number in brackets",
     "evals/judges/strongreject_rubric.py": "names of scores before a number",
     "evals/judges/guard_formats.py": "a fixed line of a guard's reply, and an escaped name",
@@ -78,7 +79,7 @@ def module_patterns():
 
 # Those that are only ever asked whether they match from the start, which `sub` does not.
 FROM_THE_START = {
-    given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern,
+    given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern, revise.CRITIQUE.pattern,
     benchmark_readers._WRAPPED.pattern, chat._SPEC.pattern,
     r"(?:([^=:]+)=)?([a-z_]+):(.+)", r"\s*(yes|no)\b",
 }  # fmt: skip
