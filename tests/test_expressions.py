@@ -79,8 +79,8 @@ def module_patterns():
 
 # Those that are only ever asked whether they match from the start, which `sub` does not.
 FROM_THE_START = {
-    given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern, revise.CRITIQUE.pattern,
-    benchmark_readers._WRAPPED.pattern, chat._SPEC.pattern,
+    given.ALPACA.pattern, given.LLAMA.pattern, given._ENDS_BACKWARDS.pattern,
+    revise.CRITIQUE.pattern, benchmark_readers._WRAPPED.pattern, chat._SPEC.pattern,
     r"(?:([^=:]+)=)?([a-z_]+):(.+)", r"\s*(yes|no)\b",
 }  # fmt: skip
 # Those that are asked of short texts alone: an expression, whose length is checked before.
