@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fedsafe_jax import random_streams
+from fedsafe_jax.federated import decompositions
 from fedsafe_jax.random_streams import Purpose
 
 PROBES = 8  # columns of X in `project_products`
@@ -80,9 +81,9 @@ def product_mean(client_factors: Any, weights: jax.Array, key: jax.Array) -> Any
         rank, fan_in = pair["a"].shape[-1], pair["a"].shape[-2]
         a, b = _stacked(pair, weights)
         # The mean itself is never formed: it may be a hundred times the factors.
-        q_a, r_a = jnp.linalg.qr(a)
-        q_b, r_b = jnp.linalg.qr(b.swapaxes(-1, -2))
-        u, s, vt = jnp.linalg.svd(r_a @ r_b.swapaxes(-1, -2), full_matrices=False)
+        q_a, r_a = decompositions.qr(a)
+        q_b, r_b = decompositions.qr(b.swapaxes(-1, -2))
+        u, s, vt = decompositions.svd(r_a @ r_b.swapaxes(-1, -2))
         # A rank above the sides of a projection has more slots than there are singular values.
         missing = max(rank - s.shape[-1], 0)
         u, s, vt = (
