@@ -9,9 +9,11 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from fedsafe_jax.evals.judges import Answered, Verdict
+from fedsafe_jax.evals.judges.guard import Guard
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.serving.errors import ApiError
 from fedsafe_jax.serving.served_models import Draw
@@ -49,7 +51,7 @@ class Failed(NamedTuple):
     error: ApiError
 
 
-Event = Piece | TokenScores | Failed
+Event = Piece | TokenScores | Verdict | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,21 +59,23 @@ class Job:
     """One prompt's work.
 
     Attributes:
-      model: name of the model.
-      draw: the prompt; for scores, `draw.ids` is the sequence.
+      model: name of the model, or guard.
       deliver: takes what comes of it, called from the worker's thread.
       deadline: time of `time.monotonic` after which nobody waits.
+      draw: the prompt; for scores, `draw.ids` is the sequence.
       sampling: how tokens are drawn.
       top: likeliest tokens at each place, for scores; None to generate.
+      answered: what a guard judges; None for other work.
       is_over: set by whoever waits no longer, and at the last event.
     """
 
     model: str
-    draw: Draw
     deliver: Callable[[Event], None]
     deadline: float
+    draw: Draw = Draw((), 0, 0, place=0)
     sampling: Sampling = Sampling()
     top: int | None = None
+    answered: Answered | None = None
     is_over: bool = False
 
     @property
@@ -80,6 +84,8 @@ class Job:
 
         Answers of about one length are decoded together: a short one does not wait for a long one.
         """
+        if self.answered is not None:
+            return self.model, "verdicts"
         if self.top is not None:
             return self.model, "scores", self.top
         return self.model, self.sampling, max(16, self.draw.max_tokens - 1).bit_length()
@@ -89,13 +95,21 @@ class Batcher:
     """Collects jobs into batches and runs them in a thread of its own.
 
     Args:
-      models: what is asked.
+      models: what is asked; None for guards alone.
       batch_size: most jobs of a batch.
       most_waiting: most jobs that wait; more are refused.
+      guards: what judges, by name.
     """
 
-    def __init__(self, models: Models, batch_size: int, most_waiting: int):
+    def __init__(
+        self,
+        models: Models | None,
+        batch_size: int,
+        most_waiting: int,
+        guards: Mapping[str, Guard] | None = None,
+    ):
         self._models, self._batch_size, self.most_waiting = models, batch_size, most_waiting
+        self._guards = guards or {}
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed, self._is_closed = threading.Condition(), False
         self._arrived = 0  # calls of `submit`, ever
@@ -187,6 +201,11 @@ class Batcher:
 
     def _work(self, batch: list[Job]) -> None:
         first, draws = batch[0], [job.draw for job in batch]
+        if first.answered is not None:
+            verdicts = self._guards[first.model].judge([job.answered for job in batch])
+            for job, verdict in zip(batch, verdicts, strict=True):
+                _finish(job, verdict)
+            return
         if first.top is not None:
             scores = self._models.score(first.model, [draw.ids for draw in draws], first.top)
             for job, one in zip(batch, scores, strict=True):
