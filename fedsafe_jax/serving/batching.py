@@ -1,6 +1,7 @@
 """A queue of work, and the one thread that owns the device.
 
-What has arrived for one model with the same sampling settings is decoded as one batch. A batch is
+What has arrived with the same sampling settings is decoded as one batch, whatever adapter it is
+for. A batch is
 not joined by what arrives later; it ends early when nobody waits for any of its answers.
 """
 
@@ -29,10 +30,13 @@ LONGEST_WAIT_S = 0.04
 class Models(Protocol):
     """What the thread asks, see `served_models.ServedModels`."""
 
+    def group(self, model: str) -> str:
+        """Returns what models that answer in one batch have in common."""
+
     def generate(
-        self, model: str, sampling: Sampling, draws: Sequence[Draw]
+        self, models: Sequence[str], sampling: Sampling, draws: Sequence[Draw]
     ) -> Iterator[list[tuple[list[int], bool]]]:
-        """Continues prompts in pieces."""
+        """Continues prompts in pieces, each under its model."""
 
     def score(self, model: str, sequences: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
         """Scores the tokens of each sequence."""
@@ -78,17 +82,19 @@ class Job:
     answered: Answered | None = None
     is_over: bool = False
 
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What jobs of one batch have in common.
+    def alike(self, group: Callable[[str], str]) -> tuple[Any, ...]:
+        """Returns what jobs of one batch have in common.
 
         Answers of about one length are decoded together: a short one does not wait for a long one.
+
+        Args:
+          group: what models that answer in one batch have in common.
         """
         if self.answered is not None:
             return self.model, "verdicts"
         if self.top is not None:
             return self.model, "scores", self.top
-        return self.model, self.sampling, max(16, self.draw.max_tokens - 1).bit_length()
+        return group(self.model), self.sampling, max(16, self.draw.max_tokens - 1).bit_length()
 
 
 class Batcher:
@@ -178,12 +184,15 @@ class Batcher:
                     break
             if self._is_closed:
                 return []
-            alike, batch, rest = self._waiting[0].alike, [], collections.deque()
+            alike, batch, rest = self._alike(self._waiting[0]), [], collections.deque()
             for job in self._waiting:
-                is_taken = len(batch) < self._batch_size and job.alike == alike
+                is_taken = len(batch) < self._batch_size and self._alike(job) == alike
                 (batch if is_taken else rest).append(job)
             self._waiting, self._last_size = rest, len(batch)
             return batch
+
+    def _alike(self, job: Job) -> tuple[Any, ...]:
+        return job.alike(lambda model: self._models.group(model) if self._models else model)
 
     def _wait_for_more(self) -> None:
         latest = time.monotonic() + LONGEST_WAIT_S
@@ -211,7 +220,8 @@ class Batcher:
             for job, one in zip(batch, scores, strict=True):
                 _finish(job, one)
             return
-        for answers in self._models.generate(first.model, first.sampling, draws):
+        names = [job.model for job in batch]
+        for answers in self._models.generate(names, first.sampling, draws):
             for job, (ids, is_done) in zip(batch, answers, strict=True):
                 most = job.draw.max_tokens
                 job.is_over |= time.monotonic() > job.deadline
