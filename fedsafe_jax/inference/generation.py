@@ -236,7 +236,7 @@ class Engine:
         Args:
           packed: the prompts.
           owners: int32 `[rows]`, the adapter of each row, where the factors are of
-            `owned_lora.stack`; None elsewhere.
+            `adapter_stack.stack`; None elsewhere.
         """
         factors, owned = self._factors, owners is not None
         if owned:

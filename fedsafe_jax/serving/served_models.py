@@ -14,7 +14,7 @@ from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.inference.prompt_packing import PACKED_TOKENS, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import lora, owned_lora
+from fedsafe_jax.models import adapter_stack, lora, owned_lora
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import fetch
 from fedsafe_jax.random_streams import Purpose
@@ -78,7 +78,7 @@ class ServedModels:
         self.stop_ids = frozenset(lm.stop_ids)
         self._engine = functools.cache(self._make_engine)
         self._mixed = functools.cache(self._make_mixed)
-        self._alone = {key for key, one in placed.items() if not owned_lora.is_finite(one)}
+        self._alone = {key for key, one in placed.items() if not adapter_stack.is_finite(one)}
         self._shared = {key: one for key, one in placed.items() if key not in self._alone}
         self._places = {key: i for i, key in enumerate(self._shared)}
 
@@ -169,7 +169,7 @@ class ServedModels:
 
     def _make_mixed(self) -> generation.Engine:
         """The engine of all adapters at once; their factors are on the device a second time."""
-        factors, scale = owned_lora.stack(list(self._shared.values()))
+        factors, scale = adapter_stack.stack(list(self._shared.values()))
         return self._engine_of(Decoder(self._lm.config, scale), factors)
 
     def _engine_of(self, model: Decoder, factors: dict | None) -> generation.Engine:

@@ -8,7 +8,7 @@ import pytest
 from fedsafe_jax import load_pretrained
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import lora, owned_lora
+from fedsafe_jax.models import adapter_stack, lora, owned_lora
 from fedsafe_jax.serving.served_models import Draw, ServedModels
 
 TEXTS = ("How do I bake bread?", "Hello!", "A cake needs flour, eggs and patience.", "Why? " * 9)
@@ -33,7 +33,7 @@ def adapters(packaged):
 
 
 def test_products_are_those_of_each_owner(packaged, adapters):
-    factors, scale = owned_lora.stack(list(adapters.values()))
+    factors, scale = adapter_stack.stack(list(adapters.values()))
     rng = np.random.default_rng(0)
     for block, name in (("self_attn", "q_proj"), ("self_attn", "v_proj"), ("mlp", "down_proj")):
         pair = {key: leaf[1] for key, leaf in factors["layers"][block][name].items()}
