@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "federated": {"models", "data"},
     "filters": {"models", "data", "whole_files"},
     "inference": {"models", "data"},
-    "serving": {"models", "data", "inference"},
+    "serving": {"models", "data", "inference", "evals"},
     "cai": {"models", "data", "filters", "inference"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
     "runtime": {"federated", "own_folder", "whole_files"},

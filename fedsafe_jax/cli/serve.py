@@ -2,24 +2,33 @@
 
     fedsafe serve --model=FOLDER [--adapter=NAME=FOLDER ...] [--port=8000] [--api_key=KEY]
     fedsafe serve --workdir=DIR --arm=ARM[,ARM...] [--seed=N] [--round=T] [--client=K]
+    fedsafe serve --guard=FOLDER [--guard=NAME=FOLDER ...]
 
-The second form serves the base of a run under its own name, and arms by theirs. Endpoints are
-/v1/models, /v1/chat/completions and /v1/completions. Only this machine can connect, unless --host
+The second form serves the base of a run under its own name, and arms by theirs; the third, alone or
+with one of the others, guards. Endpoints are /v1/models, /v1/chat/completions, /v1/completions and
+/v1/moderations. Only this machine can connect, unless --host
 says otherwise; FEDSAFE_API_KEY takes the place of --api_key, which other users can see.
 """
 
+import functools
 import importlib.util
 import os
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from fedsafe_jax.cli import template_flags
 from fedsafe_jax.cli.command import Command, UsageError
 from fedsafe_jax.cli.export import Saved
+from fedsafe_jax.evals import judges
 from fedsafe_jax.models import lora
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from fedsafe_jax.serving.served_models import ServedModels
 
 PACKAGES = ("starlette", "uvicorn")
 KEY = "FEDSAFE_API_KEY"
@@ -32,6 +41,13 @@ def define_flags(values: flags.FlagValues) -> None:
     here = {"flag_values": values}
     text("model", None, "Model folder, GGUF file or Hub id; its name for clients, too.", **here)
     flags.DEFINE_multi_string("adapter", [], "NAME=FOLDER of a PEFT adapter.", **here)
+    flags.DEFINE_multi_string(
+        "guard",
+        [],
+        "[NAME=]FOLDER of a guard, or of a filter that `fedsafe train-filter` wrote, for "
+        "/v1/moderations; #FORMAT behind it where its family cannot be told.",
+        **here,
+    )
     text("workdir", None, "Folder of a run, local or gs://BUCKET/FOLDER.", **here)
     flags.DEFINE_list("arm", None, "Arms of the run, such as fl,fl+cai.", **here)
     whole("seed", None, "Seed; may be left out where the run has one.", **here)
@@ -85,6 +101,32 @@ def named_folders(entries: list[str]) -> dict[str, str]:
             raise UsageError(f"--adapter={entry}: '{name}' is given twice.")
         folders[name] = folder
     return folders
+
+
+def named_guards(entries: list[str], taken: set[str]) -> dict[str, str]:
+    """Returns what stands behind `guard:` in a judge's spec, by the name of each guard.
+
+    Args:
+      entries: folders, each with `NAME=` before it or not; the name is else as it is written.
+      taken: names of models.
+
+    Raises:
+      UsageError: an entry is no guard, or a name is there twice.
+    """
+    guards: dict[str, str] = {}
+    for entry in entries:
+        name, mark, argument = entry.partition("=")
+        argument = argument if mark else entry
+        if name in {*guards, *taken}:
+            raise UsageError(f"--guard={entry}: '{name}' is the name of another one.")
+        try:
+            judges.parse(f"guard:{argument}")
+            if judges.measures(f"guard:{argument}") != judges.HARM:
+                raise UsageError(f"--guard={entry}: this format tells refusals, not harm.")
+        except judges.JudgeError as error:
+            raise UsageError(f"--guard={entry}: {error}") from None
+        guards[name] = argument
+    return guards
 
 
 def of_run(values: flags.FlagValues) -> tuple[dict[str, lora.Adapter], Any]:
@@ -142,39 +184,22 @@ def http_server(app: Any) -> Any:
     return uvicorn.Server(settings)
 
 
-def _check(values: flags.FlagValues) -> None:
-    if bool(values.model) == bool(values.workdir):
-        raise UsageError("--model, --workdir: give one of them.")
-    if values.workdir:
-        given = [x for x in ("chat_template", "chat_template_kwargs", "date") if values[x].present]
-        if given or values["dtype"].present:
-            raise UsageError(f"--{(given or ['dtype'])[0]}: with --workdir it is the run's.")
-    else:
-        for flag in ("arm", "seed", "round", "client"):
-            if values[flag].value is not None:
-                raise UsageError(f"--{flag}: needs --workdir.")
+def served_models(
+    values: flags.FlagValues, folders: dict[str, str], mesh: "Mesh"
+) -> "ServedModels":
+    """Loads the base and all adapters.
 
+    Args:
+      values: the command's flags.
+      folders: folder of each adapter by its name.
+      mesh: devices.
 
-def main(values: flags.FlagValues) -> None:
-    """Loads what is served, and answers requests until it is interrupted."""
-    check_packages()
-    _check(values)
-    folders = named_folders(values.adapter)
-
-    import jax
-
+    Raises:
+      UsageError: two have one name, or there is no such run or arm.
+    """
     from fedsafe_jax import load_adapter, load_pretrained
-    from fedsafe_jax.federated.mesh import make_mesh, use_cores
-    from fedsafe_jax.runtime import devices
-    from fedsafe_jax.serving.app import Limits, make_app
-    from fedsafe_jax.serving.batching import Batcher
-    from fedsafe_jax.serving.hosts import allowed_hosts, is_loopback
     from fedsafe_jax.serving.served_models import ServedModels
 
-    key = values.api_key or os.environ.get(KEY, "")
-    taken = listen(values.host, values.port)
-    use_cores(values.batch_size)
-    mesh = make_mesh(jax.local_devices())
     adapters: dict[str, lora.Adapter] = {}
     if values.workdir:
         adapters, config = of_run(values)
@@ -194,9 +219,56 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError(f"--adapter: '{min(twice)}' is the name of another model.")
     adapters |= {known: load_adapter(folder) for known, folder in folders.items()}
     lm = load_pretrained(name, dtype, mesh=mesh, **template)
-    models = ServedModels(
+    return ServedModels(
         lm, name, adapters, batch_size=values.batch_size, max_length=values.max_length
     )
+
+
+def _check(values: flags.FlagValues) -> None:
+    if values.model and values.workdir or not (values.model or values.workdir or values.guard):
+        raise UsageError("--model, --workdir: give one of them, or --guard.")
+    if values.adapter and not (values.model or values.workdir):
+        raise UsageError("--adapter: needs --model or --workdir.")
+    if values.workdir:
+        given = [x for x in ("chat_template", "chat_template_kwargs", "date") if values[x].present]
+        if given or values["dtype"].present:
+            raise UsageError(f"--{(given or ['dtype'])[0]}: with --workdir it is the run's.")
+    else:
+        for flag in ("arm", "seed", "round", "client"):
+            if values[flag].value is not None:
+                raise UsageError(f"--{flag}: needs --workdir.")
+
+
+def main(values: flags.FlagValues) -> None:
+    """Loads what is served, and answers requests until it is interrupted."""
+    check_packages()
+    _check(values)
+    folders = named_folders(values.adapter)
+    named_guards(values.guard, {values.model, *folders})  # before the port is taken
+
+    import jax
+
+    from fedsafe_jax import load_pretrained
+    from fedsafe_jax.evals.judges import guard
+    from fedsafe_jax.federated.mesh import make_mesh, use_cores
+    from fedsafe_jax.models.sharding import one_copy
+    from fedsafe_jax.runtime import devices
+    from fedsafe_jax.serving.admission import Limits
+    from fedsafe_jax.serving.app import make_app
+    from fedsafe_jax.serving.batching import Batcher
+    from fedsafe_jax.serving.hosts import allowed_hosts, is_loopback
+
+    key = values.api_key or os.environ.get(KEY, "")
+    taken = listen(values.host, values.port)
+    use_cores(values.batch_size)
+    mesh = make_mesh(jax.local_devices())
+    models = served_models(values, folders, mesh) if values.model or values.workdir else None
+    arguments = named_guards(values.guard, set(models.names) if models else set())
+    load_model = functools.partial(load_pretrained, dtype=values.dtype, mesh=one_copy(mesh))
+    try:
+        guards = {name: guard.load(one, load_model) for name, one in arguments.items()}
+    except judges.JudgeError as error:
+        raise UsageError(f"--guard: {error}") from None
     limits = Limits(
         values.max_body_bytes,
         values.max_prompt_tokens,
@@ -204,8 +276,8 @@ def main(values: flags.FlagValues) -> None:
         api_key=key,
         hosts=allowed_hosts(values.host, tuple(values.allow_host)),
     )
-    batcher = Batcher(models, values.batch_size, values.max_queue)
-    app = make_app(models, batcher, limits)
+    batcher = Batcher(models, values.batch_size, values.max_queue, guards=guards)
+    app = make_app(models, batcher, limits, guards=guards)
     devices.announce()
     if not key and not is_loopback(values.host):
         print(
@@ -213,7 +285,10 @@ def main(values: flags.FlagValues) -> None:
             file=sys.stderr,
         )
     host, port = taken.getsockname()[:2]
-    print(f"models: {', '.join(models.names)}")
+    if models:
+        print(f"models: {', '.join(models.names)}")
+    if guards:
+        print(f"guards: {', '.join(guards)}")
     print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     http_server(app).run(sockets=[taken])
 

@@ -7,7 +7,7 @@ length of the cache, whatever the lengths of the prompts are.
 import functools
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from fedsafe_jax.models.cache import (
 )
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
+from fedsafe_jax.models.owned_lora import Owned, for_layers
 from fedsafe_jax.models.sharding import CLIENTS, is_shared, manual_axes, share
 
 # The axes of a cache that `vmap` maps over adapters: all adapters' caches have the same length.
@@ -32,6 +33,8 @@ CACHE_AXES = KVCache(0, 0, 0, None)
 
 
 def _variables(params, factors):
+    if isinstance(factors, Owned):
+        factors = for_layers(factors)
     return {"params": params} | ({"lora": factors} if factors is not None else {})
 
 
@@ -115,6 +118,8 @@ def _decode(
 ):  # fmt: skip
     """Decodes until the cache is full or all answers are done; see `decode_program`."""
     config, (_, rows, max_new_tokens) = model.config, state.out.shape
+    if isinstance(factors, Owned):
+        factors = for_layers(factors)
     if unrolls(config):
         factors = factors and unstack(factors, config.num_layers, axis=int(stacked))
     new = jnp.ones((rows, 1), bool)
@@ -241,6 +246,10 @@ class Specs(NamedTuple):
     cache: KVCache
     state: State
 
+    def factors(self, owned: bool) -> Any:
+        """Returns the specs of LoRA factors; `owned`: they are an `Owned`."""
+        return Owned(self.whole, self.rows) if owned else self.whole
+
     @classmethod
     def of(cls, model: Decoder, stacked: bool) -> "Specs":
         """Returns the specs for a model; `stacked`: its cache has a leading axis of adapters."""
@@ -289,7 +298,9 @@ def _split_rows(function, mesh: Mesh | None, in_specs: tuple, out_specs, donate:
 
 
 @functools.lru_cache
-def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None) -> Callable:
+def prefill_program(
+    model: Decoder, stacked: bool, mesh: Mesh | None, owned: bool = False
+) -> Callable:
     """Returns the program that reads prompts into a new cache.
 
     Args:
@@ -304,7 +315,7 @@ def prefill_program(model: Decoder, stacked: bool, mesh: Mesh | None) -> Callabl
     return _split_rows(
         functools.partial(_prefill, model, stacked),
         mesh,
-        in_specs=(specs.whole, specs.whole, specs.packed),
+        in_specs=(specs.whole, specs.factors(owned), specs.packed),
         out_specs=(specs.groups, specs.cache),
     )
 
@@ -334,7 +345,7 @@ def extend_program(model: Decoder, mesh: Mesh | None) -> Callable:
 
 @functools.lru_cache
 def decode_program(
-    model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None
+    model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None, *, owned: bool = False
 ) -> Callable:
     """Returns the program that decodes until the cache is full or all answers are done.
 
@@ -343,6 +354,7 @@ def decode_program(
       sampling: how tokens are drawn.
       stacked: whether the LoRA factors have a leading axis of adapters, each a group of answers.
       mesh: devices that split the rows; None for one device.
+      owned: whether the factors are an `Owned`, whose owner is int32 `[rows, 1]`.
 
     Returns:
       `(params, factors, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
@@ -354,7 +366,7 @@ def decode_program(
     return _split_rows(
         functools.partial(_decode, model, sampling, stacked),
         mesh,
-        in_specs=(whole, whole, specs.state, specs.rows, whole, specs.groups, whole),
+        in_specs=(whole, specs.factors(owned), specs.state, specs.rows, whole, specs.groups, whole),
         out_specs=specs.state,
         donate=(2,),
     )

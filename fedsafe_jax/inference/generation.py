@@ -1,7 +1,7 @@
 """Batched generation: prompts are read packed, then all rows of a batch decode together."""
 
 import collections
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,11 +11,17 @@ from jax.sharding import Mesh
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.inference import decoding
-from fedsafe_jax.inference.prompt_packing import Packed, cache_length, pack_prompts
+from fedsafe_jax.inference.prompt_packing import (
+    Packed,
+    cache_length,
+    owner_of_tokens,
+    pack_prompts,
+)
 from fedsafe_jax.inference.sampling import GREEDY, Sampling
 from fedsafe_jax.models.cache import KVCache
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import ModelError
+from fedsafe_jax.models.owned_lora import Owned
 from fedsafe_jax.models.sharding import CLIENTS, fetch
 from fedsafe_jax.random_streams import Purpose
 
@@ -184,8 +190,15 @@ class Engine:
         self._decoding_params = decoding.decoding_params(model.config, params, mesh)
         self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
 
-    def batches(self, prompts: Sequence[Sequence[int]]) -> list[tuple[dict[int, int], int]]:
+    def batches(
+        self, prompts: Sequence[Sequence[int]], rows_for: Callable[[int], int] | None = None
+    ) -> list[tuple[dict[int, int], int]]:
         """Sorts prompts of similar length into batches.
+
+        Args:
+          prompts: token ids of each prompt.
+          rows_for: `prompts of a device -> its rows`; None for the next power of two, so that few
+            numbers of rows are compiled.
 
         Returns:
           `(row of each prompt, number of rows)` of every batch.
@@ -194,8 +207,7 @@ class Engine:
         batches = []
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            # Powers of two, so that few numbers of rows are compiled.
-            per_device = 1 << (-(-len(chosen) // self.devices) - 1).bit_length()
+            per_device = (rows_for or _power_of_two)(-(-len(chosen) // self.devices))
             per_device = min(per_device, -(-self.batch_size // self.devices))
             # Dealt out in turn, so that every device gets short and long prompts.
             row_of = {
@@ -216,10 +228,21 @@ class Engine:
         root = random_streams.key(Purpose.SAMPLES, seed)
         return _row_keys(root, np.arange(self.groups, dtype=np.uint32), places)
 
-    def prefill(self, packed: Packed) -> tuple[jax.Array, KVCache]:
-        """Reads prompts into a new cache: `(logits [groups, rows, vocab], cache)`."""
-        program = decoding.prefill_program(self.model, self._stacked, self.mesh)
-        return program(self._params, self._factors, packed)
+    def prefill(
+        self, packed: Packed, owners: np.ndarray | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads prompts into a new cache: `(logits [groups, rows, vocab], cache)`.
+
+        Args:
+          packed: the prompts.
+          owners: int32 `[rows]`, the adapter of each row, where the factors are of
+            `adapter_stack.stack`; None elsewhere.
+        """
+        factors, owned = self._factors, owners is not None
+        if owned:
+            factors = Owned(factors, owner_of_tokens(packed, owners, self.devices))
+        program = decoding.prefill_program(self.model, self._stacked, self.mesh, owned=owned)
+        return program(self._params, factors, packed)
 
     def extend(
         self, tokens: np.ndarray, positions: np.ndarray, valid: np.ndarray, cache: KVCache
@@ -246,6 +269,7 @@ class Engine:
         written: int,
         prompt_len: np.ndarray,
         keys: jax.Array,
+        owners: np.ndarray | None = None,
     ) -> Iterator[decoding.State]:
         """Decodes answers, and yields them with their first token and whenever the cache is full.
 
@@ -257,11 +281,16 @@ class Engine:
           written: slots of the cache that the prompts fill.
           prompt_len: int32 `[rows]`, tokens of each prompt, 0 for an unused row.
           keys: PRNG keys `[groups, rows]` of `keys`.
+          owners: as in `prefill`.
 
         Yields:
           The answers so far; the memory of a state is overwritten by the next one.
         """
-        decode = decoding.decode_program(self.model, sampling, self._stacked, self.mesh)
+        factors, owned = self._factors, owners is not None
+        factors = Owned(factors, owners[:, None]) if owned else factors
+        decode = decoding.decode_program(
+            self.model, sampling, self._stacked, self.mesh, owned=owned
+        )
         token, out, done = decoding.start(
             sampling, max_new_tokens, logits, prompt_len, keys, self._stop_ids
         )
@@ -275,7 +304,7 @@ class Engine:
             slots = state.cache.valid.shape[-1]
             state = decode(
                 self._decoding_params,
-                self._factors,
+                factors,
                 state,
                 prompt_len,
                 step,
@@ -289,6 +318,10 @@ class Engine:
 def last(pieces: Iterator[decoding.State]) -> decoding.State:
     """Decodes to the end: returns the last of the states that `Engine.pieces` yields."""
     return collections.deque(pieces, maxlen=1).pop()
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 @jax.jit

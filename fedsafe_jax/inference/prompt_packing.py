@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedsafe_jax.data import packing
+from fedsafe_jax.models import owned_lora
 
 PACKED_TOKENS = 128  # length of the rows that short prompts are packed into
 # The number of a cache's slots is a multiple of this, by platform; see `cache_length`. Decoding is
@@ -49,7 +50,7 @@ def cache_length(tokens: int, platform: str) -> int:
 
 
 def pack_prompts(
-    prompts: Sequence[Sequence[int]], devices: int = 1, platform: str = "cpu"
+    prompts: Sequence[Sequence[int]], devices: int = 1, platform: str = "cpu", least: int = 0
 ) -> Packed:
     """Packs prompts for prefill, the prompts of each device into rows of its own.
 
@@ -57,13 +58,14 @@ def pack_prompts(
       prompts: token ids of every row; an empty one only fills up the batch.
       devices: number of devices that the rows are split over evenly.
       platform: platform of the devices, which `cache_length` asks for.
+      least: tokens of a packed row at least, so that small batches are of one shape.
     """
     lengths = [len(p) for p in prompts]
     width = max(max(lengths), 1)
     slots = cache_length(width + 1, platform)
     count = len(prompts) // devices
     totals = [sum(lengths[d * count : (d + 1) * count]) for d in range(devices)]
-    seq = max(packing.round_up(width), min(PACKED_TOKENS, packing.round_up(max(totals))))
+    seq = max(packing.round_up(width), least, min(PACKED_TOKENS, packing.round_up(max(totals))))
     plans = []
     for d in range(devices):
         mine = [i for i in range(d * count, (d + 1) * count) if lengths[i]]
@@ -95,3 +97,18 @@ def pack_prompts(
         last=last,
         width=np.asarray(width, np.int32),
     )
+
+
+def owner_of_tokens(packed: Packed, owners: np.ndarray, devices: int) -> np.ndarray:
+    """Returns the adapter of each packed token, int32 `[packed_rows, seq]`.
+
+    Args:
+      packed: packed prompts.
+      owners: int32 `[rows]`, the adapter of each prompt.
+      devices: number of devices that the rows are split over.
+    """
+    owner = np.full(packed.tokens.shape, owned_lora.NOBODY, np.int32)
+    by_device, count = owner.reshape(devices, -1), len(owners) // devices
+    for i, adapter in enumerate(owners):
+        by_device[i // count, packed.source[i][packed.valid[i]]] = adapter
+    return owner

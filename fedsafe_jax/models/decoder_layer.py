@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedsafe_jax.models import attention, rotary
+from fedsafe_jax.models import attention, owned_lora, rotary
 from fedsafe_jax.models.cache import write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
@@ -53,7 +53,8 @@ class Projection(nn.Module):
     """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors.
 
     With `dropout`, a `dropout.Dropout`, numbers of the `x` that factors see are dropped, as in
-    peft; every projection drops its own.
+    peft; every projection drops its own. With an `owner` beside the factors these are of several
+    adapters, see `owned_lora`.
     """
 
     features: int
@@ -75,7 +76,12 @@ class Projection(nn.Module):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if dropout is not None:
                 x = dropout.apply(x, self.name)
-            y = y + self.lora_scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+            a, b = a.astype(x.dtype), b.astype(x.dtype)
+            if self.has_variable("lora", "owner"):
+                update = owned_lora.product(x, a, b, owner=self.get_variable("lora", "owner"))
+            else:
+                update = (x @ a) @ b
+            y = y + self.lora_scale * update
         return y
 
 

@@ -2,60 +2,46 @@
 
 import asyncio
 import contextlib
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fedsafe_jax.data.chat_template import ChatTemplateError
-from fedsafe_jax.serving import schema
+from fedsafe_jax.evals.judges.guard import Guard
+from fedsafe_jax.serving import moderation, schema
+from fedsafe_jax.serving.admission import Limits, check_caller, read_content
 from fedsafe_jax.serving.batching import Batcher
 from fedsafe_jax.serving.calls import Call
 from fedsafe_jax.serving.errors import ApiError, malformed
-from fedsafe_jax.serving.hosts import check_host
 from fedsafe_jax.serving.replies import Replies, event
 from fedsafe_jax.serving.schema import Asked
 from fedsafe_jax.serving.served_models import ServedModels
 
-# A client that is still sending does not read: what is too long is read and thrown away, up to this
-# many times the limit, so that it gets its answer and not a broken connection.
-DRAINED = 16
+T = TypeVar("T")
 
 
-class Limits(NamedTuple):
-    """What one request may be.
-
-    Attributes:
-      body_bytes: size of its body.
-      prompt_tokens: tokens of a prompt.
-      seconds: time until it is answered, or its stream has ended.
-      api_key: what it must bring; "" for nothing.
-      hosts: names that it may call the server by; none for any.
-    """
-
-    body_bytes: int = 4 << 20
-    prompt_tokens: int = 1 << 20
-    seconds: float = 600.0
-    api_key: str = ""
-    hosts: frozenset[str] = frozenset()
-
-
-def make_app(models: ServedModels, batcher: Batcher, limits: Limits) -> Starlette:
+def make_app(
+    models: ServedModels | None,
+    batcher: Batcher,
+    limits: Limits,
+    guards: Mapping[str, Guard] | None = None,
+) -> Starlette:
     """Makes the ASGI application; the batcher's thread lives as long as it does.
 
     Args:
-      models: what is served.
+      models: what answers; None for guards alone.
       batcher: who does the work, not yet started.
       limits: what one request may be.
+      guards: guards by their names, the first for requests that name none.
     """
-    server = _Server(models, batcher, limits)
+    server = _Server(models, batcher, limits, guards=guards or {})
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -68,53 +54,71 @@ def make_app(models: ServedModels, batcher: Batcher, limits: Limits) -> Starlett
         Route("/v1/models/{name:path}", server.show_model, methods=["GET"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
+        Route("/v1/moderations", server.moderate, methods=["POST"]),
     ]
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _any_error}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 class _Server:
-    def __init__(self, models: ServedModels, batcher: Batcher, limits: Limits):
+    def __init__(
+        self,
+        models: ServedModels | None,
+        batcher: Batcher,
+        limits: Limits,
+        guards: Mapping[str, Guard],
+    ):
         self._models, self._batcher, self._limits = models, batcher, limits
+        self._guards = guards
+        self._names = [*(models.names if models else ()), *guards]
         self._created = int(time.time())
 
     async def list_models(self, request: Request) -> Response:
-        self._check_caller(request)
-        data = [self._model(name) for name in self._models.names]
+        check_caller(request, self._limits)
+        data = [self._model(name) for name in self._names]
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
-        self._check_caller(request)
+        check_caller(request, self._limits)
         name = request.path_params["name"]
-        self._check_model(name)
+        self._check_name(name, "model", self._names)
         return JSONResponse(self._model(name))
 
     async def chat(self, request: Request) -> Response:
-        async def answer(content: dict) -> Response:
-            asked = schema.read_chat(content)
-            self._check_model(asked.model)
-            try:
-                ids = await anyio.to_thread.run_sync(self._models.render, asked.dialogue)
-            except ChatTemplateError as error:
-                raise malformed(str(error), "messages") from None
-            return await self._answer(request, asked, [ids], [""])
-
-        return await self._with_content(request, answer)
+        asked = schema.read_chat(await read_content(request, self._limits))
+        self._check_model(asked.model)
+        try:
+            ids = await anyio.to_thread.run_sync(self._models.render, asked.dialogue)
+        except ChatTemplateError as error:
+            raise malformed(str(error), "messages") from None
+        return await self._answer(request, asked, [ids], [""])
 
     async def complete(self, request: Request) -> Response:
-        async def answer(content: dict) -> Response:
-            asked = schema.read_completion(content)
-            self._check_model(asked.model)
-            if len(asked.prompts) * asked.n > self._batcher.most_waiting:
-                raise malformed(
-                    f"'prompt' and 'n' ask for {len(asked.prompts) * asked.n} answers; at most "
-                    f"{self._batcher.most_waiting} may wait. Send fewer at once.",
-                    "prompt",
-                )
-            prompts = await anyio.to_thread.run_sync(self._prompts, asked)
-            return await self._answer(request, asked, *prompts)
+        asked = schema.read_completion(await read_content(request, self._limits))
+        self._check_model(asked.model)
+        self._check_count(len(asked.prompts) * asked.n, "'prompt' and 'n' ask for", "prompt")
+        prompts = await anyio.to_thread.run_sync(self._prompts, asked)
+        return await self._answer(request, asked, *prompts)
 
-        return await self._with_content(request, answer)
+    async def moderate(self, request: Request) -> Response:
+        asked = moderation.read(await read_content(request, self._limits))
+        asked = asked._replace(model=asked.model or next(iter(self._guards), ""))
+        self._check_name(asked.model, "guard", list(self._guards))
+        self._check_count(len(asked.answers), "'input' asks for", "input")
+        judging = moderation.judge(asked, self._batcher, self._limits.seconds)
+        verdicts = await _unless_left(request, judging)
+        if verdicts is None:
+            return Response(status_code=400)  # to nobody
+        guard = self._guards[asked.model]
+        return JSONResponse(moderation.reply(asked.model, guard, verdicts))
+
+    def _check_count(self, count: int, asking: str, param: str) -> None:
+        if count > self._batcher.most_waiting:
+            raise malformed(
+                f"{asking} {count} answers; at most {self._batcher.most_waiting} may wait. Send "
+                "fewer at once.",
+                param,
+            )
 
     def _prompts(self, asked: Asked) -> tuple[list[list[int]], list[str]]:
         """Returns the token ids and the text of each prompt."""
@@ -137,23 +141,6 @@ class _Server:
             texts.append(text)
         return rows, texts
 
-    async def _with_content(
-        self, request: Request, answer: Callable[[dict], Awaitable[Response]]
-    ) -> Response:
-        self._check_caller(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Any web page may have a browser send other types to this machine, unasked.
-            raise ApiError(415, "Send JSON, with the header 'Content-Type: application/json'.")
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                body = await _read_body(request, self._limits.body_bytes)
-        except TimeoutError:
-            raise ApiError(408, "The body did not come in time.", code="timeout") from None
-        except ClientDisconnect:
-            return Response(status_code=400)  # to nobody
-        return await answer(schema.read_json(body))
-
     async def _answer(
         self, request: Request, asked: Asked, prompts: list[list[int]], texts: list[str]
     ) -> Response:
@@ -168,18 +155,12 @@ class _Server:
         replies = Replies(asked, self._models, texts)
         if asked.stream:
             return await _stream(call, replies, asked.usage)
-        work = asyncio.ensure_future(_to_the_end(call))
-        leaving = asyncio.ensure_future(_until_disconnected(request))
         try:
-            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if await _unless_left(request, _to_the_end(call)) is None:
                 return Response(status_code=400)  # to nobody
-            work.result()
             return JSONResponse(await anyio.to_thread.run_sync(replies.whole, call))
         finally:
             call.cancel()
-            work.cancel()
-            leaving.cancel()
 
     def _with_length(self, asked: Asked, tokens: int) -> Asked:
         """Returns a request with its longest answer set, given the tokens of its prompt."""
@@ -205,55 +186,44 @@ class _Server:
             )
         return asked._replace(max_tokens=most)
 
-    def _check_caller(self, request: Request) -> None:
-        check_host(request, self._limits.hosts)
-        if not self._limits.api_key:
-            return
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self._limits.api_key.encode())
-        if kind.lower() != "bearer" or not is_right:
-            raise ApiError(
-                401,
-                "Wrong or no API key; send 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-            )
-
     def _check_model(self, name: str) -> None:
-        if name not in self._models.names:
+        self._check_name(name, "model", self._models.names if self._models else [])
+
+    def _check_name(self, name: str, kind: str, served: list[str]) -> None:
+        if name not in served:
+            listed = ", ".join(served) or f"none; `fedsafe serve --{kind}=...` serves one"
             raise ApiError(
                 404,
-                f"There is no model '{name[:100]}'; served are {', '.join(self._models.names)}.",
+                f"There is no {kind} '{name[:100]}'; served are {listed}.",
                 "model",
                 code="model_not_found",
             )
 
     def _model(self, name: str) -> dict:
         owner = {"object": "model", "created": self._created, "owned_by": "fedsafe"}
+        if name in self._guards:
+            return {"id": name} | owner
         base = self._models.names[0]
         parent = {"parent": base} if name != base else {}
         return {"id": name} | owner | {"max_model_len": self._models.max_length} | parent
 
 
-async def _read_body(request: Request, most: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= most:
-            parts.append(part)
-        else:
-            parts.clear()
-        if size > DRAINED * most:
-            break
-    if size > most:
-        raise ApiError(
-            413, f"The body is larger than {most} bytes; send less.", code="request_too_large"
-        )
-    return b"".join(parts)
-
-
-async def _to_the_end(call: Call) -> None:
+async def _to_the_end(call: Call) -> Call:
     async for _ in call.pieces():
         pass
+    return call
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Waits for work; None where the client left before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 async def _until_disconnected(request: Request) -> None:

@@ -1,6 +1,7 @@
 """A queue of work, and the one thread that owns the device.
 
-What has arrived for one model with the same sampling settings is decoded as one batch. A batch is
+What has arrived with the same sampling settings is decoded as one batch, whatever adapter it is
+for. A batch is
 not joined by what arrives later; it ends early when nobody waits for any of its answers.
 """
 
@@ -9,9 +10,11 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from fedsafe_jax.evals.judges import Answered, Verdict
+from fedsafe_jax.evals.judges.guard import Guard
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.serving.errors import ApiError
 from fedsafe_jax.serving.served_models import Draw
@@ -27,10 +30,13 @@ LONGEST_WAIT_S = 0.04
 class Models(Protocol):
     """What the thread asks, see `served_models.ServedModels`."""
 
+    def group(self, model: str) -> str:
+        """Returns what models that answer in one batch have in common."""
+
     def generate(
-        self, model: str, sampling: Sampling, draws: Sequence[Draw]
+        self, models: Sequence[str], sampling: Sampling, draws: Sequence[Draw]
     ) -> Iterator[list[tuple[list[int], bool]]]:
-        """Continues prompts in pieces."""
+        """Continues prompts in pieces, each under its model."""
 
     def score(self, model: str, sequences: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
         """Scores the tokens of each sequence."""
@@ -49,7 +55,7 @@ class Failed(NamedTuple):
     error: ApiError
 
 
-Event = Piece | TokenScores | Failed
+Event = Piece | TokenScores | Verdict | Failed
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,45 +63,59 @@ class Job:
     """One prompt's work.
 
     Attributes:
-      model: name of the model.
-      draw: the prompt; for scores, `draw.ids` is the sequence.
+      model: name of the model, or guard.
       deliver: takes what comes of it, called from the worker's thread.
       deadline: time of `time.monotonic` after which nobody waits.
+      draw: the prompt; for scores, `draw.ids` is the sequence.
       sampling: how tokens are drawn.
       top: likeliest tokens at each place, for scores; None to generate.
+      answered: what a guard judges; None for other work.
       is_over: set by whoever waits no longer, and at the last event.
     """
 
     model: str
-    draw: Draw
     deliver: Callable[[Event], None]
     deadline: float
+    draw: Draw = Draw((), 0, 0, place=0)
     sampling: Sampling = Sampling()
     top: int | None = None
+    answered: Answered | None = None
     is_over: bool = False
 
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What jobs of one batch have in common.
+    def alike(self, group: Callable[[str], str]) -> tuple[Any, ...]:
+        """Returns what jobs of one batch have in common.
 
         Answers of about one length are decoded together: a short one does not wait for a long one.
+
+        Args:
+          group: what models that answer in one batch have in common.
         """
+        if self.answered is not None:
+            return self.model, "verdicts"
         if self.top is not None:
             return self.model, "scores", self.top
-        return self.model, self.sampling, max(16, self.draw.max_tokens - 1).bit_length()
+        return group(self.model), self.sampling, max(16, self.draw.max_tokens - 1).bit_length()
 
 
 class Batcher:
     """Collects jobs into batches and runs them in a thread of its own.
 
     Args:
-      models: what is asked.
+      models: what is asked; None for guards alone.
       batch_size: most jobs of a batch.
       most_waiting: most jobs that wait; more are refused.
+      guards: what judges, by name.
     """
 
-    def __init__(self, models: Models, batch_size: int, most_waiting: int):
+    def __init__(
+        self,
+        models: Models | None,
+        batch_size: int,
+        most_waiting: int,
+        guards: Mapping[str, Guard] | None = None,
+    ):
         self._models, self._batch_size, self.most_waiting = models, batch_size, most_waiting
+        self._guards = guards or {}
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed, self._is_closed = threading.Condition(), False
         self._arrived = 0  # calls of `submit`, ever
@@ -164,12 +184,15 @@ class Batcher:
                     break
             if self._is_closed:
                 return []
-            alike, batch, rest = self._waiting[0].alike, [], collections.deque()
+            alike, batch, rest = self._alike(self._waiting[0]), [], collections.deque()
             for job in self._waiting:
-                is_taken = len(batch) < self._batch_size and job.alike == alike
+                is_taken = len(batch) < self._batch_size and self._alike(job) == alike
                 (batch if is_taken else rest).append(job)
             self._waiting, self._last_size = rest, len(batch)
             return batch
+
+    def _alike(self, job: Job) -> tuple[Any, ...]:
+        return job.alike(lambda model: self._models.group(model) if self._models else model)
 
     def _wait_for_more(self) -> None:
         latest = time.monotonic() + LONGEST_WAIT_S
@@ -187,12 +210,18 @@ class Batcher:
 
     def _work(self, batch: list[Job]) -> None:
         first, draws = batch[0], [job.draw for job in batch]
+        if first.answered is not None:
+            verdicts = self._guards[first.model].judge([job.answered for job in batch])
+            for job, verdict in zip(batch, verdicts, strict=True):
+                _finish(job, verdict)
+            return
         if first.top is not None:
             scores = self._models.score(first.model, [draw.ids for draw in draws], first.top)
             for job, one in zip(batch, scores, strict=True):
                 _finish(job, one)
             return
-        for answers in self._models.generate(first.model, first.sampling, draws):
+        names = [job.model for job in batch]
+        for answers in self._models.generate(names, first.sampling, draws):
             for job, (ids, is_done) in zip(batch, answers, strict=True):
                 most = job.draw.max_tokens
                 job.is_over |= time.monotonic() > job.deadline

@@ -120,9 +120,9 @@ class Call:
         top = max(asked.top or 0, 1) if scores else None
         return Job(
             asked.model,
-            draw,
             deliver,
-            deadline=self._deadline,
+            self._deadline,
+            draw=draw,
             sampling=asked.sampling,
             top=top,
         )

@@ -4,16 +4,13 @@ A field that would change the answer and that is not served is an error, not ign
 names or files a request away is taken and not used.
 """
 
-import json
-import math
 import secrets
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.serving.errors import malformed
+from fedsafe_jax.serving.fields import Fields, check_text, is_whole, read_turn, shown
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_CHOICES = 128
 MOST_STOPS = 32
 MOST_STOP_LETTERS = 1000
@@ -21,22 +18,6 @@ MOST_TOP = 20  # likeliest tokens beside each token
 LEAST_TEMPERATURE = 0.01  # below, logits divided by it leave float32
 DEFAULT_TOKENS = {"chat": 256, "completion": 16}
 SEEDS = 2**63
-# They say who asks, or how it is kept, and no answer depends on them.
-UNUSED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-# Fields that are not served, with the values that ask for nothing.
-NEUTRAL: Mapping[str, tuple] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
 
 
 class Asked(NamedTuple):
@@ -74,30 +55,13 @@ class Asked(NamedTuple):
     usage: bool
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """Reads the body of a request.
-
-    Raises:
-      ApiError: it is no JSON object.
-    """
-    try:
-        content = json.loads(body)
-    except RecursionError:
-        raise malformed("The body is nested too deeply.") from None
-    except ValueError as error:
-        raise malformed(f"The body is no JSON: {str(error)[:200]}.") from None
-    if not isinstance(content, dict):
-        raise malformed(f"The body must be a JSON object, not {_shown(content)}.")
-    return content
-
-
 def read_chat(content: dict[str, Any]) -> Asked:
     """Reads a request to `/v1/chat/completions`.
 
     Raises:
       ApiError: a field is missing, wrong, unknown or not served; it is named.
     """
-    fields = _Fields(content)
+    fields = _Asking(content)
     dialogue = _dialogue(fields.take("messages"))
     most = [fields.whole(name, None, 1) for name in ("max_completion_tokens", "max_tokens")]
     wanted = fields.flag("logprobs")
@@ -121,7 +85,7 @@ def read_completion(content: dict[str, Any]) -> Asked:
     Raises:
       ApiError: a field is missing, wrong, unknown or not served; it is named.
     """
-    fields = _Fields(content)
+    fields = _Asking(content)
     prompts = _prompts(fields.take("prompt"))
     most = fields.whole("max_tokens", None, 0)
     top, echo = fields.whole("logprobs", None, 0, most=MOST_TOP), fields.flag("echo")
@@ -132,51 +96,18 @@ def read_completion(content: dict[str, Any]) -> Asked:
     )
 
 
-class _Fields:
-    """The fields of a request; each is taken once, and what is left over is unknown."""
-
-    def __init__(self, content: dict[str, Any]):
-        # A client's library writes null for what is not given.
-        self._left = {name: value for name, value in content.items() if value is not None}
-
-    def take(self, name: str) -> Any:
-        if name not in self._left:
-            raise malformed(f"'{name}' is missing.", name)
-        return self._left.pop(name)
-
-    def _typed(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
-        if name not in self._left:
-            return default
-        value = self._left.pop(name)
-        if not fits(value):
-            raise malformed(f"'{name}' must be {what}, not {_shown(value)}.", name)
-        return value
-
-    def flag(self, name: str) -> bool:
-        return self._typed(name, False, lambda x: isinstance(x, bool), what="true or false")
-
-    def whole(self, name: str, default: int | None, least: int, most: int = 2**31 - 1) -> Any:
-        def fits(value):
-            return _is_whole(value) and least <= value <= most
-
-        return self._typed(name, default, fits, what=f"a whole number from {least} to {most}")
-
-    def number(self, name: str, default: float, fits: Callable, what: str) -> float:
-        def sound(value):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            return is_number and abs(value) < 1e9 and math.isfinite(value) and fits(value)
-
-        return float(self._typed(name, default, sound, what=f"a number, {what}"))
+class _Asking(Fields):
+    """The fields that chats and completions share."""
 
     def _stop(self) -> tuple[str, ...]:
-        stop = self._typed(
+        stop = self.typed(
             "stop", [], lambda x: isinstance(x, (str, list)), what="a text or a list of texts"
         )
         stop = [stop] if isinstance(stop, str) else stop
         if len(stop) > MOST_STOPS:
             raise malformed(f"'stop' holds {len(stop)} texts; at most {MOST_STOPS}.", "stop")
         for i, text in enumerate(stop):
-            _check_text(text, f"stop[{i}]")
+            check_text(text, f"stop[{i}]")
             if not 0 < len(text) <= MOST_STOP_LETTERS:
                 raise malformed(f"'stop[{i}]' must have 1 to {MOST_STOP_LETTERS} letters.", "stop")
         return tuple(stop)
@@ -190,8 +121,8 @@ class _Fields:
         )
         top_p = self.number("top_p", 1.0, lambda x: 0 < x <= 1, what="above 0 and at most 1")
         min_p = self.number("min_p", 0.0, lambda x: 0 <= x < 1, what="from 0 to below 1")
-        top_k = self._typed(
-            "top_k", 0, lambda x: _is_whole(x) and x >= -1, what="a whole number, 0 or -1 for all"
+        top_k = self.typed(
+            "top_k", 0, lambda x: is_whole(x) and x >= -1, what="a whole number, 0 or -1 for all"
         )
         if not temperature:
             return Sampling()  # the rest is not read, and one program serves all
@@ -200,12 +131,12 @@ class _Fields:
     def asked(self, **known: Any) -> Asked:
         model, sampling = self.take("model"), self._sampling()
         if not isinstance(model, str):
-            raise malformed(f"'model' must be a text, not {_shown(model)}.", "model")
-        seed = self._typed("seed", None, _is_whole, what="a whole number")
+            raise malformed(f"'model' must be a text, not {shown(model)}.", "model")
+        seed = self.typed("seed", None, is_whole, what="a whole number")
         n = self.whole("n", 1, 1, most=MOST_CHOICES)
         stream, stop = self.flag("stream"), self._stop()
         usage = self._usage(stream)
-        self._check_rest()
+        self.check_rest()
         if stream and known["top"] is not None:
             raise malformed("'logprobs' are not served in a stream; leave one out.", "logprobs")
         return Asked(
@@ -220,60 +151,29 @@ class _Fields:
         )
 
     def _usage(self, stream: bool) -> bool:
-        options = self._typed("stream_options", {}, lambda x: isinstance(x, dict), what="an object")
+        options = self.typed("stream_options", {}, lambda x: isinstance(x, dict), what="an object")
         if options and not stream:
             raise malformed("'stream_options' needs 'stream': true.", "stream_options")
-        inner = _Fields({k: v for k, v in options.items() if k != "include_obfuscation"})
+        inner = Fields({k: v for k, v in options.items() if k != "include_obfuscation"})
         usage = inner.flag("include_usage")
-        inner._check_rest("stream_options.")
+        inner.check_rest("stream_options.")
         return usage
-
-    def _check_rest(self, before: str = "") -> None:
-        for name, value in self._left.items():
-            if not before and name in UNUSED:
-                continue
-            if name not in NEUTRAL:
-                raise malformed(f"Unknown field '{before}{name[:60]}'.", f"{before}{name[:60]}")
-            if value not in NEUTRAL[name]:
-                raise malformed(
-                    f"'{name}' is not served; leave it out.", name, code="unsupported_parameter"
-                )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.60}" if not isinstance(value, (dict, list)) else type(value).__name__
-
-
-def _check_text(text: Any, where: str) -> None:
-    param = where.partition("[")[0]
-    if not isinstance(text, str):
-        raise malformed(f"'{where}' must be a text, not {_shown(text)}.", param)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise malformed(
-            f"'{where}' holds half a surrogate pair; no UTF-8 text has one.", param
-        ) from None
 
 
 def _prompts(given: Any) -> tuple[str | tuple[int, ...], ...]:
     """Returns the prompts of a completion: a text, token ids, or a list of either."""
-    if isinstance(given, str) or (isinstance(given, list) and given and _is_whole(given[0])):
+    if isinstance(given, str) or (isinstance(given, list) and given and is_whole(given[0])):
         given = [given]
     if not isinstance(given, list) or not given:
         raise malformed("'prompt' must be a text, token ids, or a list of these.", "prompt")
     prompts: list[str | tuple[int, ...]] = []
     for i, one in enumerate(given):
         if isinstance(one, list):
-            if not all(_is_whole(x) and 0 <= x < 2**31 for x in one):
+            if not all(is_whole(x) and 0 <= x < 2**31 for x in one):
                 raise malformed(f"'prompt[{i}]' must hold token ids, whole numbers.", "prompt")
             prompts.append(tuple(one))
         else:
-            _check_text(one, f"prompt[{i}]")
+            check_text(one, f"prompt[{i}]")
             prompts.append(one)
     return tuple(prompts)
 
@@ -281,30 +181,7 @@ def _prompts(given: Any) -> tuple[str | tuple[int, ...], ...]:
 def _dialogue(given: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or not given:
         raise malformed("'messages' must be a list of {role, content}, not empty.", "messages")
-    turns = [_turn(one, f"messages[{i}]") for i, one in enumerate(given)]
+    turns = [read_turn(one, f"messages[{i}]") for i, one in enumerate(given)]
     if turns[-1][0] != "user":
         raise malformed("'messages' must end with a user's message.", "messages")
     return tuple(turns)
-
-
-def _turn(given: Any, where: str) -> tuple[str, str]:
-    if not isinstance(given, dict):
-        raise malformed(f"'{where}' must be {{role, content}}, not {_shown(given)}.", "messages")
-    role, content = given.get("role"), given.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        names = ", ".join(ROLES)
-        raise malformed(f"'{where}.role' must be one of {names}, not {_shown(role)}.", "messages")
-    unknown = {k for k, v in given.items() if v is not None} - {"role", "content", "name"}
-    if unknown:
-        name = min(map(str, unknown))[:60]
-        raise malformed(f"'{where}.{name}' is not served; leave it out.", "messages")
-    if isinstance(content, list):
-        parts = []
-        for i, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise malformed(f"'{where}.content[{i}]' must be of type 'text'.", "messages")
-            _check_text(part.get("text"), f"{where}.content[{i}].text")
-            parts.append(part["text"])
-        content = "".join(parts)
-    _check_text(content, f"{where}.content")
-    return ROLES[role], content

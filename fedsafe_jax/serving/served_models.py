@@ -12,12 +12,14 @@ from fedsafe_jax import random_streams
 from fedsafe_jax.data import packing
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
-from fedsafe_jax.inference.prompt_packing import pack_prompts
+from fedsafe_jax.inference.prompt_packing import PACKED_TOKENS, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import lora
+from fedsafe_jax.models import adapter_stack, lora, owned_lora
+from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import fetch
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.serving import token_scores
+from fedsafe_jax.serving.row_counts import RowCounts
 from fedsafe_jax.serving.token_scores import TokenScores
 
 
@@ -70,11 +72,15 @@ class ServedModels:
             for key, one in adapters.items()
         }
         self._models = {name: lm} | {key: lm.with_adapter(one) for key, one in placed.items()}
-        self._batch_size = batch_size
+        self._batch_size, self._rows_for = batch_size, RowCounts()
         self.max_length = min(max_length or lm.config.max_length, lm.config.max_length)
         self.vocab_size = lm.config.vocab_size
         self.stop_ids = frozenset(lm.stop_ids)
         self._engine = functools.cache(self._make_engine)
+        self._mixed = functools.cache(self._make_mixed)
+        self._alone = {key for key, one in placed.items() if not adapter_stack.is_finite(one)}
+        self._shared = {key: one for key, one in placed.items() if key not in self._alone}
+        self._places = {key: i for i, key in enumerate(self._shared)}
 
     @property
     def names(self) -> list[str]:
@@ -103,13 +109,20 @@ class ServedModels:
         """
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def group(self, model: str) -> str:
+        """Returns what models that answer in one batch have in common.
+
+        All do, but for an adapter whose factors are no numbers, which would spoil its neighbours.
+        """
+        return model if model in self._alone else ""
+
     def generate(
-        self, model: str, sampling: Sampling, draws: Sequence[Draw]
+        self, models: Sequence[str], sampling: Sampling, draws: Sequence[Draw]
     ) -> Iterator[list[tuple[list[int], bool]]]:
-        """Continues prompts under one model, in pieces as the cache fills up.
+        """Continues prompts, each under its model, in pieces as the cache fills up.
 
         Args:
-          model: its name.
+          models: name of each prompt's model, all of one group.
           sampling: how tokens are drawn.
           draws: the prompts, at most `batch_size`.
 
@@ -118,11 +131,19 @@ class ServedModels:
           that is done, and whether it is done. They may be longer than `max_tokens`, as they are
           decoded together.
         """
-        engine = self._engine(model)
-        ((row_of, size),) = engine.batches([draw.ids for draw in draws])
+        owners = None
+        if len(set(models)) == 1:
+            engine = self._engine(models[0])
+        else:
+            engine = self._mixed()
+        ((row_of, size),) = engine.batches([draw.ids for draw in draws], self._rows_for)
         prompts = generation.in_rows([draw.ids for draw in draws], row_of, size)
-        packed = pack_prompts(prompts, engine.devices, engine.platform)
-        logits, cache = engine.prefill(packed)
+        packed = pack_prompts(prompts, engine.devices, engine.platform, least=PACKED_TOKENS)
+        if len(set(models)) > 1:
+            owners = np.full(size, owned_lora.NOBODY, np.int32)
+            for i, row in row_of.items():
+                owners[row] = self._places.get(models[i], owned_lora.NOBODY)
+        logits, cache = engine.prefill(packed, owners)
         states = engine.pieces(
             sampling,
             packing.round_up(max(draw.max_tokens for draw in draws)),
@@ -131,6 +152,7 @@ class ServedModels:
             written=int(packed.width),
             prompt_len=packed.valid.sum(-1, dtype=np.int32),
             keys=_keys(draws, row_of, size),
+            owners=owners,
         )
         for state in states:
             out, done = fetch((state.out[0], state.done[0]))
@@ -143,13 +165,21 @@ class ServedModels:
 
     def _make_engine(self, model: str) -> generation.Engine:
         lm = self._models[model]
+        return self._engine_of(lm.model, lm.factors)
+
+    def _make_mixed(self) -> generation.Engine:
+        """The engine of all adapters at once; their factors are on the device a second time."""
+        factors, scale = adapter_stack.stack(list(self._shared.values()))
+        return self._engine_of(Decoder(self._lm.config, scale), factors)
+
+    def _engine_of(self, model: Decoder, factors: dict | None) -> generation.Engine:
         return generation.Engine(
-            lm.model,
-            lm.params,
-            lm.factors,
-            stop_ids=lm.stop_ids,
+            model,
+            self._lm.params,
+            factors,
+            stop_ids=self._lm.stop_ids,
             batch_size=self._batch_size,
-            mesh=lm.mesh,
+            mesh=self._lm.mesh,
         )
 
 

@@ -24,7 +24,7 @@ def said(capsys, *flags):
 
 @pytest.mark.skipif(not has_server, reason="needs the extra serve")
 def test_wrong_flags_are_one_line(tmp_path, capsys):
-    assert "--model, --workdir: give one of them." in said(capsys)
+    assert "--model, --workdir: give one of them, or --guard." in said(capsys)
     assert "give one of them" in said(capsys, "--model=m", f"--workdir={tmp_path}")
     assert "--arm: needs --workdir." in said(capsys, "--model=m", "--arm=fl")
     assert "--dtype: with --workdir" in said(capsys, "--workdir=w", "--dtype=bfloat16")
@@ -34,6 +34,12 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
     assert "no config.json" in said(capsys, f"--workdir={tmp_path}", "--port=0")
     same = ("--model=m", "--adapter=m=x", "--port=0")
     assert "--adapter: 'm' is the name of another model." in said(capsys, *same)
+    assert "--adapter: needs --model" in said(capsys, "--guard=g", "--adapter=a=x")
+    assert "--guard=none: judge 'guard:none': none: no such folder" in said(capsys, "--guard=none")
+    again = ("--guard=a=owner/x", "--guard=a=owner/y")
+    assert "--guard=a=owner/y: 'a' is the name of another one." in said(capsys, *again)
+    refusals = "--guard=owner/x#wildguard-refusal"
+    assert "this format tells refusals, not harm." in said(capsys, refusals)
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"--port={other.getsockname()[1]}"
         assert f"{taken}: cannot listen there (Address" in said(capsys, "--model=m", taken)

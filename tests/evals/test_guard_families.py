@@ -77,6 +77,9 @@ def test_verdicts_are_torchs_probabilities(made, monkeypatch):
         elif name == "shieldgemma":
             broken = zip(one.policies, chances.argmax(axis=1), strict=True)
             assert verdict.label == ", ".join(policy for policy, at in broken if at == 1)
+            assert dict(verdict.hazards) == pytest.approx(
+                dict(zip(one.policies, good, strict=True)), abs=1e-4
+            )
 
 
 @pytest.mark.parametrize("made", ["wildguard"], indirect=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from guard_templates import LLAMA_GUARD_3, QWEN3GUARD
 
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import (
@@ -166,7 +167,7 @@ def test_a_trained_filter_judges_by_its_own_threshold(tmp_path, monkeypatch):
     ],
 )
 def test_hazards_are_read_behind_the_verdict(name, reply, said):
-    assert guard_formats.hazards_of(FORMATS[name], reply) == said
+    assert ", ".join(guard_formats.hazards_of(FORMATS[name], reply)) == said
 
 
 def test_hazards_are_labels_of_what_is_harmful(packaged, monkeypatch):
@@ -228,3 +229,22 @@ def test_a_folder_is_looked_at_before_anything_is_loaded(tmp_path):
         with pytest.raises(JudgeError, match=message) as error:
             judges.make((spec,))
         assert "\n" not in str(error.value)
+
+
+def test_taxonomies_are_those_of_the_guards_own_tasks(packaged):
+    def taxonomy(name, template=None):
+        tokenizer = packaged.tokenizer
+        kept = tokenizer.chat_template
+        try:
+            tokenizer.chat_template = template or kept
+            return guard_formats.taxonomy(FORMATS[name], tokenizer)
+        finally:
+            tokenizer.chat_template = kept
+
+    assert taxonomy("llama-guard", LLAMA_GUARD_3) == {"S1": "One"}
+    assert taxonomy("qwen3guard", QWEN3GUARD) == {"Violent": "Violent"}
+    assert taxonomy("wildguard") == taxonomy("harmbench") == {}
+    names = taxonomy("shieldgemma").values()
+    assert [*names] == ["Dangerous Content", "Harassment", "Hate Speech"] + [
+        "Sexually Explicit Information"
+    ]

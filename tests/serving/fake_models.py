@@ -13,7 +13,7 @@ class FakeModels:
     """Answers with the prompt reversed, four tokens a piece, then the end token.
 
     Attributes:
-      batches: model, sampling or "scores", and prompts of every batch so far.
+      batches: models, sampling or "scores", and prompts of every batch so far.
       gate: set; while it is cleared, the worker waits in its batch.
     """
 
@@ -35,8 +35,11 @@ class FakeModels:
         ids = [i for i in ids if i != END] if skip_special_tokens else ids
         return bytes(ids).decode(errors="replace").replace("\0", "<end>")
 
-    def generate(self, model, sampling, draws):
-        self.batches.append((model, sampling, [self.decode(draw.ids) for draw in draws]))
+    def group(self, model):
+        return ""
+
+    def generate(self, models, sampling, draws):
+        self.batches.append((models, sampling, [self.decode(draw.ids) for draw in draws]))
         if any(draw.ids[0] == ord("!") for draw in draws):
             raise RuntimeError("out of memory")
         answers = [[*reversed(draw.ids), END] for draw in draws]

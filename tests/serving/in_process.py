@@ -6,7 +6,8 @@ import json
 import httpx
 from fake_models import FakeModels
 
-from fedsafe_jax.serving.app import Limits, make_app
+from fedsafe_jax.serving.admission import Limits
+from fedsafe_jax.serving.app import make_app
 from fedsafe_jax.serving.batching import Batcher
 
 COMPLETION = {"model": "base", "prompt": "abc", "max_tokens": 8, "temperature": 0}
@@ -32,10 +33,10 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(batch_size=8, most_waiting=16, **limits):
+async def serving(batch_size=8, most_waiting=16, guards=None, **limits):
     models = FakeModels()
-    batcher = Batcher(models, batch_size, most_waiting)
-    app = make_app(models, batcher, Limits(**limits))
+    batcher = Batcher(models, batch_size, most_waiting, guards=guards)
+    app = make_app(models, batcher, Limits(**limits), guards=guards)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app):
         async with httpx.AsyncClient(

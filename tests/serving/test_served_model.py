@@ -21,7 +21,8 @@ from fedsafe_jax.data import packing  # noqa: E402
 from fedsafe_jax.data.chat import Encoded  # noqa: E402
 from fedsafe_jax.evals.scoring import score_examples  # noqa: E402
 from fedsafe_jax.models import lora  # noqa: E402
-from fedsafe_jax.serving.app import Limits, make_app  # noqa: E402
+from fedsafe_jax.serving.admission import Limits  # noqa: E402
+from fedsafe_jax.serving.app import make_app  # noqa: E402
 from fedsafe_jax.serving.batching import Batcher  # noqa: E402
 from fedsafe_jax.serving.served_models import ServedModels  # noqa: E402
 

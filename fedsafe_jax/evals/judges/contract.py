@@ -55,12 +55,16 @@ class Verdict(NamedTuple):
       label: finer than that, such as "partial" or hazard categories; "" without.
       problem: why a judge that may answer later did not; "" for one that answered, and for a reply
         that says nothing.
+      hazards: `(name, score)` of the guard's own categories: of each, by a guard that is asked
+        about every one of them, else of those alone that it names behind a bad verdict; the score
+        is as above.
     """
 
     refused: bool | None
     score: float | None
     label: str = ""
     problem: str = ""
+    hazards: tuple[tuple[str, float], ...] = ()
 
 
 FAILED = Verdict(None, None)

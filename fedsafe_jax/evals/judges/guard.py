@@ -8,8 +8,8 @@ judges, and freed with the judge.
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -118,31 +118,55 @@ def _measures(argument: str) -> str:
 
 
 def _make(spec: str, argument: str, tools: Tools) -> Judge:
-    name, form = split(argument)
-    known = form or _format_of(name)
-
     @functools.cache
-    def loaded() -> "LanguageModel":
-        if tools.load_model is None:
+    def loaded() -> Guard:
+        if tools.load_model is None and not _is_filter(argument):
             raise JudgeError(f"judge '{spec}': no models are loaded here.")
-        if known and FORMATS[known].plain:  # such guards may have no template of their own
-            return tools.load_model(name, chat_template=PLAIN)
-        return tools.load_model(name)
+        return load(argument, tools.load_model)
 
-    @functools.cache
-    def own_filter() -> store.Filter:
-        return store.load(name, tools.load_model)
+    return Judge(spec, _measures(argument), lambda answers: loaded().judge(answers))
 
-    def judge(answers: Sequence[Answered]) -> list[Verdict]:
-        if _is_filter(argument):
-            return by_filter(own_filter(), answers)
-        lm = loaded()
-        chosen = known or guard_formats.find(name, lm.tokenizer.chat_template or "")
-        if chosen is None:
-            raise _unknown(argument)
-        return by_model(lm, FORMATS[chosen], answers)
 
-    return Judge(spec, _measures(argument), judge)
+class Guard(NamedTuple):
+    """A guard that is loaded.
+
+    Attributes:
+      judge: `answers -> verdicts`.
+      taxonomy: names of its categories, by what it writes for each; {} where it knows none.
+      words: its bad verdicts, where it has several.
+    """
+
+    judge: Callable[[Sequence[Answered]], list[Verdict]]
+    taxonomy: Mapping[str, str]
+    words: tuple[str, ...] = ()
+
+
+def load(argument: str, load_model: Callable[..., "LanguageModel"] | None) -> Guard:
+    """Loads a guard, or a filter that `fedsafe train-filter` wrote.
+
+    Args:
+      argument: folder or Hub id, and `#FORMAT` where the family cannot be told.
+      load_model: loads a language model by path or Hub id, as in `Tools`.
+
+    Raises:
+      JudgeError: there is no such folder, or which guard it is cannot be told.
+      FilterError, ModelError: it cannot be loaded.
+    """
+    name, form = split(argument)
+    if _is_filter(argument):
+        return Guard(functools.partial(by_filter, store.load(name, load_model)), {})
+    known = form or _format_of(name)
+    # Plain guards may have no template of their own.
+    options = {"chat_template": PLAIN} if known and FORMATS[known].plain else {}
+    lm = load_model(name, **options)
+    chosen = known or guard_formats.find(name, lm.tokenizer.chat_template or "")
+    if chosen is None:
+        raise _unknown(argument)
+    one = FORMATS[chosen]
+    words = tuple(word.lower() for word in one.bad) if len(one.bad) > len(one.good) else ()
+    return Guard(
+        functools.partial(by_model, lm, one), guard_formats.taxonomy(one, lm.tokenizer), words
+    )
 
 
 def by_filter(safety_filter: store.Filter, answers: Sequence[Answered]) -> list[Verdict]:
@@ -215,7 +239,8 @@ def _worst(log_likelihood: np.ndarray, one: GuardFormat) -> Verdict:
     label = ", ".join(name for name, bad in zip(one.policies, broken, strict=False) if bad)
     if len(one.bad) > len(one.good):
         label = ([*one.good, *one.bad])[words[worst]].lower()
-    return Verdict(not broken[worst], float(good[worst]), label)
+    told = tuple(zip(one.policies, good.tolist(), strict=True)) if one.policies else ()
+    return Verdict(not broken[worst], float(good[worst]), label, hazards=told)
 
 
 def _with_hazards(
@@ -235,9 +260,11 @@ def _with_hazards(
     said = [by_label.get(verdicts[i].label, one.bad[0]) for i in bad]
     prompts = [[*rows[i], *spelled[word]] for i, word in zip(bad, said, strict=True)]
     for i, reply in zip(bad, _replies(lm, prompts, one.tokens), strict=True):
-        if hazards := guard_formats.hazards_of(one, reply):
-            label = f"{verdicts[i].label}: {hazards}" if verdicts[i].label else hazards
-            labelled[i] = verdicts[i]._replace(label=label)
+        if names := guard_formats.hazards_of(one, reply):
+            named, before = ", ".join(names), verdicts[i].label
+            label = f"{before}: {named}" if before else named
+            told = tuple((name, verdicts[i].score) for name in names)
+            labelled[i] = verdicts[i]._replace(label=label, hazards=told)
     return labelled
 
 

@@ -271,11 +271,32 @@ def find(name: str, template: str) -> str | None:
     return None
 
 
-def hazards_of(one: GuardFormat, reply: str) -> str:
-    """Returns the hazard categories at the beginning of what follows a bad verdict; "" for none."""
+def taxonomy(one: GuardFormat, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Returns the names of a guard's categories, by what it writes for each.
+
+    Of a guard that names hazards they are read in its own task, as its chat template writes it:
+    `S1: Violent Crimes.`, or a name a line; of one that is asked about policies they are these.
+
+    Args:
+      one: the guard's format.
+      tokenizer: its tokenizer.
+    """
+    if one.policies:
+        return {name: name.removeprefix("No ") for name in one.policies}
+    if not one.hazards:
+        return {}
+    (row,) = one.rows(tokenizer, Answered((("user", "?"),), "."), chat.UNCUT)
+    task = re.search(rf"<BEGIN {policy.MARKER}>\s*(.*?)\s*<END", tokenizer.decode(row), re.DOTALL)
+    lines = [line.strip().rstrip(".") for line in task[1].splitlines()] if task else []
+    coded = [match for line in lines if (match := re.fullmatch(r"([SO]\d+): *(.+)", line))]
+    return {m[1]: m[2] for m in coded} if coded else {line: line for line in lines if line}
+
+
+def hazards_of(one: GuardFormat, reply: str) -> list[str]:
+    """Returns the hazard categories at the beginning of what follows a bad verdict."""
     match = re.match(one.hazards, reply)
     names = match[1].split(",") if match else []
-    return ", ".join(name.strip() for name in names if name.strip() not in ("", "None"))
+    return [name.strip() for name in names if name.strip() not in ("", "None")]
 
 
 def read_line(one: GuardFormat, reply: str) -> tuple[bool, str] | None:
