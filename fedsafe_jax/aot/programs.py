@@ -25,6 +25,7 @@ from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
+from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.round_programs import ChunkInputs
 from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
@@ -80,13 +81,14 @@ def federated(run: Run) -> Iterator[Program]:
         layout,
     )
     rates = on(jax.ShapeDtypeStruct((c.local_steps,), jnp.float32), mesh)
+    local = LocalSteps(rates, programs.slots(batches.filled, count))
     at_once = max(1, -(-real // mesh.shape[CLIENTS]))
     at_once = min(at_once, c.clients_in_parallel or at_once)
     moments = 2 * 4 * params * at_once
     yield Program(
         "train",
         programs.train,
-        (server, run.base, inputs, rates),
+        (server, run.base, inputs, local),
         kinds={"base": run.base, "adapters": server, "batch": inputs},
         mesh=mesh,
         tokens=tokens,
@@ -110,7 +112,7 @@ def federated(run: Run) -> Iterator[Program]:
         hidden_optimizer=moments,
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        sent = jax.eval_shape(programs.train, server, run.base, inputs, rates)[0]
+        sent = jax.eval_shape(programs.train, server, run.base, inputs, local)[0]
     sent = on(sent, mesh, layout)
     gathered = [sent]
     if spec.linear:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsafe_jax.models import attention, rotary
+from fedsafe_jax.models.by_owner import by_owner
 from fedsafe_jax.models.cache import write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
@@ -53,7 +54,8 @@ class Projection(nn.Module):
     """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors.
 
     With `dropout`, a `dropout.Dropout`, numbers of the `x` that factors see are dropped, as in
-    peft; every projection drops its own.
+    peft; every projection drops its own. With `owner`, int32 `[batch]`, factors are
+    `[clients, in, rank]` and `[clients, rank, out]`, and each row takes its owner's (`by_owner`).
     """
 
     features: int
@@ -61,7 +63,7 @@ class Projection(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x, dropout=None):
+    def __call__(self, x, dropout=None, owner=None):
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")  # an array, or quantised
         else:
@@ -75,7 +77,10 @@ class Projection(nn.Module):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if dropout is not None:
                 x = dropout.apply(x, self.name)
-            y = y + self.lora_scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+            if owner is None:
+                y = y + self.lora_scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+            else:
+                y = y + self.lora_scale * by_owner(by_owner(x, a, owner), b, owner)
         return y
 
 
@@ -92,6 +97,7 @@ class Attention(nn.Module):
         which keys and values are computed from; None for `x`. With it, `masks_or_segments` must be
         masks.
       dropout: a `dropout.Dropout` of the adapter's inputs, for the tokens of `x`; None for none.
+      owner: int32 `[batch]`, the client of each row, see `Projection`; None for one adapter.
 
     Returns:
       `(out [batch, seq, hidden_size], cache)`.
@@ -110,6 +116,7 @@ class Attention(nn.Module):
         cache,
         key_value_source=None,
         dropout=None,
+        owner=None,
     ):
         config = self.config
         batch, seq, _ = x.shape
@@ -121,7 +128,8 @@ class Attention(nn.Module):
 
         def project(name, heads, states, dropout):
             width = heads * config.head_dim
-            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(states, dropout)
+            projection = Projection(width, self.lora_scale, config.qkv_bias, name=name)
+            y = projection(states, dropout, owner)
             return y.reshape(batch, -1, heads, config.head_dim)
 
         def project_and_rotate(name, heads, states, rotation, dropout):
@@ -160,7 +168,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
-        return o_proj(out, dropout), cache
+        return o_proj(out, dropout, owner), cache
 
 
 class MLP(nn.Module):
@@ -170,11 +178,12 @@ class MLP(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x, dropout=None):
+    def __call__(self, x, dropout=None, owner=None):
         config = self.config
 
         def project(name, features, y):
-            return Projection(features, self.lora_scale, config.mlp_bias, name=name)(y, dropout)
+            projection = Projection(features, self.lora_scale, config.mlp_bias, name=name)
+            return projection(y, dropout, owner)
 
         gate = project("gate_proj", config.intermediate_size, x)
         up = project("up_proj", config.intermediate_size, x)
@@ -192,6 +201,7 @@ class Layer(nn.Module):
       key_value_source: as in `Attention`, but its states are not normed yet.
       dropout: a `dropout.Dropout` of all layers, as in `Attention`; so is that of
         `key_value_source`.
+      owner: as in `Attention`.
 
     Returns:
       `((x, cache), None)`.
@@ -209,6 +219,7 @@ class Layer(nn.Module):
         masks_or_segments,
         key_value_source=None,
         dropout=None,
+        owner=None,
     ):
         config = self.config
         dropout = dropout and dropout.of_layer(kind.index)
@@ -230,15 +241,16 @@ class Layer(nn.Module):
             cache=cache,
             key_value_source=key_value_source,
             dropout=dropout,
+            owner=owner,
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:
             x = x + norm("post_attention_layernorm", attended)
-            out = mlp(norm("pre_feedforward_layernorm", x), dropout)
+            out = mlp(norm("pre_feedforward_layernorm", x), dropout, owner)
             x = x + norm("post_feedforward_layernorm", out)
         else:
             x = x + attended
-            x = x + mlp(norm("post_attention_layernorm", x), dropout)
+            x = x + mlp(norm("post_attention_layernorm", x), dropout, owner)
         return (x, cache), None
 
 
