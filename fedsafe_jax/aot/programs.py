@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -26,11 +25,12 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.client import LocalSteps
-from fedsafe_jax.federated.round_programs import ChunkInputs
+from fedsafe_jax.federated.mesh import clients_at_once
+from fedsafe_jax.federated.round_programs import ChunkInputs, queued_rows
 from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import attention
+from fedsafe_jax.models import attention, row_queue
 from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.cache import unrolls, unstack
 from fedsafe_jax.models.decoder import Decoder
@@ -84,6 +84,14 @@ def federated(run: Run) -> Iterator[Program]:
     local = LocalSteps(rates, programs.slots(batches.filled, count))
     at_once = max(1, -(-real // mesh.shape[CLIENTS]))
     at_once = min(at_once, c.clients_in_parallel or at_once)
+    slots, computed, shares = local.slots, batch.mask.size, {}
+    rows_of_call = batch.mask.shape[-2]
+    if slots:
+        parallel, shared = clients_at_once(mesh, c.clients_in_parallel)
+        taken = row_queue.computed(queued_rows(mesh, parallel, batches.filled, count), slots)
+        computed = int(taken.sum()) * c.seq_len
+        shares = {row_queue.SLOTS: tuple(float(np.mean(taken == n)) for n in slots)}
+        rows_of_call = slots[-1] // (mesh.shape[CLIENTS] if shared else 1)
     moments = 2 * 4 * params * at_once
     yield Program(
         "train",
@@ -92,7 +100,7 @@ def federated(run: Run) -> Iterator[Program]:
         kinds={"base": run.base, "adapters": server, "batch": inputs},
         mesh=mesh,
         tokens=tokens,
-        computed=batch.mask.size,
+        computed=computed,
         minimum=least(
             run.shape,
             tokens,
@@ -102,10 +110,11 @@ def federated(run: Run) -> Iterator[Program]:
             remat=c.remat,
         ),
         attention=attention.choose_backend(run.shape, c.seq_len, c.seq_len),
+        shares=shares,
         trips={
             TARGET_CHUNKS: run.chunk_trips(
                 targets * at_once / (real * c.local_steps * c.accumulation),
-                math.prod(batch.mask.shape[-2:]),
+                rows_of_call * c.seq_len,
             ),
             MICROBATCHES: run.microbatches(batch, c.local_steps * c.accumulation),
         },
