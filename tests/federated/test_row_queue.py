@@ -69,7 +69,7 @@ def test_a_queue_has_the_gradient_of_each_client(federation, devices, dropout):
     batches = Batch(*(x[:, 0] for x in federation.batches))
     if dropout:
         noise = np.random.default_rng(0).integers(2**32, size=batches.mask.shape, dtype="uint32")
-        batches = NoisyBatch(*batches, noise)
+        batches = NoisyBatch(**batches._asdict(), noise=noise)
     keys = jax.random.split(jax.random.key(0), CLIENTS)
     factors = jax.vmap(
         lambda key: jax.tree.map(
