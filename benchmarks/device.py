@@ -194,9 +194,9 @@ def round_of(lm, rows, clients, steps, batch, seq, rank, parallel=0):
     data = [encoded[i::clients] for i in range(clients)]
     config = lora.LoraConfig(rank, 2.0 * rank, ("q_proj", "v_proj"))
     model, devices = Decoder(lm.config, config.scale), lm.mesh
-    at_once, shared = mesh.clients_at_once(devices, parallel, clients)
+    at_once, shared = mesh.clients_at_once(devices, parallel)
     training = LocalTraining(
-        lambda a, b, x: loss.packed_loss(model, a, b, x),
+        loss.PackedLoss(model),
         make_optimizer(), mesh=shared, platform=lm.config.platform,
     )  # fmt: skip
     method = algorithms.make("fedavg", training, clients)
@@ -217,7 +217,7 @@ def round_of(lm, rows, clients, steps, batch, seq, rank, parallel=0):
     def run():
         return simulation.run_round(
             programs, state, lm.params, batches=batches.chunk, cohort=cohort,
-            rates=[5e-5] * steps, key=jax.random.key(0), chunk=chunk,
+            rates=[5e-5] * steps, key=jax.random.key(0), chunk=chunk, rows=batches.filled,
         )  # fmt: skip
 
     return run, useful, segments

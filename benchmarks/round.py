@@ -60,13 +60,8 @@ def our_round(lm, examples):
     encoded = [e for e in encoded if e is not None]
     clients = [encoded[i :: _CLIENTS.value] for i in range(_CLIENTS.value)]
     config = lora.LoraConfig(_RANK.value, 2.0 * _RANK.value, ("q_proj", "v_proj"))
-    model = Decoder(lm.config, config.scale)
-
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
-
-    count = _CLIENTS.value
-    parallel, shared = mesh.clients_at_once(lm.mesh, 0, count)
+    loss_fn, count = loss.PackedLoss(Decoder(lm.config, config.scale)), _CLIENTS.value
+    parallel, shared = mesh.clients_at_once(lm.mesh, 0)
     training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=lm.config.platform)
     method = algorithms.make("fedavg", training, count)
     adapter = lora.init(jax.random.key(0), lm.config, config)
@@ -101,6 +96,7 @@ def our_round(lm, examples):
             rates=[5e-5] * _STEPS.value,
             key=jax.random.key(0),
             chunk=chunk,
+            rows=batches.filled,
         )
         return time.perf_counter() - started
 

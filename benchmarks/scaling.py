@@ -84,19 +84,16 @@ def run_rounds(count: int) -> dict:
     """Rounds of `count` clients on the devices of this process."""
     lm = fs.load_pretrained("package:model", mesh=mesh.make_mesh())
     config = lora.LoraConfig(RANK, 2.0 * RANK, ("q_proj", "v_proj"))
-    model = Decoder(lm.config, config.scale)
+    loss_fn = loss.PackedLoss(Decoder(lm.config, config.scale))
     examples = sources.load("chat:package/clients_safe.jsonl", "")
     encoded = [chat.encode(lm.tokenizer, e.messages, e.response, SEQ) for e in examples]
     encoded = [e for e in encoded if e is not None]
     # Clients share examples: there are fewer than four thousand.
     clients = [[encoded[(4 * k + j) % len(encoded)] for j in range(BATCH)] for k in range(count)]
 
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
-
     # As a run does it; with simulated devices, as accelerators do.
     asked = 1 if _DEVICES.value else 0
-    parallel, shared = mesh.clients_at_once(lm.mesh, asked, count)
+    parallel, shared = mesh.clients_at_once(lm.mesh, asked)
     method = algorithms.make("fedavg", LocalTraining(loss_fn, make_optimizer(), mesh=shared), count)
     spec = RoundSpec(method, aggregation.make(_AGGREGATOR.value))
     programs = make_round(spec, lm.mesh, parallel)

@@ -104,13 +104,11 @@ def finetune(
         if not encoded:
             raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
     model = Decoder(lm.config, config.scale, config.dropout)
-
-    def loss_fn(factors, base, batch):
-        return loss.packed_loss(model, factors, base, batch)
-
     mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
-    parallel, shared = clients_at_once(mesh, clients_in_parallel, count)
-    training = LocalTraining(loss_fn, make_optimizer(), mesh=shared, platform=model.config.platform)
+    parallel, shared = clients_at_once(mesh, clients_in_parallel)
+    training = LocalTraining(
+        loss.PackedLoss(model), make_optimizer(), mesh=shared, platform=model.config.platform
+    )
     method = entry.make(training, len(clients), Hyperparameters())
     programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
     factors = lora.init(random_streams.key(Purpose.ADAPTER, seed), lm.config, config)
@@ -140,6 +138,7 @@ def finetune(
             cohort=cohort,
             rates=rates,
             chunk=chunk,
+            rows=batches.filled,
         )
     return Adapter(jax.device_get(state.server.factors), config, lm.name)
 

@@ -118,7 +118,7 @@ def compile_program(program: Program, target: Target) -> Result:
         temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         held["output"] = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
         needed = memory.argument_size_in_bytes + temporary + held["output"]
-        counts = hlo.count(compiled.as_text(), program.trips, LOCAL_STEPS)
+        counts = hlo.count(compiled.as_text(), program.trips, LOCAL_STEPS, program.shares)
     hidden = min(program.hidden_optimizer, temporary)
     if hidden:
         held["optimizer"] = held.get("optimizer", 0) + hidden

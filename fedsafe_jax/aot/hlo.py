@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedsafe_jax.aot import kernel_calls
@@ -62,7 +62,7 @@ class Product(NamedTuple):
     Attributes:
       lhs, rhs, out: shapes of the operands and of the result, as the compiler arranged them.
       flops: floating-point operations of one execution.
-      trips: how often it is executed.
+      trips: how often it is executed; a mean where it lies in a branch with a share.
       op_name: where it comes from in the program, "" where the compiler has lost that.
     """
 
@@ -70,7 +70,7 @@ class Product(NamedTuple):
     rhs: tuple[int, ...]
     out: tuple[int, ...]
     flops: int
-    trips: int
+    trips: float
     op_name: str
 
 
@@ -82,7 +82,8 @@ class Counts(NamedTuple):
       kernel_flops: operations of all attention kernels, see `kernel_calls`.
       collectives: all collectives, in the order of execution; of a conditional all branches'.
       kernels: attention kernels as "target" or "target:name", once per call in the text.
-      products: what `flops` is made of; of a conditional the branch with most flops.
+      products: what `flops` is made of; of a conditional the branch with most flops, or all
+        branches by their shares.
       unknown_loops: op_names of loops with products or collectives whose trips are not known, and
         that were counted once.
     """
@@ -95,7 +96,12 @@ class Counts(NamedTuple):
     unknown_loops: tuple[str, ...]
 
 
-def count(text: str, trips: Mapping[str, int] | None = None, steps: str = "local_steps") -> Counts:
+def count(
+    text: str,
+    trips: Mapping[str, int] | None = None,
+    steps: str = "local_steps",
+    shares: Mapping[str, Sequence[float]] | None = None,
+) -> Counts:
     """Returns what a compiled module executes on one device.
 
     The trips of a loop are those that the compiler notes; else those of its counter, if it starts,
@@ -106,16 +112,18 @@ def count(text: str, trips: Mapping[str, int] | None = None, steps: str = "local
       trips: trips of loops whose length is data, by the `jax.named_scope` right around the loop.
       steps: the `jax.named_scope` around the loop over local steps. Where the compiler has
         unrolled this loop (one step), a collective that comes from its body counts as inside.
+      shares: of a conditional, the share of its executions in which each branch is taken, from the
+        one with least flops to that with most, by the `jax.named_scope` right around it.
 
     Raises:
       ValueError: the text is no HLO module.
     """
-    counter = _Counter(text, trips or {}, steps)
+    counter = _Counter(text, trips or {}, steps, shares or {})
     done = counter.executed(counter.module.entry)
     loops = tuple(dict.fromkeys(done.unknown_loops))
     return Counts(
-        flops=done.flops(),
-        kernel_flops=sum(x.flops * x.trips for x in done.kernels),
+        flops=round(done.flops()),
+        kernel_flops=round(sum(x.flops * x.trips for x in done.kernels)),
         collectives=done.collectives,
         kernels=tuple(counter.kernels),
         products=done.products,
@@ -131,7 +139,7 @@ class _Executed(NamedTuple):
     collectives: tuple[Collective, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
-    def flops(self) -> int:
+    def flops(self) -> float:
         return sum(x.flops * x.trips for x in self.products)
 
     def repeated(self, trips: int, in_steps: bool) -> "_Executed":
@@ -153,9 +161,15 @@ def _one_after_another(all_done: Iterable[_Executed]) -> _Executed:
 class _Counter:
     """Walks through a module; each computation is read once, however often it is called."""
 
-    def __init__(self, text: str, trips: Mapping[str, int], steps: str):
+    def __init__(
+        self,
+        text: str,
+        trips: Mapping[str, int],
+        steps: str,
+        shares: Mapping[str, Sequence[float]],
+    ):
         self.module = parse(text)
-        self.trips, self.steps = trips, steps
+        self.trips, self.steps, self.shares = trips, steps, shares
         self.kernels: list[str] = []
         self.executed = functools.cache(self._computation)
         self.has_steps_loop = any(
@@ -186,12 +200,23 @@ class _Counter:
         called = line.called()
         done = [self.executed(name) for names in called.values() for name in names]
         if BRANCHES & called.keys():
-            largest = max(done, key=_Executed.flops)
+            # By size, as a compiler may turn two branches around.
+            done = sorted(done, key=_Executed.flops)
+            executed, shares = done[-1], self._shares(line)
+            if len(shares) == len(done):
+                executed = _one_after_another(
+                    x.repeated(share, False) for x, share in zip(done, shares, strict=True)
+                )
             # A collective must not hide in a branch with fewer products.
-            return largest._replace(collectives=_one_after_another(done).collectives)
+            return executed._replace(collectives=_one_after_another(done).collectives)
         together = _one_after_another(done)
         is_new = not together.collectives or not self._continues(line)
         return together if is_new else together._replace(collectives=())
+
+    def _shares(self, line: Instruction) -> Sequence[float]:
+        """Returns the shares of a conditional's branches, () where they are not known."""
+        around = line.op_name().removesuffix("/cond").rpartition("/")[2]
+        return next((x for name, x in self.shares.items() if has_scope(name, around)), ())
 
     def _continues(self, line: Instruction) -> bool:
         """Returns whether an instruction goes on with a collective that was counted at its start.

@@ -38,11 +38,13 @@ class Program(NamedTuple):
       kinds: the arguments' arrays by what they are: base, adapters, optimizer, batch, cache.
       mesh: devices that run it.
       tokens: tokens that a call is for, padding not counted; 0 where there are none.
-      computed: tokens that a call computes on all devices, with padding, and with clients that
-        fill the chunk.
+      computed: tokens that a call computes on all devices, with padding, and, where rows are in no
+        slots, with clients that fill the chunk.
       minimum: least operations of a call on all devices, see `least`.
       attention: backend of its attention; "" without.
       trips: turns of the loops whose length is data, by the named scope they lie in.
+      shares: shares in which a choice's branches are taken, the smallest branch first, by the named
+        scope it lies in.
       hidden_optimizer: bytes of the optimizer's state that are temporaries.
     """
 
@@ -56,6 +58,7 @@ class Program(NamedTuple):
     minimum: float = 0.0
     attention: str = ""
     trips: dict[str, int] = {}  # noqa: RUF012  never changed
+    shares: dict[str, tuple[float, ...]] = {}  # noqa: RUF012  never changed
     hidden_optimizer: int = 0
 
 
@@ -143,7 +146,8 @@ class Run:
 
         Args:
           targets: target tokens of one call, all clients' together.
-          tokens: tokens of one client's rows, as a chunk has no more.
+          tokens: tokens of its rows, or of one client's where clients are mapped over it: a chunk
+            has no more.
         """
         if self.shape.platform in microbatch.MICROBATCH_TOKENS:
             return 1  # of a microbatch

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -25,11 +24,13 @@ from fedsafe_jax.cai.derta import Triple
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
-from fedsafe_jax.federated.round_programs import ChunkInputs
+from fedsafe_jax.federated.client import LocalSteps
+from fedsafe_jax.federated.mesh import clients_at_once
+from fedsafe_jax.federated.round_programs import ChunkInputs, queued_rows
 from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
-from fedsafe_jax.models import attention
+from fedsafe_jax.models import attention, row_queue
 from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.cache import unrolls, unstack
 from fedsafe_jax.models.decoder import Decoder
@@ -80,17 +81,26 @@ def federated(run: Run) -> Iterator[Program]:
         layout,
     )
     rates = on(jax.ShapeDtypeStruct((c.local_steps,), jnp.float32), mesh)
+    local = LocalSteps(rates, programs.slots(batches.filled, count))
     at_once = max(1, -(-real // mesh.shape[CLIENTS]))
     at_once = min(at_once, c.clients_in_parallel or at_once)
+    slots, computed, shares = local.slots, batch.mask.size, {}
+    rows_of_call = batch.mask.shape[-2]
+    if slots:
+        parallel, shared = clients_at_once(mesh, c.clients_in_parallel)
+        taken = row_queue.computed(queued_rows(mesh, parallel, batches.filled, count), slots)
+        computed = int(taken.sum()) * c.seq_len
+        shares = {row_queue.SLOTS: tuple(float(np.mean(taken == n)) for n in slots)}
+        rows_of_call = slots[-1] // (mesh.shape[CLIENTS] if shared else 1)
     moments = 2 * 4 * params * at_once
     yield Program(
         "train",
         programs.train,
-        (server, run.base, inputs, rates),
+        (server, run.base, inputs, local),
         kinds={"base": run.base, "adapters": server, "batch": inputs},
         mesh=mesh,
         tokens=tokens,
-        computed=batch.mask.size,
+        computed=computed,
         minimum=least(
             run.shape,
             tokens,
@@ -100,17 +110,18 @@ def federated(run: Run) -> Iterator[Program]:
             remat=c.remat,
         ),
         attention=attention.choose_backend(run.shape, c.seq_len, c.seq_len),
+        shares=shares,
         trips={
             TARGET_CHUNKS: run.chunk_trips(
                 targets * at_once / (real * c.local_steps * c.accumulation),
-                math.prod(batch.mask.shape[-2:]),
+                rows_of_call * c.seq_len,
             ),
             MICROBATCHES: run.microbatches(batch, c.local_steps * c.accumulation),
         },
         hidden_optimizer=moments,
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        sent = jax.eval_shape(programs.train, server, run.base, inputs, rates)[0]
+        sent = jax.eval_shape(programs.train, server, run.base, inputs, local)[0]
     sent = on(sent, mesh, layout)
     gathered = [sent]
     if spec.linear:

@@ -72,6 +72,7 @@ class RoundBatches:
 
     Attributes:
       rows: rows of a batch.
+      filled: int `[len(ids), batches]`, rows of each batch that are not empty.
     """
 
     def __init__(
@@ -109,6 +110,13 @@ class RoundBatches:
                 plan.append((picked, rows))
             self._plans.append(plan)
         self.rows = bucket(most)
+        self.filled = np.array(
+            [
+                [len(rows) for _, rows in plan] + [0] * (self._batches - len(plan))
+                for plan in self._plans
+            ],
+            int,
+        ).reshape(len(self._plans), self._batches)
 
     def __len__(self) -> int:
         return len(self._plans)

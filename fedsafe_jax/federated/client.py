@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh
 
 from fedsafe_jax.models.microbatch import value_and_grad_in_microbatches
+from fedsafe_jax.models.row_queue import value_and_grad_in_queue
+from fedsafe_jax.models.sharding import platform_of
 
 LOCAL_STEPS = "local_steps"  # name of the loop over steps in compiled programs
 
@@ -20,7 +23,8 @@ class LocalTraining(NamedTuple):
 
     Attributes:
       loss_fn: `(factors, base, batch) -> scalar`, a mean over `batch.mask` (see
-        `models.microbatch`).
+        `models.microbatch`); with `by_owner`, such as `loss.PackedLoss`, the rows of clients that
+        are mapped at once are one queue on accelerators too (`models.row_queue`).
       optimizer: optimizer of the clients, built for a learning rate of 1; its updates are scaled by
         the step's rate.
       accumulation: batches whose gradients are averaged in a step. Each counts the same, however
@@ -35,6 +39,36 @@ class LocalTraining(NamedTuple):
     accumulation: int = 1
     mesh: Mesh | None = None
     platform: str | None = None
+
+    @property
+    def in_queue(self) -> bool:
+        """Whether rows of clients that are mapped at once are moved together into slots."""
+        platform = self.platform or platform_of(self.mesh)
+        return platform != "cpu" and hasattr(self.loss_fn, "by_owner")
+
+    def value_and_grad(self, slots: tuple[int, ...]) -> Callable:
+        """Returns `(factors, base, batch) -> (value, gradient)` of the loss.
+
+        Args:
+          slots: see `LocalSteps`; not used where rows are not in one queue.
+        """
+        if self.in_queue:
+            return value_and_grad_in_queue(self.loss_fn, slots, self.mesh)
+        return value_and_grad_in_microbatches(self.loss_fn, self.mesh, self.platform)
+
+
+@struct.dataclass
+class LocalSteps:
+    """What is the same in the local steps of all clients of a round.
+
+    Attributes:
+      rates: float32 `[steps]`, learning rates.
+      slots: numbers of slots that hold the filled rows of a gradient, all clients' that are mapped
+        at once; static, see `models.row_queue`. () for all rows, filled or not.
+    """
+
+    rates: jax.Array
+    slots: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
 
 class LocalResult(NamedTuple):
@@ -131,7 +165,7 @@ def local_training(
     start: Any,
     base: Any,
     batches: Any,
-    rates: jax.Array,
+    steps: LocalSteps,
     adjust: Callable = lambda gradient, local: gradient,
     after: Callable = lambda local, rate: local,
 ) -> LocalResult:
@@ -144,16 +178,14 @@ def local_training(
       start: LoRA factors that the client begins with.
       base: frozen base parameters.
       batches: pytree with leaves `[steps * accumulation, rows, seq]` and a field `mask`.
-      rates: float32 `[steps]`, learning rates.
+      steps: learning rates of the steps, and slots of their rows.
       adjust: `(gradient, local) -> gradient`, an algorithm's change to every gradient; `local` is
         the client's current factors.
       after: `(local, rate) -> local`, an algorithm's change to the factors after every step.
     """
-    steps, accumulation = rates.shape[0], training.accumulation
-    batches = jax.tree.map(lambda x: x.reshape(steps, accumulation, *x.shape[1:]), batches)
-    value_and_grad = value_and_grad_in_microbatches(
-        training.loss_fn, training.mesh, training.platform
-    )
+    rates, accumulation = steps.rates, training.accumulation
+    batches = jax.tree.map(lambda x: x.reshape(len(rates), accumulation, *x.shape[1:]), batches)
+    value_and_grad = training.value_and_grad(steps.slots)
 
     def gradients(local, micro):
         if accumulation == 1:

@@ -141,20 +141,21 @@ def spans_hosts(mesh: Mesh) -> bool:
     return any(len({device.process_index for device in copy}) > 1 for copy in copies)
 
 
-def clients_at_once(mesh: Mesh, asked: int, cohort: int) -> tuple[int, Mesh | None]:
+def clients_at_once(mesh: Mesh, asked: int) -> tuple[int, Mesh | None]:
     """Decides how clients are mapped to devices.
 
     Args:
       mesh: devices of the run.
-      asked: clients that a device maps at once; 0: all of the cohort. The CPU cores of one process
-        then share their rows, and CPUs of several processes take clients one by one.
-      cohort: clients a round.
+      asked: clients that a device maps at once; 0: all of them together, whose rows the devices
+        share. CPUs of several processes then take clients one by one.
 
     Returns:
       `clients_in_parallel` of `make_round`, and `mesh` of `LocalTraining`.
     """
-    if asked or platform_of(mesh) != "cpu":
-        return asked or cohort, None
+    if asked:
+        return asked, None
+    if platform_of(mesh) != "cpu":
+        return 0, mesh
     if jax.process_count() == 1 and mesh.shape[MODEL] == 1:
         return 0, mesh
     return 1, None

@@ -5,11 +5,13 @@ to a weighted sum, `finish` makes the server's step. Where malicious clients see
 `attack` comes before the latter two. `simulation.run_round` calls them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +20,9 @@ from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import aggregation, compression, lora_average, privacy
 from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
+from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.compression import Compression
+from fedsafe_jax.models import row_queue
 from fedsafe_jax.models.microbatch import compiler_options
 from fedsafe_jax.models.sharding import CLIENTS, manual_axes, platform_of
 from fedsafe_jax.random_streams import Purpose
@@ -136,12 +140,14 @@ class Programs(NamedTuple):
     Attributes:
       spec, mesh: description and devices that the programs were built for.
       layout: layout of `ChunkInputs` on the mesh.
-      train: `(server, base, ChunkInputs, rates [steps]) -> (ClientUpdates, states, residuals,
+      train: `(server, base, ChunkInputs, LocalSteps) -> (ClientUpdates, states, residuals,
         ClientMetrics)`; the number of clients is a multiple of the mesh axis `clients`.
       collect: `(PartialSum or None, ClientUpdates) -> PartialSum`, for linear aggregation.
       finish: `(server, PartialSum or [ClientUpdates, ...], key, noising_row) -> (server,
         RoundMetrics)`. Where no client counts the server stays as it was. The key is that of noise,
         and of slots that begin anew; None without either. The row is that of correlated noise.
+      slots: `(filled rows int [clients, batches], clients of a chunk) -> LocalSteps.slots`, the
+        same for all chunks of a round.
       attack: `(server, [ClientUpdates, ...], [ClientMetrics, ...], malicious bool [clients]) ->
         (ClientUpdates, ClientMetrics)` of all chunks together, after `spec.collude`; None without.
     """
@@ -152,6 +158,7 @@ class Programs(NamedTuple):
     train: Callable
     collect: Callable
     finish: Callable
+    slots: Callable
     attack: Callable | None = None
 
 
@@ -174,21 +181,22 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
       spec: description of what a round does.
       mesh: devices along `clients`, which split a chunk, and `model`, which split the base.
       clients_in_parallel: clients that each device vmaps at once; it takes the rest in turn. 0:
-        every device has all clients, and a `LocalTraining` with a mesh deals out their
-        microbatches.
+        all clients are mapped at once, and a `LocalTraining` with a mesh deals out their rows to
+        devices; CPU cores then hold all clients each, other devices a part of them.
     """
     whole = NamedSharding(mesh, PartitionSpec())
-    layout = PartitionSpec(CLIENTS) if clients_in_parallel else whole.spec
+    is_cpu = platform_of(mesh) == "cpu"
+    layout = whole.spec if is_cpu and not clients_in_parallel else PartitionSpec(CLIENTS)
 
-    def train_clients(server, base, inputs, rates):
+    def train_clients(server, base, inputs, steps):
         def one(client):
-            return _client(spec, server, base, rates, client)
+            return _client(spec, server, base, steps, client)
 
         if not clients_in_parallel:
             return jax.vmap(one)(inputs)
         return jax.lax.map(one, inputs, batch_size=clients_in_parallel)
 
-    def train(server: ServerState, base, inputs: ChunkInputs, rates):
+    def train(server: ServerState, base, inputs: ChunkInputs, steps: LocalSteps):
         mapped = train_clients
         if clients_in_parallel and mesh.size > 1:
             # check_vma=False: with it on, `grad` of the device-invariant factors would sum
@@ -202,7 +210,7 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
                 in_specs=(PartitionSpec(), PartitionSpec(), layout, PartitionSpec()),
                 out_specs=layout,
             )
-        sent, states, residuals, metrics = mapped(server, base, inputs, rates)
+        sent, states, residuals, metrics = mapped(server, base, inputs, steps)
         # Every process reads all clients' figures.
         return sent, states, residuals, jax.lax.with_sharding_constraint(metrics, whole)
 
@@ -285,12 +293,46 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated, since a run that is stopped in a round still saves it.
         finish=jax.jit(finish, out_shardings=whole),
+        slots=functools.partial(slots_of, mesh, clients_in_parallel),
         attack=jax.jit(attack) if spec.collude else None,
     )
 
 
+def slots_of(mesh: Mesh, clients_in_parallel: int, rows: np.ndarray, chunk: int) -> tuple[int, ...]:
+    """Returns the numbers of slots of a round's program, see `row_queue.choose_slots`.
+
+    Args:
+      mesh, clients_in_parallel: as in `make_round`.
+      rows: int `[clients, batches]`, filled rows of each batch of the cohort.
+      chunk: clients a call, a multiple of the mesh axis `clients`.
+
+    Returns:
+      One to three numbers; () on CPU, where rows are in no slots.
+    """
+    if platform_of(mesh) == "cpu":
+        return ()
+    devices = 1 if clients_in_parallel else mesh.shape[CLIENTS]
+    return row_queue.choose_slots(queued_rows(mesh, clients_in_parallel, rows, chunk), devices)
+
+
+def queued_rows(mesh: Mesh, clients_in_parallel: int, rows: np.ndarray, chunk: int) -> np.ndarray:
+    """Returns the filled rows of each queue, int `[queues, batches]`; arguments as in `slots_of`.
+
+    A queue has the rows of clients that are mapped at once: of a chunk, or, where each device takes
+    `clients_in_parallel` at a time, of those.
+    """
+    at_once = chunk
+    rows = np.pad(rows, ((0, -len(rows) % chunk), (0, 0)))
+    if clients_in_parallel:
+        of_device = chunk // mesh.shape[CLIENTS]
+        at_once = min(clients_in_parallel, of_device)
+        rows = rows.reshape(-1, of_device, rows.shape[1])
+        rows = np.pad(rows, ((0, 0), (0, -of_device % at_once), (0, 0)))
+    return rows.reshape(-1, at_once, rows.shape[-1]).sum(1)
+
+
 def _client(
-    spec: RoundSpec, server: ServerState, base: Any, rates: jax.Array, inputs: ChunkInputs
+    spec: RoundSpec, server: ServerState, base: Any, local: LocalSteps, inputs: ChunkInputs
 ) -> tuple[ClientUpdates, Any, Any, ClientMetrics]:
     """Trains one client from the global factors; `inputs` has no axis of clients here."""
     start, masks = server.factors, ()
@@ -299,7 +341,7 @@ def _client(
         # Slots that are zero in both factors have no gradient, so they stay zero.
         start, masks = jax.tree.map(jnp.multiply, start, mask), ravel_pytree(mask)[0]
     update, state, result = spec.algorithm.client_update(
-        server, inputs.states, start, base, inputs.batches, rates
+        server, inputs.states, start, base, inputs.batches, local
     )
     flat, residual = ravel_pytree(update.delta)[0] * inputs.update_scales, inputs.residuals
     everything = ravel_pytree((jnp.sum(jnp.square(flat)), flat, update.control, state))[0]
@@ -310,7 +352,7 @@ def _client(
         residual = jnp.where(finite, left, residual)
     steps = jnp.mean(result.active)
     if spec.normalize_steps:
-        flat = flat / jnp.maximum(steps, 1 / rates.shape[0])
+        flat = flat / jnp.maximum(steps, 1 / len(local.rates))
     norm = jnp.linalg.norm(flat)
     sketched = sketch(flat)
     if spec.clip_norm:

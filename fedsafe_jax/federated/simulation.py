@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated.algorithms import ServerState
+from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.participation import Cohort
 from fedsafe_jax.federated.round_programs import (
     ChunkInputs,
@@ -166,6 +167,7 @@ def run_round(
     ranks: np.ndarray | None = None,
     malicious: np.ndarray | None = None,
     keep_update: Callable[[int, np.ndarray], None] | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
 
@@ -189,6 +191,8 @@ def run_round(
       keep_update: `(id, float32 [params])`, called with the update of each client that counts, as
         the server receives it and before any noise. Each chunk is then fetched before the next one
         begins, so no device holds more updates than without.
+      rows: int `[clients, steps * accumulation]`, filled rows of each batch of the cohort, by which
+        accelerators leave out the empty ones; None: they compute these too.
 
     Returns:
       The state after the round, and a report.
@@ -204,7 +208,8 @@ def run_round(
         update_scales = np.ones(count, np.float32)
     if ranks is None:
         ranks = np.full(count, np.iinfo(np.int32).max)
-    rates = replicate(np.asarray(rates, np.float32), mesh)
+    slots = () if rows is None else programs.slots(rows, chunk)
+    local = LocalSteps(replicate(np.asarray(rates, np.float32), mesh), slots)
     gathered: Any = None if spec.linear and not spec.collude else []
     kept, figures = [], []
     if not count and not spec.noise_multiplier:
@@ -236,7 +241,7 @@ def run_round(
             residuals=mine["residuals"],
         )
         inputs = jax.tree.map(lambda x: _spread(x, mesh, programs.layout), inputs)
-        sent, states, residuals, metrics = programs.train(state.server, base, inputs, rates)
+        sent, states, residuals, metrics = programs.train(state.server, base, inputs, local)
         # The devices work on one chunk while the arrays of the next one are made.
         if figures:
             wait(figures[-1])

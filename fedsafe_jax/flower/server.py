@@ -114,18 +114,18 @@ class Sites:
         questions = self._ask(cohort, state.server, t)
         until = time.monotonic() + self.round_s
 
-        def train(server, base, inputs, rates):
+        def train(server, base, inputs, local):
             nonlocal useful
             del base
             places = {int(client): i for i, client in enumerate(inputs.batches) if client >= 0}
-            received = ReceivedUpdates(programs.spec, server, len(inputs.weights), len(rates))
+            received = ReceivedUpdates(programs.spec, server, len(inputs.weights), len(local.rates))
 
             def parse(content):
                 return read_update(
                     content,
                     server.factors,
                     server.control,
-                    steps=len(rates),
+                    steps=len(local.rates),
                     most_tokens=most_tokens,
                 )
 

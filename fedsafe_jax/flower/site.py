@@ -18,6 +18,7 @@ from fedsafe_jax import own_folder, random_streams
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.algorithms import ServerState
+from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.round_programs import ChunkInputs, ClientMetrics, ClientUpdates
 from fedsafe_jax.federated.schedules import step_rates
 from fedsafe_jax.filters.actions import FilterCounts
@@ -192,7 +193,8 @@ class Site:
         )
         whole = simulation.replicate(ServerState(factors, server["control"], ()), self.inputs.mesh)
         rates = step_rates(rounds.learning_rates(config), t)
-        sent, state, _, metrics = self.programs.train(whole, self.inputs.base, inputs, rates)
+        local = LocalSteps(rates, self.programs.slots(batches.filled, width))
+        sent, state, _, metrics = self.programs.train(whole, self.inputs.base, inputs, local)
         sent, state, metrics = jax.tree.map(lambda x: x[:1], jax.device_get((sent, state, metrics)))
         self._keep_state(t, state)
         return Update(sent, metrics, int((batch.segment_ids > 0).sum()))

@@ -64,7 +64,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=config.num_layers,
         )(config, self.lora_scale)
         self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
@@ -78,6 +78,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         valid: jax.Array | None = None,
         noise: jax.Array | None = None,
+        owner: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Computes hidden states after the final norm.
 
@@ -91,6 +92,8 @@ class Decoder(nn.Module):
             not).
           noise: uint32 `[batch, seq]`, from which dropout of the adapter's inputs is drawn while
             it is trained, without a cache; None for no dropout.
+          owner: int32 `[batch]`, the client of each row, where the factors are those of several
+            clients, `[layers, clients, ...]`, without a cache; None for one adapter.
 
         Returns:
           `(hidden [batch, seq, hidden_size], cache)`.
@@ -114,7 +117,9 @@ class Decoder(nn.Module):
         else:
             kinds = jax.tree.map(jnp.asarray, kinds)
             drop = dropout.of_noise(noise, self.lora_dropout)
-            (x, cache), _ = self.layers((x, cache), kinds, rotation, masks_or_segments, None, drop)
+            (x, cache), _ = self.layers(
+                (x, cache), kinds, rotation, masks_or_segments, None, drop, owner
+            )
         if cache is not None:
             cache = cache._replace(length=cache.length + seq)
         return self.norm(x), cache

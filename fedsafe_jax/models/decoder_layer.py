@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedsafe_jax.models import attention, owned_lora, rotary
+from fedsafe_jax.models.by_owner import by_owner
 from fedsafe_jax.models.cache import write_cache
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.quantize import matmul
@@ -53,8 +54,9 @@ class Projection(nn.Module):
     """`x @ kernel (+ bias)`, plus `lora_scale * x @ a @ b` where `lora` has factors.
 
     With `dropout`, a `dropout.Dropout`, numbers of the `x` that factors see are dropped, as in
-    peft; every projection drops its own. With an `owner` beside the factors these are of several
-    adapters, see `owned_lora`.
+    peft; every projection drops its own. With `owner`, int32 `[batch]`, factors are
+    `[clients, in, rank]` and `[clients, rank, out]`, and each row takes its owner's (`by_owner`);
+    with an owner of each token beside the factors these are of several adapters (`owned_lora`).
     """
 
     features: int
@@ -62,7 +64,7 @@ class Projection(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x, dropout=None):
+    def __call__(self, x, dropout=None, owner=None):
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")  # an array, or quantised
         else:
@@ -76,11 +78,14 @@ class Projection(nn.Module):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if dropout is not None:
                 x = dropout.apply(x, self.name)
-            a, b = a.astype(x.dtype), b.astype(x.dtype)
-            if self.has_variable("lora", "owner"):
-                update = owned_lora.product(x, a, b, owner=self.get_variable("lora", "owner"))
+            if owner is not None:
+                update = by_owner(by_owner(x, a, owner), b, owner)
+            elif self.has_variable("lora", "owner"):
+                owners = self.get_variable("lora", "owner")
+                a, b = a.astype(x.dtype), b.astype(x.dtype)
+                update = owned_lora.product(x, a, b, owner=owners)
             else:
-                update = (x @ a) @ b
+                update = (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
             y = y + self.lora_scale * update
         return y
 
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         which keys and values are computed from; None for `x`. With it, `masks_or_segments` must be
         masks.
       dropout: a `dropout.Dropout` of the adapter's inputs, for the tokens of `x`; None for none.
+      owner: int32 `[batch]`, the client of each row, see `Projection`; None for one adapter.
 
     Returns:
       `(out [batch, seq, hidden_size], cache)`.
@@ -116,6 +122,7 @@ class Attention(nn.Module):
         cache,
         key_value_source=None,
         dropout=None,
+        owner=None,
     ):
         config = self.config
         batch, seq, _ = x.shape
@@ -127,7 +134,8 @@ class Attention(nn.Module):
 
         def project(name, heads, states, dropout):
             width = heads * config.head_dim
-            y = Projection(width, self.lora_scale, config.qkv_bias, name=name)(states, dropout)
+            projection = Projection(width, self.lora_scale, config.qkv_bias, name=name)
+            y = projection(states, dropout, owner)
             return y.reshape(batch, -1, heads, config.head_dim)
 
         def project_and_rotate(name, heads, states, rotation, dropout):
@@ -166,7 +174,7 @@ class Attention(nn.Module):
             )
         out = out.reshape(batch, seq, config.num_heads * config.head_dim)
         o_proj = Projection(config.hidden_size, self.lora_scale, config.output_bias, name="o_proj")
-        return o_proj(out, dropout), cache
+        return o_proj(out, dropout, owner), cache
 
 
 class MLP(nn.Module):
@@ -176,11 +184,12 @@ class MLP(nn.Module):
     lora_scale: float
 
     @nn.compact
-    def __call__(self, x, dropout=None):
+    def __call__(self, x, dropout=None, owner=None):
         config = self.config
 
         def project(name, features, y):
-            return Projection(features, self.lora_scale, config.mlp_bias, name=name)(y, dropout)
+            projection = Projection(features, self.lora_scale, config.mlp_bias, name=name)
+            return projection(y, dropout, owner)
 
         gate = project("gate_proj", config.intermediate_size, x)
         up = project("up_proj", config.intermediate_size, x)
@@ -198,6 +207,7 @@ class Layer(nn.Module):
       key_value_source: as in `Attention`, but its states are not normed yet.
       dropout: a `dropout.Dropout` of all layers, as in `Attention`; so is that of
         `key_value_source`.
+      owner: as in `Attention`.
 
     Returns:
       `((x, cache), None)`.
@@ -215,6 +225,7 @@ class Layer(nn.Module):
         masks_or_segments,
         key_value_source=None,
         dropout=None,
+        owner=None,
     ):
         config = self.config
         dropout = dropout and dropout.of_layer(kind.index)
@@ -236,15 +247,16 @@ class Layer(nn.Module):
             cache=cache,
             key_value_source=key_value_source,
             dropout=dropout,
+            owner=owner,
         )
         mlp = MLP(config, self.lora_scale, name="mlp")
         if config.sandwich_norms:
             x = x + norm("post_attention_layernorm", attended)
-            out = mlp(norm("pre_feedforward_layernorm", x), dropout)
+            out = mlp(norm("pre_feedforward_layernorm", x), dropout, owner)
             x = x + norm("post_feedforward_layernorm", out)
         else:
             x = x + attended
-            x = x + mlp(norm("post_attention_layernorm", x), dropout)
+            x = x + mlp(norm("post_attention_layernorm", x), dropout, owner)
         return (x, cache), None
 
 

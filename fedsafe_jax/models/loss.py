@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
+from fedsafe_jax.models.by_owner import sum_by_owner
 from fedsafe_jax.models.decoder import Decoder, divergence, target_nll
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS, flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS, count_on
@@ -248,15 +249,61 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
     if is_cpu and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
         weights = batch.mask / jnp.maximum(count_on(batch.mask), 1)
         return weighted_nll(model, factors, base, batch=batch, weights=weights)
+    return masked_mean(_packed_nll(model, factors, base, batch), batch.mask)
+
+
+def _packed_nll(
+    model: Decoder, factors: dict, base: dict, batch: Any, owner: jax.Array | None = None
+) -> jax.Array:
+    """Returns the negative log-likelihood of packed rows' targets, float32 `[rows, seq]`."""
     hidden, _ = model.apply(
         {"params": base, "lora": factors},
         batch.tokens,
         batch.positions,
         batch.segment_ids,
         noise=getattr(batch, "noise", None),
+        owner=owner,
     )
-    nll = token_nll(model, base, hidden, batch.targets, batch.mask)
-    return masked_mean(nll, batch.mask)
+    return token_nll(model, base, hidden, batch.targets, batch.mask)
+
+
+class PackedLoss(NamedTuple):
+    """The loss of packed rows, of one client and of the rows of many.
+
+    Attributes:
+      model: the decoder.
+    """
+
+    model: Decoder
+
+    @property
+    def dtype(self) -> str:
+        """Dtype that factors are rounded to where they meet rows."""
+        return self.model.config.dtype
+
+    def __call__(self, factors: dict, base: dict, batch: Any) -> jax.Array:
+        """Returns `packed_loss`."""
+        return packed_loss(self.model, factors, base, batch)
+
+    def by_owner(
+        self, factors: dict, base: dict, batch: Any, owner: jax.Array, targets: jax.Array
+    ) -> jax.Array:
+        """Returns what rows of many clients add to the `packed_loss` of each.
+
+        Args:
+          factors: LoRA factors with a leading `[clients]`.
+          base: frozen base parameters.
+          batch: `data.packing.Batch` with fields `[rows, seq]`: rows of any client, in any order.
+          owner: int32 `[rows]`, the client of each row.
+          targets: float32 `[clients]`, target tokens of a client in all of its rows, here or not.
+
+        Returns:
+          float32 `[clients]`; summed over all rows of a client it is its loss.
+        """
+        by_layer = jax.tree.map(lambda x: x.swapaxes(0, 1), factors)
+        nll = _packed_nll(self.model, by_layer, base, batch, owner)
+        of_row = jnp.sum(nll * batch.mask, 1) / jnp.maximum(targets, 1)[owner]
+        return sum_by_owner(of_row, owner, len(targets))
 
 
 def packed_divergence(

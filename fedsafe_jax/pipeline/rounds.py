@@ -48,13 +48,14 @@ def build(config: ConfigDict, algorithm: str, model: Decoder, mesh: Mesh) -> Pro
     """
     f = config.federated
 
-    def loss_fn(factors, base, batch):
-        return loss.packed_loss(model, factors, base, batch)
-
     optimizer = make_optimizer(config.optimizer, config.gradient_clip)
-    parallel, shared = clients_at_once(mesh, config.clients_in_parallel, config.clients_per_round)
+    parallel, shared = clients_at_once(mesh, config.clients_in_parallel)
     training = LocalTraining(
-        loss_fn, optimizer, config.accumulation, mesh=shared, platform=model.config.platform
+        loss.PackedLoss(model),
+        optimizer,
+        config.accumulation,
+        mesh=shared,
+        platform=model.config.platform,
     )
     hyperparameters = algorithms.Hyperparameters(
         **{name: f[name] for name in algorithms.Hyperparameters._fields}
@@ -204,6 +205,7 @@ def run(
         state,
         base=base,
         packed=packed,
+        rows=batches.filled,
         cohort=cohort,
         seed=seed,
         t=t,
@@ -224,6 +226,7 @@ def step(
     t: int,
     secret: int | None = None,
     keep_update: Callable[[int, np.ndarray], None] | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[FederatedState, RoundReport]:
     """Trains a cohort and makes the server's step.
 
@@ -237,6 +240,7 @@ def step(
       seed, t: seed of the run and number of the round, from 0.
       secret: secret of the arm, from which its noise is drawn; None without differential privacy.
       keep_update: takes each client's update, see `simulation.run_round`.
+      rows: filled rows of each client's batches, likewise.
     """
     who, row = roles(config, seed), None
     malicious = np.isin(cohort.ids, who.malicious)
@@ -264,6 +268,7 @@ def step(
         ranks=who.ranks[cohort.ids],
         malicious=malicious,
         keep_update=keep_update,
+        rows=rows,
     )
 
 

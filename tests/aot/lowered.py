@@ -20,7 +20,7 @@ from fedsafe_jax.aot.filter_programs import filters
 from fedsafe_jax.aot.program import Program, Run
 from fedsafe_jax.aot.programs import constitutional, federated, generation
 from fedsafe_jax.config import default_config
-from fedsafe_jax.models import known, sharding
+from fedsafe_jax.models import known, row_queue, sharding
 from fedsafe_jax.models.decoder_config import DecoderConfig
 
 MODEL = "tests/small"  # the name in a config, as of a public model whose shape is known
@@ -93,6 +93,8 @@ def pretend(monkeypatch, model: DecoderConfig) -> None:
         info = types.SimpleNamespace(get_gpu_info=lambda: h100)
         monkeypatch.setattr(triton, "gpu_info_lib", info)
     monkeypatch.setitem(known.KNOWN, MODEL, model)
+    # One number of slots, as each is lowered by itself.
+    monkeypatch.setattr(row_queue, "LADDERS", ((1,),))
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     for name in (

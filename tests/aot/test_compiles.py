@@ -21,6 +21,7 @@ from fedsafe_jax.aot import compilation, hlo, lengths, targets  # noqa: E402
 from fedsafe_jax.aot.program import PROJECTION_NAMES, Run  # noqa: E402
 from fedsafe_jax.aot.programs import federated, generation  # noqa: E402
 from fedsafe_jax.federated.client import LOCAL_STEPS  # noqa: E402
+from fedsafe_jax.models import row_queue  # noqa: E402
 from fedsafe_jax.models.known import KNOWN  # noqa: E402
 
 LAYERS, HIDDEN, VOCAB, RANK, SEQ, STEPS = 2, 768, 4096, 16, 512, 2
@@ -42,6 +43,7 @@ def surroundings():
     """The model's shape by its name; nothing here is read from, or written to, a cache."""
     patch = pytest.MonkeyPatch()
     patch.setitem(KNOWN, MODEL, shape(**SHAPE))
+    patch.setattr(row_queue, "LADDERS", ((1,),))  # one number of slots
     patch.setenv("TPU_SKIP_MDS_QUERY", "1")
     patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     cached = jax.config.jax_enable_compilation_cache
@@ -78,8 +80,7 @@ def tokens_at_once(run, program) -> int:
     """Tokens that go through a layer together on one copy of the base, padding included."""
     if program.name == "prefill":
         return program.arguments[2].tokens.size // run.mesh.shape["clients"]
-    _, _, rows, seq = program.arguments[2].batches.mask.shape
-    return CLIENTS * rows * seq
+    return program.arguments[3].slots[-1] // run.mesh.shape["clients"] * SEQ
 
 
 def weights(run) -> dict[str, int]:
@@ -145,7 +146,7 @@ def test_operations_are_those_of_the_formula(compiled):
     # Forward, again for the backward pass (without what only the last projection needs), and the
     # gradients of the inputs; an adapter has gradients of its factors as well.
     once = 2 * LAYERS * tokens * (3 * layer - sizes["down_proj"] + 4 * adapters)
-    chunk = min(1024, tokens // CLIENTS)
+    chunk = min(1024, tokens)
     logits = 2 * program.trips["target_chunks"] * 2 * chunk * HIDDEN * VOCAB
     assert counts.flops * run.mesh.size == pytest.approx(copies * STEPS * (once + logits), rel=0.03)
 
@@ -155,9 +156,16 @@ def test_devices_tell_each_other_what_they_must(compiled):
     parallel = run.mesh.shape["model"]
     program, counts = found["train"]
     in_steps = {x.op for x in counts.collectives if x.in_steps}
-    assert in_steps == ({"all-reduce"} if parallel > 1 else set())
-    # Updates and figures of clients alone are gathered, after the steps.
-    gathered = sum(x.bytes * x.trips for x in counts.collectives if "gather" in x.op)
+    copies = run.mesh.shape["clients"]
+    if copies == 1:
+        assert in_steps == ({"all-reduce"} if parallel > 1 else set())
+    else:
+        # Adapters to all devices, which share the rows, and their gradients back.
+        assert in_steps and in_steps <= {"all-gather", "reduce-scatter", "all-reduce"}
+    # Updates and figures of clients alone are gathered after the steps.
+    gathered = sum(
+        x.bytes * x.trips for x in counts.collectives if "gather" in x.op and not x.in_steps
+    )
     clients = program.arguments[2].weights.size
     numbers = sum(x.size for x in jax.tree.leaves(run.factors))
     assert gathered <= 4 * clients * (4096 + 16 + (numbers if parallel > 1 else 0))

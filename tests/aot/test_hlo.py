@@ -152,6 +152,27 @@ def test_a_conditional_counts_as_its_largest_branch():
     assert hlo.count(text_of(f, (16, 32), (32, 32), 1)).flops == 2 * 2 * 16 * 32 * 32
 
 
+def test_a_conditional_counts_by_the_shares_of_its_branches():
+    """In a loop, and under `vmap` with another choice inside, which has no shares."""
+
+    def f(x, w, index):
+        def inner(x):
+            return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w @ w, lambda x: x, x)
+
+        def step(x, i):
+            branches = [lambda x: x @ w, lambda x: x @ w @ w, inner]
+            with jax.named_scope("slots"):
+                return jax.lax.switch(i, branches, x), None
+
+        return jax.lax.scan(step, x, index)[0]
+
+    shapes = (16, 32), (32, 32)
+    arguments = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
+    text = jax.jit(f).lower(*arguments, jax.ShapeDtypeStruct((8,), jnp.int32)).compile().as_text()
+    found = hlo.count(text, shares={"slots": (0.5, 0.25, 0.25)})
+    assert found.flops == 8 * (0.5 + 0.25 * 2 + 0.25 * 3) * 2 * 16 * 32 * 32
+
+
 def test_gradient_with_recomputation():
     layers, tokens, width, inner = 3, 16, 32, 64
 

@@ -24,6 +24,7 @@ from fedsafe_jax.aot.programs import constitutional, federated, generation
 from fedsafe_jax.cli.compile import PROGRAMS
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.inference import decoding
+from fedsafe_jax.models import row_queue
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.known import KNOWN
 
@@ -32,6 +33,7 @@ TARGET = {"triton": TRITON, "cudnn": CUDNN, "packed": CUDNN, "splash": SPLASH}
 COMMUNICATION = re.compile(
     r"(?:stablehlo|sdy)\.(?:all_reduce|all_gather|reduce_scatter|all_to_all|collective_\w+)"
 )
+LADDERS = row_queue.LADDERS
 DEVICES = [(1, 1), (4, 1), (4, 2)]  # devices, model_parallel
 
 
@@ -81,17 +83,30 @@ def test_training_with_dropout_lowers_alike(accelerators, platform, count, model
 
 @pytest.mark.parametrize("count, model_parallel", DEVICES)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_every_program_lowers_with_its_kernels(accelerators, platform, count, model_parallel):
+def test_every_program_lowers_with_its_kernels(
+    accelerators, monkeypatch, platform, count, model_parallel
+):
+    if count == 1:
+        monkeypatch.setattr(row_queue, "LADDERS", LADDERS)
     run = run_on(platform, count, config(model_parallel=model_parallel))
     seen = []
     for program in programs(run):
         text = text_of(program, platform)
         seen.append(program.name)
         sizes, with_base, others = base_products(text)
-        gathers = [x for x in COMMUNICATION.findall(text) if "gather" in x]
-        assert not gathers, program.name
-        if model_parallel == 1 and program.name == "train":
-            assert not COMMUNICATION.findall(text)
+        told = [x for x in text.splitlines() if COMMUNICATION.search(x)]
+        if count == 1 or program.name != "train":
+            assert not [x for x in told if "gather" in x], program.name
+        if program.name == "train" and count > 1:
+            # Adapters alone travel between the devices that share the rows of all clients: to
+            # all of them, rounded as rows round them, and their gradients back to each client's.
+            gathers = [x for x in told if "all_gather" in x]
+            # [clients, layers, in, rank] and [clients, layers, rank, out]
+            factor = re.compile(rf"-> tensor<(\d+x){{2,3}}{run.lora.rank}x")
+            assert gathers and all(factor.search(x) for x in gathers)
+            assert any("reduce_scatter" in x for x in told)
+        elif model_parallel == 1 and program.name == "train":
+            assert not told
         if program.name not in ("train", "prefill", "decode", "cai"):
             continue
         # A weight of the base is one factor of one large product, whatever the clients.
@@ -106,21 +121,19 @@ def test_every_program_lowers_with_its_kernels(accelerators, platform, count, mo
         assert program.attention == {"cuda": "triton", "tpu": "splash"}[platform]
         found = kernels(text)[TARGET[program.attention]]
         heads = run.shape.num_heads // model_parallel
-        # All clients' rows are in one call, and this device's heads alone.
+        # The rows of all clients are in one call, and this device's heads alone.
         calls = [x for x in found if len(x) == 4 and x[-1] == run.shape.head_dim and heads in x]
         assert calls, program.name
         if program.name == "train":
-            rows = 4 // (count // model_parallel) * run_rows(program)  # of all clients of a device
-            assert {x[0] for x in calls} == {rows}
+            slots = program.arguments[3].slots
+            assert len(slots) == (3 if count == 1 else 1)
+            rows = {n // (count // model_parallel) for n in slots}
+            assert {x[0] for x in calls} == rows
             down = [dot for dot in with_base if (448, 320) in (dot.lhs, dot.rhs)]
-            tokens = {max(map(math.prod, dot[:2])) / rows / 256 for dot in down}
-            assert tokens == {448, 320}  # forward, and the gradient of its input
+            numbers = {max(map(math.prod, dot[:2])) / 256 for dot in down}
+            # Forward, and the gradient of its input.
+            assert numbers == {n * width for n in rows for width in (448, 320)}
     assert tuple(seen) == PROGRAMS
-
-
-def run_rows(program):
-    """Packed rows of one client's step."""
-    return program.arguments[2].batches.mask.shape[-2]
 
 
 @pytest.mark.parametrize("count, model_parallel", DEVICES)
@@ -257,7 +270,7 @@ def test_long_rows_hold_no_scores_of_all_heads(accelerators, name, platform):
     changes, *_ = SHAPES[name]
     accelerators(max_length=8192, **changes)
     train = next(federated(run_on(platform, 1, config(seq_len=4096))))
-    rows = 4 * run_rows(train)
+    rows = max(train.arguments[3].slots)
     square = re.findall(r"tensor<((?:\d+x)*)4096x4096x", text_of(train, platform))
     # A mask has no axis of heads.
     assert all(math.prod(int(n) for n in sizes.split("x")[:-1]) <= rows for sizes in square)

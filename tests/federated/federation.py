@@ -39,9 +39,13 @@ class Federation(NamedTuple):
     def spec(self, name="fedavg", optimizer=None, accumulation=1, aggregator="mean", **changes):
         hyperparameters = changes.pop("hyperparameters", None)
         trim, byzantine = changes.pop("trim_share", 0.1), changes.pop("byzantine", 1)
-        shared = changes.pop("mesh", None)
+        shared, platform = changes.pop("mesh", None), changes.pop("platform", None)
         training = LocalTraining(
-            self.loss_fn, optimizer or make_optimizer(), accumulation, mesh=shared
+            self.loss_fn,
+            optimizer or make_optimizer(),
+            accumulation,
+            mesh=shared,
+            platform=platform,
         )
         algorithm = algorithms.make(name, training, POPULATION, hyperparameters)
         return RoundSpec(algorithm, aggregation.make(aggregator, trim, byzantine), **changes)
@@ -49,7 +53,7 @@ class Federation(NamedTuple):
     def run(
         self, spec, devices=1, parallel=1, rounds=2, weights=WEIGHTS, ids=IDS, model=1,
         chunk=0, rates=None, update_scales=None, ranks=None, state=None, key=0,
-        malicious=None, keep_update=None,
+        malicious=None, keep_update=None, rows=None,
     ):  # fmt: skip
         """The state after some rounds with the same batches, and the last report."""
         mesh = make_mesh(jax.devices()[:devices], model)
@@ -92,6 +96,7 @@ class Federation(NamedTuple):
                 ranks=ranks,
                 malicious=malicious,
                 keep_update=keep_update,
+                rows=rows,
             )
         return state, report
 
@@ -132,7 +137,5 @@ def make_federation():
         positions=np.broadcast_to(np.arange(SEQ, dtype=np.int32), shape).copy(),
     )
 
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
-
+    loss_fn = loss.PackedLoss(model)
     return Federation(loss_fn, base, adapter, batches=batches, jitted=jax.jit(jax.grad(loss_fn)))

@@ -22,6 +22,7 @@ from tiny import tiny_config
 from fedsafe_jax.data.packing import Batch
 from fedsafe_jax.federated import round_programs, simulation
 from fedsafe_jax.federated.algorithms import Hyperparameters
+from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import loss, microbatch
 from fedsafe_jax.models.decoder import Decoder
@@ -202,7 +203,7 @@ def test_no_collective_inside_local_training(federation):
     )
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("clients"))
     inputs = jax.device_put(inputs, split)
-    rates = jnp.full(STEPS, 0.01)
+    rates = LocalSteps(jnp.full(STEPS, 0.01))
     train = programs.train.lower(state.server, federation.base, inputs, rates).compile()
     # Training gathers the metrics, once, after all steps: in no loop body, and nothing is summed.
     blocks = train.as_text().split("\n\n")

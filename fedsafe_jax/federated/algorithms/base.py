@@ -31,7 +31,7 @@ class FederatedAlgorithm(NamedTuple):
     Attributes:
       init: `factors -> ServerState`.
       init_client: `factors -> state` that a client keeps between rounds; () for none.
-      client_update: `(server_state, client_state, start, base, batches, rates [steps]) ->
+      client_update: `(server_state, client_state, start, base, batches, LocalSteps) ->
         (ClientUpdate, client_state, LocalResult)`, for one client; `start` is the global factors,
         cut to the client's rank.
       server_update: `(server_state, mean delta, sum of control changes) -> ServerState`; both
@@ -122,14 +122,14 @@ def fedopt(
     def init(factors):
         return ServerState(factors, (), optimizer.init(factors))
 
-    def client_update(server, client_state, start, base, batches, rates):
+    def client_update(server, client_state, start, base, batches, steps):
         del server
 
         def pull(gradient, local):
             return jax.tree.map(lambda g, y, x: g + prox_mu * (y - x), gradient, local, start)
 
         adjust = {"adjust": pull} if prox_mu else {}
-        result = local_training(training, start, base, batches=batches, rates=rates, **adjust)
+        result = local_training(training, start, base, batches=batches, steps=steps, **adjust)
         delta = jax.tree.map(jnp.subtract, result.factors, start)
         return ClientUpdate(delta, ()), client_state, result
 

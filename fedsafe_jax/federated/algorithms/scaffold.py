@@ -84,13 +84,13 @@ def make(
     def init(factors):
         return ServerState(factors, _zeros(factors), optimizer.init(factors))
 
-    def client_update(server, client_state, start, base, batches, rates):
+    def client_update(server, client_state, start, base, batches, steps):
         correction = jax.tree.map(jnp.subtract, server.control, client_state)
         result = local_training(
-            training, start, base, batches=batches, rates=rates, **hooks(correction)
+            training, start, base, batches=batches, steps=steps, **hooks(correction)
         )
         delta = jax.tree.map(jnp.subtract, result.factors, start)
-        control = new_control(result, delta, correction, rates)
+        control = new_control(result, delta, correction, steps.rates)
         change = jax.tree.map(jnp.subtract, control, client_state)
         return ClientUpdate(delta, change), control, result
 
