@@ -93,13 +93,19 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.prox_mu = 0.01  # weight of fedprox's proximal term
     # what scaffold corrects: each gradient, or post_step: the parameters
     c.federated.scaffold = "gradient"
-    c.federated.server_learning_rate = 1.0  # step size of fedavg, fedprox, scaffold and fedavgm
+    # step size of the server, but for the adaptive ones, fedex_lora, flora and feddyn
+    c.federated.server_learning_rate = 1.0
     c.federated.adaptive_learning_rate = 1e-2  # step size of fedadagrad, fedyogi and fedadam
     c.federated.beta1 = 0.9  # momentum of fedavgm, fedyogi and fedadam
     c.federated.beta2 = 0.99  # decay of the second moment of fedyogi and fedadam
     c.federated.tau = 1e-3  # adaptivity of fedadagrad, fedyogi and fedadam
     c.federated.second_moment = "d2"  # what is squared: d2, the mean update, or m2, the momentum
     c.federated.first_moment = "zero"  # start of the momentum: zero, or copy, the first mean update
+    c.federated.rotation = 0.5  # how far fedrot_lora turns clients to the global basis, 0 to 1
+    # largest rank of what fedex_lora and flora keep beside the adapter; 0: all of it, exactly
+    c.federated.residue_rank = 0
+    c.federated.dyn_alpha = 0.01  # weight of feddyn's penalty
+    c.federated.download_share = 0.25  # share of the adapter's numbers that flasc sends to clients
     # what is averaged: the factors, or product: their products, by SVD
     c.federated.average = "factors"
     c.federated.aggregator = "mean"  # rule that combines the updates
@@ -212,6 +218,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval.max_new_tokens = 24  # longest answer, in tokens
     c.eval.max_length = 256  # longest dialogue that is scored, in tokens
     c.eval.batch_size = 64  # prompts answered at once
+    # client whose model is evaluated and exported where each keeps its own (fedsa_lora, local)
+    c.eval.client = 0
     # judges of the answers; the first one's verdicts are the headline, and all are reported: rules,
     # start, keyword, classifier:FOLDER, guard:FOLDER, chat:MODEL@URL#RUBRIC (the key is read from
     # OPENAI_API_KEY)

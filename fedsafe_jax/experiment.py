@@ -194,9 +194,9 @@ class ArmRun:
         """The jitted programs of a round, built when they are first needed."""
         lora_config = self.inputs.lora
         model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
-        # Without clients the state is an adapter alone, as FedAvg's.
-        algorithm = self.planned.algorithm or "fedavg"
-        return rounds.build(self.config, algorithm, model, self.inputs.mesh)
+        algorithm = self.planned.algorithm or rounds.WITHOUT_CLIENTS
+        config = rounds.config_of(self.config, self.planned.arm)
+        return rounds.build(config, algorithm, model, self.inputs.mesh)
 
     def run(self) -> tuple[dict, Any]:
         """Trains and evaluates, or reads what an earlier process finished.
@@ -253,14 +253,20 @@ class ArmRun:
                 saved.close()
             raise
         saved.close()
-        return state.server.factors
+        return self._evaluated(state)
+
+    def _evaluated(self, state: FederatedState) -> Any:
+        """Returns the factors of `rounds.evaluated`, on the mesh."""
+        factors = rounds.evaluated(self.config, self.planned.algorithm, state)
+        here = factors is state.server.factors
+        return factors if here else simulation.replicate(factors, self.inputs.mesh)
 
     def _round(self, state: FederatedState, stage, t: int) -> tuple[FederatedState, dict, list]:
         """Returns the state after round `t`, its row of metrics, and its records of CAI."""
         config, timer = self.config, PhaseTimer()
         multihost.barrier("round")
         row = {"arm": self.planned.id, "seed": self.seed, "round": t}
-        if self.planned.arm.federated:
+        if self.planned.arm.federated or self.planned.arm.baseline:
             # Filtered local training and aggregation.
             state, figures = self.federation.train(self, state, self.clients, t)
             timer.mark("federated")
@@ -272,18 +278,21 @@ class ArmRun:
         else:
             row |= rounds.NO_CLIENTS
         if self.planned.arm.filter:
-            counts = [self.clients.counts[i] for i in row["clients"] + row["no_data"]]
+            ids = row["clients"] + row["no_data"]
+            if self.planned.arm.training == "centralised":
+                ids = range(self.config.num_clients)
+            counts = [self.clients.counts[i] for i in ids]
             row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
         records = []
         if stage is not None:
             # Constitutional AI on the aggregated model.
-            current, base = map(self._language_model, (state.server.factors, None))
+            current, base = map(self._language_model, (state.server.adapter, None))
             factors, row["cai"], records = stage.run(current, base, t, timer)
             factors = multihost.broadcast(fetch(factors))
             factors = simulation.replicate(factors, self.inputs.mesh)
-            state = state._replace(server=state.server._replace(factors=factors))
+            state = state._replace(server=state.server.with_adapter(factors))
         if count := config.eval.every_round_prompts:
-            lm = self._language_model(state.server.factors)
+            lm = self._language_model(self._evaluated(state))
             options = evaluation.options_of(config)
             row["eval"] = evaluation.probe(lm, self.inputs.evals, count, options)
             timer.mark("probe")
@@ -316,7 +325,7 @@ class ArmRun:
         if not self.config.keep_updates or not self._is_checkpoint(t + 1):
             return None
         factors = state.server.factors
-        start = multihost.local(factors, self.inputs.mesh)
+        start = multihost.local(state.server.adapter, self.inputs.mesh)
         return self._files.updates.begin_round(t + 1, start, like=factors)
 
     def _is_checkpoint(self, done: int) -> bool:
@@ -344,7 +353,8 @@ class ArmRun:
         """Returns the newest state that was saved, or the first one, and the rounds done."""
         key = random_streams.key(Purpose.ADAPTER, self.seed)
         factors = lora.init(key, self.inputs.lm.config, self.inputs.lora)
-        first = simulation.initial_state(self.programs, factors, self.config.num_clients)
+        count = rounds.config_of(self.config, self.planned.arm).num_clients
+        first = simulation.initial_state(self.programs, factors, count)
         state, done = saved.restore(first)
         server = simulation.replicate(state.server, self.inputs.mesh)
         return state._replace(server=server), done
@@ -366,7 +376,7 @@ class ArmRun:
         saved = checkpoint.RoundCheckpoints(self._files.checkpoints, self.config.checkpoint_keep)
         state, done = self._restored(saved)
         saved.close()
-        factors = state.server.factors
+        factors = self._evaluated(state)
         here = adapter_hash(multihost.local(factors, self.inputs.mesh))
         multihost.first(
             lambda: self._files.check_hash(outcome, done, self.config.rounds, here=here)
@@ -378,4 +388,4 @@ class ArmRun:
         if factors is None:
             return self.inputs.lm
         own = multihost.local(factors, self.inputs.mesh)
-        return self.inputs.lm.with_adapter(lora.Adapter(own, self.inputs.lora))
+        return self.inputs.lm.with_adapter(lora.Adapter(own, lora.config_of(own, self.inputs.lora)))

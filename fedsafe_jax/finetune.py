@@ -82,6 +82,17 @@ def finetune(
       (2, 'package:model')
     """
     entry = look_up(ALGORITHMS, algorithm, "algorithm")
+    if entry.personal:
+        raise lora.ModelError(
+            f"algorithm='{algorithm}': each client keeps a part of its model, and there is no "
+            "global adapter to return; `fedsafe run` and `fedsafe export --client` have those of "
+            "clients."
+        )
+    if dropout and "lora_dropout" in entry.refuses:
+        raise lora.ModelError(
+            f"dropout={dropout} does not go with algorithm='{algorithm}': "
+            f"{entry.refuses['lora_dropout']}."
+        )
     _check_sizes(
         rank=rank,
         rounds=rounds,
@@ -110,7 +121,13 @@ def finetune(
         loss.PackedLoss(model), make_optimizer(), mesh=shared, platform=model.config.platform
     )
     method = entry.make(training, len(clients), Hyperparameters())
-    programs = make_round(RoundSpec(method, aggregation.make("mean")), mesh, parallel)
+    spec = RoundSpec(
+        method,
+        aggregation.make("mean"),
+        normalize_steps=entry.normalize_steps,
+        product_weights=entry.weighting == "product_norm",
+    )
+    programs = make_round(spec, mesh, parallel)
     factors = lora.init(random_streams.key(Purpose.ADAPTER, seed), lm.config, config)
     state = simulation.initial_state(programs, factors, len(clients))
     sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
@@ -139,8 +156,10 @@ def finetune(
             rates=rates,
             chunk=chunk,
             rows=batches.filled,
+            key=random_streams.key(Purpose.FRESH_SLOTS, seed, t),
         )
-    return Adapter(jax.device_get(state.server.factors), config, lm.name)
+    adapter = jax.device_get(state.server.adapter)
+    return Adapter(adapter, lora.config_of(adapter, config), lm.name)
 
 
 def _check_sizes(**numbers: int) -> None:

@@ -86,9 +86,11 @@ class Saved:
 
     def __init__(self, workdir: str, arm: str, seed: int | None):
         from fedsafe_jax import random_streams
+        from fedsafe_jax.federated.algorithms import ALGORITHMS
         from fedsafe_jax.models import hub, lora
         from fedsafe_jax.models.base_model import model_folder
         from fedsafe_jax.pipeline.arms import planned_arms
+        from fedsafe_jax.pipeline.rounds import config_of, state_shapes
         from fedsafe_jax.runtime import checkpoint, run_files
         from fedsafe_jax.runtime.client_updates import ClientUpdates
 
@@ -116,11 +118,15 @@ class Saved:
             dropout=self.config.lora_dropout,
         )
         shape = hub.read_config(model_folder(self.config.model), self.config.dtype)
-        self._like = jax.eval_shape(
+        factors = jax.eval_shape(
             lambda: lora.init(
                 random_streams.key(random_streams.Purpose.SHAPES, 0), shape, self.lora
             )
         )
+        self._of_arm = config_of(self.config, self.planned.arm)
+        self._like = state_shapes(self._of_arm, self.planned.algorithm, factors)
+        entry = ALGORITHMS.get(self.planned.algorithm)
+        self.personal = entry is not None and entry.personal is not None
 
     def _has(self, planned: Any, seed: int) -> bool:
         from fedsafe_jax.runtime import checkpoint, run_files
@@ -140,25 +146,47 @@ class Saved:
         return choose(self.rounds, given, "round", what)
 
     def factors(self, rounds_done: int) -> dict:
-        """Returns the server's factors after a round.
+        """Returns the LoRA factors of the server's model after a round, with those of a residue.
 
         Raises:
-          UsageError: the checkpoint is damaged, or does not fit the config.
+          UsageError: the checkpoint is damaged, or does not fit the config; or there is no global
+            model.
         """
+        if self.personal:
+            raise UsageError(
+                f"--client: missing; under {self.planned.algorithm} each client has a model of "
+                f"its own, 0 to {self.config.num_clients - 1}."
+            )
+        return self._read(rounds_done, self._like.server).adapter
+
+    def _read(self, rounds_done: int, like: Any) -> Any:
         from fedsafe_jax.runtime import checkpoint
 
         try:
-            return checkpoint.read_factors(self._folder, rounds_done, self._like)
+            return checkpoint.read_factors(self._folder, rounds_done, like)
         except checkpoint.CheckpointError as error:
             raise UsageError(f"--round={rounds_done}: {error}") from None
 
+    def _personal_factors(self, rounds_done: int, client: int) -> dict:
+        """Returns a client's model: the global factors with those that it keeps."""
+        from fedsafe_jax.federated.algorithms import ALGORITHMS
+
+        choose(list(range(self.config.num_clients)), client, "client", "clients of the run")
+        state = self._read(rounds_done, self._like)
+        own = jax.tree.map(lambda x: x[client], state.clients["states"])
+        personal = ALGORITHMS[self.planned.algorithm].personal
+        return jax.tree.map(np.asarray, personal(state.server.factors, own))
+
     def client_factors(self, rounds_done: int, client: int) -> dict:
-        """Returns the factors that the server received from a client in a round.
+        """Returns the factors that the server received from a client in a round; the client's own
+        model, where clients keep a part of it.
 
         Raises:
           UsageError: they were not kept; the message names what was.
         """
-        from fedsafe_jax.federated.lora_average import rank_mask
+        if self.personal:
+            return self._personal_factors(rounds_done, client)
+        from fedsafe_jax.federated.lora_average import join, rank_mask, split
         from fedsafe_jax.pipeline.clients import roles
 
         rounds = [t for t in self._updates.rounds() if t in self.rounds]
@@ -171,10 +199,12 @@ class Saved:
         what = f"clients whose updates of round {rounds_done} were kept"
         choose(self._updates.clients(rounds_done), client, "client", what)
         start, update = self._updates.read(rounds_done, client)
-        if self.config.federated.client_ranks:
-            mask = rank_mask(start, roles(self.config, self.seed).ranks[client])
+        start, residue = split(start, update)
+        if self._of_arm.federated.client_ranks:
+            mask = rank_mask(start, roles(self._of_arm, self.seed).ranks[client])
             start = jax.tree.map(lambda x, m: np.asarray(x * m), start, mask)
-        return jax.tree.map(np.add, start, update)
+        own = jax.tree.map(np.add, start, update)
+        return jax.tree.map(np.asarray, join(own, residue))
 
 
 def check_output(output: str) -> None:
@@ -203,7 +233,7 @@ def main(values: flags.FlagValues) -> None:
         factors = saved.factors(rounds_done)
     else:
         factors = saved.client_factors(rounds_done, values.client)
-    note = _note(config, rounds_done, values.client, scale)
+    note = _note(saved, rounds_done, values.client, scale)
     factors = _scaled(factors, scale)
     check_output(values.output)
     card = export.card_of_seed(
@@ -215,7 +245,7 @@ def main(values: flags.FlagValues) -> None:
         note=note,
         of_client=values.client is not None,
     )
-    adapter = lora.Adapter(factors, saved.lora, config.model)
+    adapter = lora.Adapter(factors, lora.config_of(factors, saved.lora), config.model)
     lm = None
     if values.merge:
         lm = load_pretrained(
@@ -253,13 +283,15 @@ def _scaled(factors: dict, scale: float) -> dict:
     return factors if scale == 1 else jax.tree_util.tree_map_with_path(scaled, factors)
 
 
-def _note(config: ConfigDict, rounds_done: int, client: int | None, scale: float) -> str:
+def _note(saved: Saved, rounds_done: int, client: int | None, scale: float) -> str:
     """What the card says of an adapter that is not an arm's final model as evaluated, else ""."""
     what = ""
-    if client is not None:
+    if client is not None and saved.personal:
+        what = f"The model of client {client} after round {rounds_done}."
+    elif client is not None:
         what = f"What client {client} sent in round {rounds_done}."
-    elif rounds_done != config.rounds:
-        what = f"The model after round {rounds_done} of {config.rounds}."
+    elif rounds_done != saved.config.rounds:
+        what = f"The model after round {rounds_done} of {saved.config.rounds}."
     if scale != 1:
         what = f"{what} The adapter's effect is multiplied by {scale:g}.".lstrip()
     return what and f"{what} It was not evaluated."

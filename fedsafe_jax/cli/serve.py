@@ -150,7 +150,10 @@ def of_run(values: flags.FlagValues) -> tuple[dict[str, lora.Adapter], Any]:
         for flag in ("seed", "round", "client"):
             if values[flag].value is not None:
                 name += f":{flag}{values[flag].value}"
-        adapters[name], config = lora.Adapter(factors, saved.lora, saved.config.model), saved.config
+        adapters[name], config = (
+            lora.Adapter(factors, lora.config_of(factors, saved.lora), saved.config.model),
+            saved.config,
+        )
     return adapters, config
 
 

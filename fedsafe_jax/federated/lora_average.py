@@ -25,7 +25,8 @@ def _is_pair(node: Any) -> bool:
     return isinstance(node, dict) and "a" in node
 
 
-def _map(function: Callable, *factors: Any) -> Any:
+def each_pair(function: Callable, *factors: Any) -> Any:
+    """Applies a function to the pair `{"a", "b"}` of each projection, of one or several factors."""
     return jax.tree.map(function, *factors, is_leaf=_is_pair)
 
 
@@ -44,7 +45,121 @@ def rank_mask(factors: Any, rank: jax.Array | int) -> Any:
             "b": jnp.broadcast_to(a[:, None], pair["b"].shape).astype(jnp.float32),
         }
 
-    return _map(mask, factors)
+    return each_pair(mask, factors)
+
+
+def join(factors: Any, more: Any) -> Any:
+    """Returns LoRA factors whose products are the sums of those of two, of the summed rank.
+
+    Args:
+      factors: LoRA factors.
+      more: factors of any rank for the same projections; () for none.
+    """
+    if not jax.tree.leaves(more):
+        return factors
+
+    def one(x, y):
+        return {
+            key: jnp.concatenate([x[key], y[key]], axis) for key, axis in (("a", -1), ("b", -2))
+        }
+
+    return each_pair(one, factors, more)
+
+
+def split(joined: Any, like: Any) -> tuple[Any, Any]:
+    """Returns what `join` put together, the first of them of the rank of `like`."""
+
+    def part(pair, first, places):
+        rank = first["a"].shape[-1]
+        return {"a": pair["a"][..., places(rank)], "b": pair["b"][..., places(rank), :]}
+
+    return (
+        each_pair(lambda pair, first: part(pair, first, lambda rank: slice(rank)), joined, like),
+        each_pair(
+            lambda pair, first: part(pair, first, lambda rank: slice(rank, None)), joined, like
+        ),
+    )
+
+
+def fresh(factors: Any, key: jax.Array) -> Any:
+    """Draws factors as at LoRA's start: `a` uniform in +-1/sqrt(in), `b` zero.
+
+    Args:
+      factors: LoRA factors, for their shapes.
+      key: random key.
+    """
+    pairs, tree = jax.tree.flatten(factors, is_leaf=_is_pair)
+    keys = [jax.random.fold_in(key, i) for i in range(len(pairs))]
+    return tree.unflatten([
+        {"a": _fresh_a(pair["a"], one), "b": jnp.zeros_like(pair["b"])}
+        for pair, one in zip(pairs, keys, strict=True)
+    ])  # fmt: skip
+
+
+def _fresh_a(a: jax.Array, key: jax.Array) -> jax.Array:
+    bound = 1 / math.sqrt(a.shape[-2])
+    return jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
+
+
+def negative(factors: Any) -> Any:
+    """Returns factors of the negative products."""
+    return each_pair(lambda pair: {"a": -pair["a"], "b": pair["b"]}, factors)
+
+
+def stacked(client_factors: Any, weights: jax.Array) -> Any:
+    """Returns factors of the weighted mean product of all clients, of rank `clients * rank`.
+
+    Args:
+      client_factors, weights: see `product_mean`.
+    """
+
+    def one(pair):
+        a, b = _stacked(pair, weights)
+        return {"a": a, "b": b}
+
+    return each_pair(one, client_factors)
+
+
+@jax.default_matmul_precision("float32")
+def orthonormal(factors: Any, rank: int | None = None) -> Any:
+    """Factors the products again, by a thin singular value decomposition; none is ever formed.
+
+    Args:
+      factors: LoRA factors.
+      rank: largest rank of the result; None for that of the factors. Products of a larger rank
+        are cut to the nearest of this one.
+
+    Returns:
+      `a` with orthonormal columns, also where the product has a smaller rank, and `b` with
+      orthogonal rows, as long as the singular values, largest first. Slots above the sides of a
+      projection are zero.
+    """
+
+    def one(pair):
+        u, s, vt, q_a, q_b = _decomposed(pair["a"], pair["b"], rank or pair["a"].shape[-1])
+        return {"a": q_a @ u, "b": s[..., None] * (vt @ q_b.swapaxes(-1, -2))}
+
+    return each_pair(one, factors)
+
+
+def _decomposed(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, ...]:
+    """Returns the leading part `(u, s, vt)` of the decomposition of `a b` in the orthonormal bases
+    `(q_a, q_b)` of its sides: `a b = q_a u s vt q_b^T`, filled up with zeros to `rank`."""
+    # The product itself is never formed: it may be a hundred times the factors.
+    q_a, r_a = decompositions.qr(a)
+    q_b, r_b = decompositions.qr(b.swapaxes(-1, -2))
+    u, s, vt = decompositions.svd(r_a @ r_b.swapaxes(-1, -2))
+    # A rank above the sides of a projection has more slots than there are singular values.
+    missing = max(rank - s.shape[-1], 0)
+    u, s, vt = (
+        jnp.pad(x[place], [*[(0, 0)] * (x.ndim - len(pad)), *pad])
+        for x, place, pad in (
+            (u, (..., slice(rank)), [(0, 0), (0, missing)]),
+            (s, (..., slice(rank)), [(0, missing)]),
+            (vt, (..., slice(rank), slice(None)), [(0, missing), (0, 0)]),
+        )
+    )
+    return u, s, vt, q_a, q_b
 
 
 def _stacked(pair: dict, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,33 +193,30 @@ def product_mean(client_factors: Any, weights: jax.Array, key: jax.Array) -> Any
     """
 
     def one(pair, key):
-        rank, fan_in = pair["a"].shape[-1], pair["a"].shape[-2]
+        rank = pair["a"].shape[-1]
         a, b = _stacked(pair, weights)
-        # The mean itself is never formed: it may be a hundred times the factors.
-        q_a, r_a = decompositions.qr(a)
-        q_b, r_b = decompositions.qr(b.swapaxes(-1, -2))
-        u, s, vt = decompositions.svd(r_a @ r_b.swapaxes(-1, -2))
-        # A rank above the sides of a projection has more slots than there are singular values.
-        missing = max(rank - s.shape[-1], 0)
-        u, s, vt = (
-            jnp.pad(x[place], [*[(0, 0)] * (x.ndim - len(pad)), *pad])
-            for x, place, pad in (
-                (u, (..., slice(rank)), [(0, 0), (0, missing)]),
-                (s, (..., slice(rank)), [(0, missing)]),
-                (vt, (..., slice(rank), slice(None)), [(0, missing), (0, 0)]),
-            )
-        )
+        u, s, vt, q_a, q_b = _decomposed(a, b, rank)
         empty = s <= RANK_TOLERANCE * s[..., :1]
-        root, bound = jnp.sqrt(jnp.where(empty, 0.0, s)), 1 / math.sqrt(fan_in)
+        root = jnp.sqrt(jnp.where(empty, 0.0, s))
         a = (q_a @ u) * root[..., None, :]
-        fresh = jax.random.uniform(key, a.shape, jnp.float32, -bound, bound)
         return {
-            "a": jnp.where(empty[..., None, :], fresh, a),
+            "a": jnp.where(empty[..., None, :], _fresh_a(a, key), a),
             "b": root[..., None] * (vt @ q_b.swapaxes(-1, -2)),
         }
 
     pairs, tree = jax.tree.flatten(client_factors, is_leaf=_is_pair)
     return tree.unflatten([one(pair, jax.random.fold_in(key, i)) for i, pair in enumerate(pairs)])
+
+
+@jax.default_matmul_precision("float32")
+def product_norm(factors: Any) -> jax.Array:
+    """Returns the Frobenius norm of the products of LoRA factors, all together, float32 `[]`."""
+
+    def square(pair):
+        a, b = pair["a"], pair["b"]
+        return jnp.sum((a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2)))
+
+    return jnp.sqrt(jnp.maximum(sum(jax.tree.leaves(each_pair(square, factors))), 0.0))
 
 
 @jax.default_matmul_precision("float32")
@@ -164,6 +276,6 @@ def product_gap(client_factors: Any, weights: jax.Array, mean: Any) -> jax.Array
         b_diff = jnp.concatenate([average["b"], b], axis=-2)
         return norm(a_diff, b_diff), norm(a, b)
 
-    pairs = jax.tree.leaves(_map(squares, client_factors, mean))
+    pairs = jax.tree.leaves(each_pair(squares, client_factors, mean))
     differences, means = pairs[::2], pairs[1::2]
     return jnp.sqrt(jnp.maximum(sum(differences), 0.0) / jnp.maximum(sum(means), 1e-30))

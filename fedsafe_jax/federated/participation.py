@@ -96,6 +96,7 @@ SAMPLINGS: dict[str, Sampling] = {
 WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "examples": lambda held: held,
     "uniform": np.ones_like,
+    "product_norm": np.ones_like,  # times the length of what each adapter does, once it is known
 }
 
 

@@ -47,6 +47,8 @@ class RoundSpec(NamedTuple):
       normalize_steps: whether updates count per local step, and the mean is scaled back by the mean
         number of steps (FedNova, Wang et al., 2020, arXiv 2007.07481, Equation 6): for stragglers.
       ragged_ranks: whether clients have ranks of their own.
+      product_weights: whether a client's weight is multiplied by the length of the product of its
+        factors (HetLoRA), `weighting="product_norm"`.
       min_answers: fewest clients that must count; a round with fewer is skipped, unless there is
         noise, as under privacy nobody is to learn how many there were.
       collude: what malicious clients that see the whole cohort make of its updates, see
@@ -62,13 +64,14 @@ class RoundSpec(NamedTuple):
     cohort: int = 1
     normalize_steps: bool = False
     ragged_ranks: bool = False
+    product_weights: bool = False
     min_answers: int = 1
     collude: Callable | None = None
 
     @property
     def linear(self) -> bool:
         """Whether chunks of clients can be added up."""
-        return self.aggregator.linear and not self.product
+        return self.aggregator.linear and not self.product and self.algorithm.combine is None
 
 
 class ChunkInputs(NamedTuple):
@@ -127,7 +130,7 @@ class PartialSum(NamedTuple):
 class RoundMetrics(NamedTuple):
     """Figures of the server's step."""
 
-    update_norm: jax.Array  # float32 [], length of the server's step
+    update_norm: jax.Array  # float32 [], length of the server's step; of the mean update, if exact
     sketch: jax.Array  # float32 [SKETCH], sketch of the mean update
     mean_norm: jax.Array  # float32 [], length of the mean update
     product_gap: jax.Array  # float32 [], see `lora_average`
@@ -251,10 +254,17 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
                 mean = privacy.add_noise(mean, key, deviation)
             else:
                 mean = privacy.add_correlated_noise(mean, key, noising_row, deviation=deviation)
-        stepped = spec.algorithm.server_update(server, unravel(mean), sums.controls)
+        if spec.algorithm.combine is None:
+            stepped = spec.algorithm.server_update(server, unravel(mean), sums.controls)
+        else:
+            mean = sums.total / jnp.maximum(sums.weight, 1e-12)
+            stepped, gap = _combine_exactly(spec, server, sent, mean=unravel(mean), key=key)
         moves = (sums.clients > 0) | (spec.noise_multiplier > 0)
         stepped = jax.tree.map(lambda new, old: jnp.where(moves, new, old), stepped, server)
-        change = jax.tree.map(jnp.subtract, stepped.factors, server.factors)
+        # A step that combines clients may draw new factors, which are no step's length.
+        change = mean
+        if spec.algorithm.combine is None:
+            change = jax.tree.map(jnp.subtract, stepped.factors, server.factors)
         return stepped, RoundMetrics(
             update_norm=jnp.linalg.norm(ravel_pytree(change)[0]),
             sketch=sketch(mean),
@@ -361,13 +371,27 @@ def _client(
     counts = finite & (inputs.weights > 0)
     state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), state, inputs.states)
     control = jax.tree.map(lambda c: jnp.where(counts, c, 0.0), update.control)
-    products = lora_average.project_products(
-        jax.tree.map(jnp.add, start, ravel_pytree(start)[1](flat))
-    )
+    sent_factors = jax.tree.map(jnp.add, start, ravel_pytree(start)[1](flat))
+    products = lora_average.project_products(sent_factors)
     weight = jnp.where(counts, inputs.weights, 0.0)
+    if spec.product_weights:
+        weight = weight * lora_average.product_norm(sent_factors)
     sent = ClientUpdates(flat, masks, control, weights=weight, steps=steps, products=products)
     metrics = ClientMetrics(result.losses, result.active, norm, finite=finite, sketches=sketched)
     return sent, state, residual, metrics
+
+
+def _combine_exactly(
+    spec: RoundSpec, server: ServerState, sent: ClientUpdates, mean: Any, key: jax.Array
+) -> tuple[ServerState, jax.Array]:
+    """Returns the state after `FederatedAlgorithm.combine`, and the product gap, `[]`."""
+    current, unravel = ravel_pytree(server.factors)
+    starts = current * sent.masks if spec.ragged_ranks else current
+    client_factors = jax.vmap(unravel)(starts + sent.updates)
+    stepped = spec.algorithm.combine(server, client_factors, sent.weights, mean, key)
+    # What the model gained: clients' products do not hold the residue that they began with.
+    gained = lora_average.join(stepped.adapter, lora_average.negative(server.residue))
+    return stepped, lora_average.product_gap(client_factors, sent.weights, gained)
 
 
 def _combine(

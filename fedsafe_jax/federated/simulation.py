@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.federated.algorithms import ServerState
+from fedsafe_jax.federated.algorithms import ServerState, count
 from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.participation import Cohort
 from fedsafe_jax.federated.round_programs import (
@@ -180,7 +180,7 @@ def run_round(
       cohort: clients that take part.
       rates: learning rate of each local step.
       chunk: clients a call, a multiple of the mesh axis `clients`.
-      key: random key of the noise, and of slots that begin anew (`lora_average.product_mean`); None
+      key: random key of the noise, and of slots and factors that begin anew (`lora_average`); None
         where there is neither.
       noising_row: float32 `[rounds]`, weights of the rounds' draws from the key in this round's
         noise, see `privacy.noising_row`; None for noise of its own, from a key of its own.
@@ -201,8 +201,8 @@ def run_round(
       ValueError: something is to be drawn, and no key is given.
     """
     spec, mesh = programs.spec, programs.mesh
-    if (spec.noise_multiplier or spec.product) and key is None:
-        raise ValueError("noise, and the mean of products, need a key from `random_streams.key`.")
+    if (spec.noise_multiplier or spec.product or spec.algorithm.combine) and key is None:
+        raise ValueError("noise, and means of products, need a key from `random_streams.key`.")
     count = len(cohort.ids)
     if update_scales is None:
         update_scales = np.ones(count, np.float32)
@@ -321,9 +321,16 @@ def _replaced(old: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _bytes(spec: RoundSpec, server: ServerState, clients: int) -> tuple[int, int]:
-    """Returns bytes up and down; control variates travel uncompressed, both ways."""
+    """Returns bytes up and down of a round that begins with `server`.
+
+    Control variates travel uncompressed, both ways. Clients send the factors that their updates
+    change; a code has places for all. They receive all factors, and of a residue what a round adds.
+    """
     params, controls = (
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (server.factors, server.control)
     )
-    up = spec.compression.num_bytes(params) if spec.compression else 4 * params
-    return clients * (up + 4 * controls), clients * 4 * (params + controls)
+    up = 4 * count(server.factors, spec.algorithm.sent(server))
+    if spec.compression:
+        up = spec.compression.num_bytes(params)
+    down = spec.algorithm.received(server.factors, clients)
+    return clients * (up + 4 * controls), clients * 4 * (down + controls)

@@ -26,7 +26,8 @@ def why_skipped(spec: RoundSpec, server: ServerState, step: RoundMetrics) -> str
         if not step.clients:
             return NOBODY
         return f"{int(step.clients)} counted, fewer than min_answers={spec.min_answers}"
-    kept = (server.control, server.optimizer)  # the factors are what the lengths are of
+    # The factors are what the lengths are of.
+    kept = (server.control, server.optimizer, server.residue)
     finite = not jax.tree.leaves(kept) or bool(_all_finite(kept))
     if not finite or not np.isfinite((step.update_norm, step.mean_norm)).all():
         return "the step is not finite, or longer than float32 can measure"

@@ -8,6 +8,7 @@ import ml_collections
 from fedsafe_jax.cai.revise import parse_check
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated import aggregation
+from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.participation import SAMPLINGS
 from fedsafe_jax.flower import wire
 from fedsafe_jax.pipeline.arms import arms_of
@@ -50,8 +51,18 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
         ("federated.client_ranks", f.client_ranks, "all sites train lora_rank"),
         ("federated.dropout", f.dropout, "sites drop out by themselves"),
         ("attack.clients", config.attack.clients, "attacks are simulated only"),
+        (
+            f"algorithms={tuple(config.algorithms)}",
+            not ALGORITHMS[config.algorithms[0]].sites,
+            "sites are sent the adapter and control variates, and it needs more of the server",
+        ),
         ("keep_updates", config.keep_updates, "they are kept in a simulation only"),
         ("cai.check", parse_check(config.cai.check).judge, "the filter is at the sites"),
+        (
+            f"federated.weighting='{f.weighting}'",
+            f.weighting == "product_norm",
+            "a site that sends more would weigh more; use 'uniform'",
+        ),
         (
             f"federated.sampling='{f.sampling}'",
             SAMPLINGS[f.sampling].weigh_by_draws,

@@ -62,6 +62,24 @@ class LoraConfig(NamedTuple):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
+def config_of(factors: dict, trained: LoraConfig) -> LoraConfig:
+    """Returns the configuration of factors that have the scale of another rank.
+
+    Args:
+      factors: LoRA factors, such as trained ones with those of a residue behind them.
+      trained: configuration of the trained ones, whose scale all of them have.
+
+    Returns:
+      The configuration with the rank of the factors, and with alpha so that the scale stays.
+    """
+    rank = jax.tree.leaves(factors)[0].shape[-1]
+    if rank == trained.rank:
+        return trained
+    ratio = rank / trained.rank
+    alpha = trained.alpha * (math.sqrt(ratio) if trained.rank_stabilized else ratio)
+    return trained._replace(rank=rank, alpha=alpha)
+
+
 class Adapter(NamedTuple):
     """Trained LoRA factors with all that is needed to apply them: what an adapter folder holds.
 

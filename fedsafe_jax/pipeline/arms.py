@@ -10,7 +10,8 @@ class Arm(NamedTuple):
 
     Attributes:
       name: as the config writes it, such as "fl+filter+cai".
-      training: "none" for the base model, "federated", or "server": the server's own alone.
+      training: "none" for the base model, "federated", "server": the server's own alone, or a
+        baseline: "local", each client alone, or "centralised", one learner with all pairs.
       filter: whether clients filter their pairs.
       cai: whether the server runs Constitutional AI after each round.
     """
@@ -27,9 +28,17 @@ class Arm(NamedTuple):
 
     @property
     def federated(self) -> bool:
-        """Whether clients train in its rounds."""
+        """Whether clients train in its rounds, under each of the run's algorithms."""
         return self.training == "federated"
 
+    @property
+    def baseline(self) -> bool:
+        """Whether it trains on the clients' pairs without a federation."""
+        return self.training in BASELINES
+
+
+# What trains on the clients' pairs without a federation, and the algorithm that does it.
+BASELINES = {"local": "local", "centralised": "fedavg"}
 
 ARMS = {
     arm.name: arm
@@ -40,6 +49,10 @@ ARMS = {
         Arm("fl+filter", "federated", filter=True),
         Arm("fl+cai", "federated", cai=True),
         Arm("fl+filter+cai", "federated", filter=True, cai=True),
+        Arm("local", "local"),
+        Arm("local+filter", "local", filter=True),
+        Arm("centralised", "centralised"),
+        Arm("centralised+filter", "centralised", filter=True),
     )
 }
 
@@ -50,7 +63,8 @@ class PlannedArm(NamedTuple):
     Attributes:
       id: key in `results.json`: the arm's name, behind that of the algorithm where there are
         several.
-      algorithm: name of the federated algorithm; "" for an arm without clients.
+      algorithm: name of the federated algorithm, or of a baseline's; "" for an arm that trains on
+        no client's pairs.
       arm: the arm.
     """
 
@@ -70,9 +84,13 @@ def arms_of(config: ConfigDict) -> list[Arm]:
 
 
 def planned_arms(config: ConfigDict) -> list[PlannedArm]:
-    """Returns everything to run for a seed: arms without clients once, others by algorithm."""
+    """Returns everything to run for a seed: federated arms by algorithm, all others once."""
     arms = arms_of(config)
-    planned = [PlannedArm(arm.name, "", arm) for arm in arms if not arm.federated]
+    planned = [
+        PlannedArm(arm.name, BASELINES.get(arm.training, ""), arm)
+        for arm in arms
+        if not arm.federated
+    ]
     for algorithm in config.algorithms:
         for arm in arms:
             if arm.federated:
@@ -83,8 +101,8 @@ def planned_arms(config: ConfigDict) -> list[PlannedArm]:
 
 
 def references(config: ConfigDict) -> dict[str, list[str]]:
-    """Returns the arms that each arm is compared with: the base, federated learning alone under the
-    same algorithm, and the same arm under the first algorithm; by `PlannedArm.id`."""
+    """Returns the arms that each arm is compared with, by `PlannedArm.id`: the base, baselines,
+    federated learning alone under the same algorithm, the same arm under the first algorithm."""
     planned = planned_arms(config)
 
     def others(one: PlannedArm) -> list[str]:
@@ -94,6 +112,7 @@ def references(config: ConfigDict) -> dict[str, list[str]]:
             if other.id != one.id
             and (
                 not other.arm.trains
+                or other.arm.baseline
                 or (other.algorithm == one.algorithm and other.arm.name == "fl")
                 or (other.algorithm == config.algorithms[0] and other.arm.name == one.arm.name)
             )

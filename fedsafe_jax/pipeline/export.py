@@ -146,7 +146,7 @@ def _export_arm(
     if planned is None:
         return False
     own = multihost.local(factors[planned.id], inputs.mesh)
-    adapter = lora.Adapter(own, inputs.lora, inputs.lm.name)
+    adapter = lora.Adapter(own, lora.config_of(own, inputs.lora), inputs.lm.name)
     card = ""
     if results:
         summary = results["arms"][planned.id]

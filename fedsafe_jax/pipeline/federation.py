@@ -65,14 +65,19 @@ def simulated_clients(
 def train_simulated(
     arm_run: Arm, state: FederatedState, members: Clients, t: int
 ) -> tuple[FederatedState, dict]:
-    """Trains simulated clients on this machine's devices, see `rounds.run`."""
+    """Trains simulated clients on this machine's devices, see `rounds.run`; a centralised learner
+    is one client with all pairs."""
+    arm = arm_run.planned.arm
+    data = members.filtered if arm.filter else members.plain
+    if arm.training == "centralised":
+        data = [[pair for pairs in data for pair in pairs]]
     return rounds.run(
-        arm_run.config,
+        rounds.config_of(arm_run.config, arm),
         arm_run.planned.algorithm,
         arm_run.programs,
         state=state,
         base=arm_run.inputs.base,
-        data=members.filtered if arm_run.planned.arm.filter else members.plain,
+        data=data,
         seed=arm_run.seed,
         t=t,
         secret=arm_run.secret,

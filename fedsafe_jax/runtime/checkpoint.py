@@ -154,15 +154,16 @@ def rounds_of(folder: epath.PathLike) -> list[int]:
 
 
 def read_factors(folder: epath.PathLike, rounds_done: int, like: Any) -> Any:
-    """Reads the server's LoRA factors from a checkpoint, and nothing else of it.
+    """Reads the first leaves of a checkpoint: the server's LoRA factors, or all that it keeps.
 
     Args:
       folder: folder of the checkpoints of one arm and seed.
       rounds_done: one of `rounds_of(folder)`.
-      like: factors, or their shapes, in the structure of the saved ones.
+      like: factors, a `ServerState` or a `FederatedState`, or their shapes, in the structure of
+        what was saved.
 
     Returns:
-      Factors of numpy arrays, wherever the run had them.
+      The same of numpy arrays, wherever the run had them.
 
     Raises:
       CheckpointError: the checkpoint is damaged, or holds factors of other shapes.

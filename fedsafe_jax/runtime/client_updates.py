@@ -38,8 +38,9 @@ class ClientUpdates:
 
         Args:
           rounds_done: number of the round, from 1: rounds done at its end.
-          start: LoRA factors of the server before the round, on this process's devices.
-          like: the same factors, for the shapes of updates.
+          start: LoRA factors of the server before the round, on this process's devices; those of
+            a residue behind them.
+          like: the factors without the residue, for the shapes of updates.
         """
         self.write_start(rounds_done, start)
 

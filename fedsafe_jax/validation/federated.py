@@ -4,12 +4,13 @@ import importlib.util
 
 import ml_collections
 
-from fedsafe_jax.config import ConfigError
+from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.attackers import ATTACKERS
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.privacy import ACCOUNTANTS
+from fedsafe_jax.pipeline.arms import arms_of
 
 
 def validate_federated(c: ml_collections.ConfigDict) -> None:
@@ -31,6 +32,17 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
             )
     if f.average == "product":
         _validate_product_average(c)
+    if c.eval.client >= c.num_clients:
+        raise ConfigError(
+            f"eval.client={c.eval.client}: expected less than num_clients={c.num_clients}."
+        )
+    for name in c.algorithms:
+        _validate_algorithm(c, name)
+    if f.noise_multiplier and (alone := [arm.name for arm in arms_of(c) if arm.baseline]):
+        raise ConfigError(
+            f"arms: {', '.join(alone)} does not go with federated.noise_multiplier: baselines are "
+            "not private, and epsilon would stand beside them; run them without it."
+        )
     aggregator = aggregation.make(f.aggregator, f.trim_share, f.byzantine)
     robust, need = not aggregator.linear, aggregator.min_clients
     if c.clients_per_round < need:
@@ -92,6 +104,24 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
     ):
         if a and b:
             raise ConfigError(f"federated: {reason} do not go together.")
+
+
+def _validate_algorithm(c: ml_collections.ConfigDict, name: str) -> None:
+    """Checks what an algorithm's entry says that it does not go with."""
+    if ALGORITHMS[name].personal:
+        if staged := [arm.name for arm in arms_of(c) if arm.federated and arm.cai]:
+            raise ConfigError(
+                f"arms: {', '.join(staged)} does not go with algorithm {name}: each client has a "
+                "model of its own, and the server none that Constitutional AI could train."
+            )
+    for field, reason in ALGORITHMS[name].refuses.items():
+        value, default = c, default_config()
+        for part in field.split("."):
+            value, default = value[part], default[part]
+        if value != default:
+            raise ConfigError(
+                f"{field}={value!r} does not go with algorithm {name}: {reason}; use {default!r}."
+            )
 
 
 def _validate_min_answers(c: ml_collections.ConfigDict, need: int) -> None:

@@ -13,8 +13,8 @@ SEVERAL = """
 import jax, jax.numpy as jnp
 from fedsafe_jax.federated import decompositions
 x = jax.random.normal(jax.random.key(0), (4, 256, 80))
-both = lambda x: (decompositions.qr(x), decompositions.svd(x[:, :80]))
-function = jax.jit(lambda *each: [both(x) for x in each])
+both = lambda x: (decompositions.qr(x), decompositions.svd(x[:, :80]), decompositions.det(x[:, :80]))
+function = jax.jit(lambda *each: [both(x) for x in each] + [jax.vmap(both)(x[None]) for x in each])
 for _ in range(20):
     jax.block_until_ready(function(x, x + 1, 2 * x, x - 1))
 print("done")
@@ -32,6 +32,17 @@ def test_they_are_numpys():
     )
     np.testing.assert_allclose((u * s[:, None]) @ vt, x, atol=1e-5)
     np.testing.assert_allclose(s, np.linalg.svd(x, compute_uv=False), rtol=1e-5)
+
+
+def test_stacked_or_mapped_they_are_the_same():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 5))
+    for function in (decompositions.qr, decompositions.svd, decompositions.det):
+        mapped = jax.vmap(function)(x)
+        for stacked, each in zip(
+            jax.tree.leaves(function(x)), jax.tree.leaves(mapped), strict=True
+        ):
+            np.testing.assert_array_equal(stacked, each)
+    np.testing.assert_allclose(decompositions.det(x), np.linalg.det(np.asarray(x)), rtol=1e-4)
 
 
 def test_several_at_once_end():

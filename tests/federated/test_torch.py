@@ -21,6 +21,7 @@ from fedsafe_jax.models import hub, lora, loss  # noqa: E402
 from fedsafe_jax.models.decoder import Decoder  # noqa: E402
 
 CLIENTS, STEPS, ROWS, SEQ, RATE = 3, 3, 2, 12, 5e-3
+LARGE_RATE = 2.0  # of plain SGD, such that products of factors differ from those of their means
 WEIGHTS = np.array([10.0, 20.0, 30.0])
 HYPERPARAMETERS = Hyperparameters(prox_mu=0.3, adaptive_learning_rate=5e-3)
 
@@ -53,7 +54,7 @@ def inputs(tmp_path_factory):
     return folder, config, params, adapter, batches
 
 
-def ours(inputs, name, optimizer, rounds=2):
+def ours(inputs, name, optimizer, rounds=2, rate=RATE):
     _, config, params, adapter, batches = inputs
     model = Decoder(config, LORA.scale)
 
@@ -75,11 +76,11 @@ def ours(inputs, name, optimizer, rounds=2):
             params,
             batches=lambda a, b: jax.tree.map(lambda x: x[a:b], batches),
             cohort=cohort,
-            rates=[RATE] * STEPS,
+            rates=[rate] * STEPS,
             key=jax.random.key(0),
             chunk=CLIENTS,
         )
-    return state.server.factors, report
+    return state, report
 
 
 class Reference:
@@ -92,7 +93,8 @@ class Reference:
         lora.save_adapter(lora.Adapter(adapter, LORA, str(folder)), tmp_path)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.weights = [p for _, p in self.named]
         self.x = [p.detach().clone() for p in self.weights]
 
     def loss(self, client, step):
@@ -104,10 +106,13 @@ class Reference:
         )
         return (nll * mask.reshape(-1)).sum() / mask.sum()
 
-    def train(self, client, make, prox=0.0, correction=None):
+    def set(self, values):
         with torch.no_grad():
-            for p, x in zip(self.weights, self.x, strict=True):
+            for p, x in zip(self.weights, values, strict=True):
                 p.copy_(x)
+
+    def train(self, client, make, prox=0.0, correction=None):
+        self.set(self.x)
         optimizer, raw = make(self.weights), [torch.zeros_like(p) for p in self.weights]
         for step in range(STEPS):
             optimizer.zero_grad()
@@ -148,9 +153,55 @@ class Reference:
                     delta = s.adaptive_learning_rate * m[i] / (v[i].sqrt() + s.tau)
                 self.x[i] = x + delta
                 c[i] = c[i] + sum(change[i] for change in changes) / CLIENTS
-        with torch.no_grad():
-            for p, x in zip(self.weights, self.x, strict=True):
-                p.copy_(x)
+        self.set(self.x)
+
+    def train_some(self, client, start, indices):
+        """Trains some of the factors by SGD; PEFT's list has A and B of each layer in turn."""
+        self.set(start)
+        some = [self.weights[i] for i in indices]
+        optimizer = torch.optim.SGD(some, lr=LARGE_RATE)
+        for step in range(STEPS):
+            self.model.zero_grad()
+            self.loss(client, step).backward()
+            torch.nn.utils.clip_grad_norm_(some, 1.0)
+            optimizer.step()
+        return [p.detach().clone() for p in self.weights]
+
+    def run_lora_method(self, name, rounds=2):
+        """Runs the method as its paper writes it: FedEx's residue is added to the dense base."""
+        share = torch.tensor(WEIGHTS / WEIGHTS.sum(), dtype=torch.float32)
+        every = range(len(self.x))
+        of_a, of_b = (
+            [i for i, (n, _) in enumerate(self.named) if letter in n]
+            for letter in ("lora_A", "lora_B")
+        )
+        own = [list(self.x) for _ in range(CLIENTS)]
+        for t in range(rounds):
+            trained = {"ffa_lora": of_b, "rolora": (of_b, of_a)[t % 2]}.get(name, every)
+            shared = of_a if name == "fedsa_lora" else trained
+            ends = []
+            for k in range(CLIENTS):
+                start = [self.x[i] if i in shared or name != "fedsa_lora" else own[k][i]
+                         for i in every]  # fmt: skip
+                ends.append(self.train_some(k, start, trained))
+            own = ends
+            for i in shared:
+                self.x[i] = sum(w * end[i] for w, end in zip(share, ends, strict=True))
+            if name == "fedex_lora":
+                for i, j in zip(of_a, of_b, strict=True):
+                    module = self.named[i][0].split(".lora_A")[0]
+                    assert self.named[j][0].startswith(module)
+                    mean = sum(w * end[j] @ end[i] for w, end in zip(share, ends, strict=True))
+                    residue = LORA.scale * (mean - self.x[j] @ self.x[i])
+                    with torch.no_grad():
+                        self.model.get_submodule(module).base_layer.weight += residue
+        return own
+
+    def merged(self, values):
+        """Returns the weights of the adapted layers with base and adapter in one, in order."""
+        self.set(values)
+        layers = [m for m in self.model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+        return [(m.base_layer.weight + m.get_delta_weight("default")).detach() for m in layers]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -160,16 +211,44 @@ def test_two_rounds_equal_torch_and_peft(inputs, tmp_path, name, optimizer):
     if optimizer == "adamw":
         # eps well above rounding: Adam divides by it where a gradient is zero but for that.
         make = lambda w: torch.optim.AdamW(w, lr=RATE, eps=1e-6, weight_decay=0.01)  # noqa: E731
-        adapter, _ = ours(inputs, name, make_optimizer("adamw(eps=1e-6, weight_decay=0.01)"))
+        state, _ = ours(inputs, name, make_optimizer("adamw(eps=1e-6, weight_decay=0.01)"))
     else:
         make = lambda w: torch.optim.SGD(w, lr=RATE)  # noqa: E731
-        adapter, _ = ours(inputs, name, make_optimizer("sgd"))
+        state, _ = ours(inputs, name, make_optimizer("sgd"))
+    adapter = state.server.factors
     reference.run(name, make)
     reference.model.save_pretrained(tmp_path / "end")
     expected = lora.load_adapter(tmp_path / "end").factors
     close(adapter, expected, atol=1e-4 if optimizer == "adamw" else 1e-6)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), adapter, inputs[3])
     assert max(jax.tree.leaves(moved)) > 10 * (1e-4 if optimizer == "adamw" else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsa_lora", "fedex_lora"])
+def test_two_rounds_of_a_lora_method_equal_torch(inputs, tmp_path, name):
+    """Base and adapter in one are compared, layer by layer: q is square, v is not."""
+    reference = Reference(inputs, tmp_path)
+    start = reference.merged(reference.x)
+    own = reference.run_lora_method(name)
+    state, _ = ours(inputs, name, make_optimizer("sgd"), rate=LARGE_RATE)
+    adapter, expected = state.server.adapter, reference.x
+    if personal := algorithms.ALGORITHMS[name].personal:
+        mine = jax.tree.map(lambda x: x[1], state.clients["states"])
+        adapter = personal(state.server.factors, mine)
+        of_b = ["lora_B" in n for n, _ in reference.named]
+        expected = [o if b else x for o, x, b in zip(own[1], reference.x, of_b, strict=True)]
+    update = lora.update_of(lora.Adapter(adapter, lora.config_of(adapter, LORA)))
+    averaged = lora.update_of(lora.Adapter(state.server.factors, LORA))
+    # Of each layer torch lists q_proj before v_proj.
+    places = [(layer, n) for layer in range(2) for n in ("q_proj", "v_proj")]
+    for (layer, n), old, new in zip(places, start, reference.merged(expected), strict=True):
+        ours_ = update(("layers", "self_attn", n, "kernel"), layer).T
+        # In float32: the weights, about 0.1, are rounded to 1e-8 themselves, in torch repeatedly.
+        np.testing.assert_allclose(ours_, (new - old).numpy(), atol=1e-6)
+        assert np.abs(ours_).max() > 1e-4
+        if name == "fedex_lora" and n == "v_proj":  # attention hardly depends on q here
+            without = averaged(("layers", "self_attn", n, "kernel"), layer).T
+            assert np.abs(ours_ - without).max() > 1e-4  # far above the tolerance
 
 
 def test_ten_steps_of_openfedllms_adamw(inputs, tmp_path):
@@ -194,5 +273,5 @@ def test_ten_steps_of_openfedllms_adamw(inputs, tmp_path):
     reference = Reference(inputs, tmp_path / "start")
     reference.run("fedavg", Hf, rounds=3)
     reference.model.save_pretrained(tmp_path / "end")
-    adapter, _ = ours(inputs, "fedavg", make_optimizer("adamw_hf(eps=1e-6)"), rounds=3)
-    close(adapter, lora.load_adapter(tmp_path / "end").factors, atol=1e-4)
+    state, _ = ours(inputs, "fedavg", make_optimizer("adamw_hf(eps=1e-6)"), rounds=3)
+    close(state.server.factors, lora.load_adapter(tmp_path / "end").factors, atol=1e-4)

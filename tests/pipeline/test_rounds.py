@@ -11,6 +11,7 @@ from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.schedules import round_rate, step_rates
 from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline.arms import ARMS, planned_arms, references
 from fedsafe_jax.pipeline.clients import learned, roles
 from fedsafe_jax.validation import validate
 
@@ -130,6 +131,31 @@ def test_every_config_is_valid(name):
             {"federated.average": "product", "federated.stragglers": 0.5},
             "does not go with stragglers=0.5",
         ),
+        *(
+            ({"algorithms": (name,), field: value}, f"does not go with algorithm {name}: ")
+            for name, field, value in (
+                ("fedex_lora", "federated.aggregator", "median"),
+                ("fedex_lora", "lora_dropout", 0.1),
+                ("flora", "federated.compression", "topk"),
+                ("flora", "federated.stragglers", 0.5),
+                ("fedsvd", "federated.compression", "int8"),
+                ("fedrot_lora", "federated.client_ranks", (4, 16)),
+                ("feddyn", "federated.weighting", "examples"),
+                ("local", "federated.compression", "int8"),
+                ("hetlora", "federated.noise_multiplier", 1.0),
+            )
+        ),
+        *(
+            ({"federated.average": "product", "algorithms": (name,)}, f"algorithm {name}")
+            for name in ("ffa_lora", "fedex_lora", "fedsvd", "fedrot_lora", "fednova")
+        ),
+        ({"algorithms": ("fedsa_lora",)}, "fl+cai, fl+filter+cai does not go with"),
+        ({"eval.client": 20}, "eval.client=20: expected less than num_clients=20"),
+        (
+            {"arms": ("base", "local"), "export_arm": "local", "federated.noise_multiplier": 1.0,
+             "federated.clip_norm": 1.0},
+            "baselines are not private",
+        ),
         ({"federated.dropout": 1.0}, "federated.dropout=1.0: expected a share between 0 and 0.99"),
         ({"warmup_rounds": 6}, "warmup_rounds=6: expected fewer than rounds=6"),
         ({"step_schedule": "cosin"}, "Did you mean 'cosine'?"),
@@ -171,3 +197,36 @@ def test_the_delta_of_privacy_is_a_probability():
     c.federated.delta = 0.0
     with pytest.raises(ConfigError, match="federated.delta=0.0: expected more than 0, less than 1"):
         validate(c)
+
+
+def test_baselines_learn_from_as_many_batches_and_nothing_else_of_a_federation():
+    c = default_config()
+    c.arms, c.algorithms = ("base", "fl", "local", "centralised"), ("fedex_lora", "fedadam")
+    c.federated.compression, c.federated.dropout, c.attack.clients = "int8", 0.1, 0.2
+    c.federated.client_ranks = (4, 16)
+    assert rounds.config_of(c, ARMS["fl"]) is c
+    local = rounds.config_of(c, ARMS["local"])
+    assert (local.federated.dropout, local.federated.client_ranks) == (0.1, (4, 16))
+    assert (local.federated.compression, local.attack.clients) == ("", 0.0)
+    assert (local.local_steps, local.num_clients) == (c.local_steps, c.num_clients)
+    pooled = rounds.config_of(c, ARMS["centralised"])
+    assert (pooled.num_clients, pooled.clients_per_round) == (1, 1)
+    assert pooled.local_steps == c.local_steps * c.clients_per_round
+    assert pooled.federated.to_dict() == default_config().federated.to_dict()
+    assert c.federated.compression == "int8"
+    planned = {one.id: one.algorithm for one in planned_arms(c)}
+    assert planned == {
+        "base": "", "local": "local", "centralised": "fedavg", "fedex_lora/fl": "fedex_lora",
+        "fedadam/fl": "fedadam",
+    }  # fmt: skip
+    assert {"base", "local", "centralised"} <= set(references(c)["fedadam/fl"])
+
+
+def test_a_residue_has_room_for_all_that_a_run_adds():
+    c = default_config()
+    c.rounds, c.clients_per_round, c.lora_rank = 3, 4, 8
+    assert rounds.hyperparameters_of(c).residue_rank == 3 * 4 * 8
+    c.federated.sampling = "poisson"  # a cohort may be everyone
+    assert rounds.hyperparameters_of(c).residue_rank == 3 * c.num_clients * 8
+    c.federated.residue_rank = 5
+    assert rounds.hyperparameters_of(c).residue_rank == 5

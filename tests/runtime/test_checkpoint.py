@@ -90,7 +90,8 @@ def test_every_algorithms_state_is_stored(tmp_path):
     factors = {"q": {"a": jnp.ones((2, 3)), "b": jnp.zeros((3, 2))}}
     for name in algorithms.ALGORITHMS:
         method = algorithms.make(name, LocalTraining(None, make_optimizer()), 4)
-        stepped = method.server_update(method.init(factors), factors, factors)
+        begun = method.init(factors)
+        stepped = method.server_update(begun, factors, jax.tree.map(jnp.ones_like, begun.control))
         before = FederatedState(stepped, {"states": (), "residuals": np.ones((4, 2))})
         saved = RoundCheckpoints(tmp_path / name)
         saved.save(1, before)

@@ -10,12 +10,25 @@ from fedsafe_jax.federated.algorithms.base import (
     FederatedAlgorithm,
     Hyperparameters,
     ServerState,
+    count,
     fedopt,
     server_step,
 )
 from fedsafe_jax.federated.algorithms.fedavg import FEDAVG
 from fedsafe_jax.federated.algorithms.fedavgm import FEDAVGM
+from fedsafe_jax.federated.algorithms.feddyn import FEDDYN
+from fedsafe_jax.federated.algorithms.fedex_lora import FEDEX_LORA
+from fedsafe_jax.federated.algorithms.fednova import FEDNOVA
 from fedsafe_jax.federated.algorithms.fedprox import FEDPROX
+from fedsafe_jax.federated.algorithms.fedrot_lora import FEDROT_LORA
+from fedsafe_jax.federated.algorithms.fedsa_lora import FEDSA_LORA
+from fedsafe_jax.federated.algorithms.fedsvd import FEDSVD
+from fedsafe_jax.federated.algorithms.ffa_lora import FFA_LORA
+from fedsafe_jax.federated.algorithms.flasc import FLASC
+from fedsafe_jax.federated.algorithms.flora import FLORA
+from fedsafe_jax.federated.algorithms.hetlora import HETLORA
+from fedsafe_jax.federated.algorithms.local import LOCAL
+from fedsafe_jax.federated.algorithms.rolora import ROLORA
 from fedsafe_jax.federated.algorithms.scaffold import SCAFFOLD
 from fedsafe_jax.federated.client import LocalTraining
 from fedsafe_jax.registry import look_up
@@ -28,6 +41,18 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fedadagrad": FEDADAGRAD,
     "fedyogi": FEDYOGI,
     "fedadam": FEDADAM,
+    "fednova": FEDNOVA,
+    "feddyn": FEDDYN,
+    "ffa_lora": FFA_LORA,
+    "rolora": ROLORA,
+    "fedsa_lora": FEDSA_LORA,
+    "fedex_lora": FEDEX_LORA,
+    "flora": FLORA,
+    "fedsvd": FEDSVD,
+    "fedrot_lora": FEDROT_LORA,
+    "hetlora": HETLORA,
+    "flasc": FLASC,
+    "local": LOCAL,
 }
 
 
@@ -59,6 +84,7 @@ __all__ = [
     "FederatedAlgorithm",
     "Hyperparameters",
     "ServerState",
+    "count",
     "fedopt",
     "make",
     "server_step",

@@ -1,12 +1,14 @@
 """The contract of a federated algorithm: named tuples of pure functions, in the manner of optax."""
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedsafe_jax.federated import lora_average
 from fedsafe_jax.federated.client import LocalTraining, local_training
 
 
@@ -16,6 +18,19 @@ class ServerState(NamedTuple):
     factors: Any  # global LoRA factors
     control: Any  # SCAFFOLD's c, shaped like the factors; () otherwise
     optimizer: Any  # state of the server's optimizer; () without one
+    residue: Any = ()  # second LoRA factors, which clients do not train; () without
+
+    @property
+    def adapter(self) -> Any:
+        """The global model's LoRA factors, those of the residue behind the trained ones."""
+        return lora_average.join(self.factors, self.residue)
+
+    def with_adapter(self, adapter: Any) -> "ServerState":
+        """Returns the state whose `adapter` is another, of the same shapes."""
+        if not jax.tree.leaves(self.residue):
+            return self._replace(factors=adapter)
+        factors, residue = lora_average.split(adapter, self.factors)
+        return self._replace(factors=factors, residue=residue)
 
 
 class ClientUpdate(NamedTuple):
@@ -23,6 +38,17 @@ class ClientUpdate(NamedTuple):
 
     delta: Any  # local LoRA factors minus those the client started with
     control: Any  # c_i's change; () otherwise
+
+
+def count(factors: Any, keys: Collection[str] = ("a", "b")) -> int:
+    """Returns how many numbers LoRA factors have.
+
+    Args:
+      factors: LoRA factors.
+      keys: keys of the factors that are counted.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(factors)
+    return sum(x.size for path, x in leaves if path[-1].key in keys)
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -36,19 +62,29 @@ class FederatedAlgorithm(NamedTuple):
         cut to the client's rank.
       server_update: `(server_state, mean delta, sum of control changes) -> ServerState`; both
         shaped like the factors, the latter () without controls.
+      combine: `(server_state, LoRA factors of the clients with leaves [clients, ...], weights
+        [clients], mean delta, key) -> ServerState`, a step that needs the clients one by one, in
+        place of `server_update`; None for none. The updates of a cohort are then held at once.
+      sent: `server_state -> keys of the factors that updates change`, such as ("b",): a client
+        sends those alone. It is called on the host.
+      received: `(factors, clients of a round) -> numbers that each of them receives`.
     """
 
     init: Callable
     init_client: Callable
     client_update: Callable
     server_update: Callable
+    combine: Callable | None = None
+    sent: Callable = lambda server: ("a", "b")
+    received: Callable = lambda factors, clients: count(factors)
 
 
 class Hyperparameters(NamedTuple):
     """Hyperparameters of all algorithms, named as in `config.federated`; each reads its own.
 
     Attributes:
-      server_learning_rate: step size of fedavg, fedprox, scaffold and fedavgm.
+      server_learning_rate: step size of all but the adaptive ones, and of those whose server ends
+        at the mean itself (fedex_lora, flora, feddyn).
       adaptive_learning_rate: step size eta of fedadagrad, fedyogi and fedadam.
       beta1: momentum of fedavgm, fedyogi and fedadam.
       beta2: decay of the second moment of fedyogi and fedadam.
@@ -57,6 +93,11 @@ class Hyperparameters(NamedTuple):
       scaffold: what scaffold corrects, a name in `scaffold.CORRECTIONS`.
       second_moment: what is squared, a name in `moments.SECOND_MOMENTS`.
       first_moment: how a momentum starts, a name in `moments.FIRST_MOMENTS`.
+      rotation: how far fedrot_lora's clients turn towards the global factors, 0 to 1.
+      residue_rank: largest rank of the residue of fedex_lora and flora; 0 for what no product of
+        the projections exceeds, which is exact.
+      dyn_alpha: weight of feddyn's penalty.
+      download_share: share of the numbers that flasc's clients receive.
     """
 
     server_learning_rate: float = 1.0
@@ -68,6 +109,10 @@ class Hyperparameters(NamedTuple):
     scaffold: str = "gradient"
     second_moment: str = "d2"
     first_moment: str = "zero"
+    rotation: float = 0.5
+    residue_rank: int = 0
+    dyn_alpha: float = 0.01
+    download_share: float = 0.25
 
 
 class Algorithm(NamedTuple):
@@ -82,12 +127,23 @@ class Algorithm(NamedTuple):
       keeps_mean: whether the server's step, at a rate of 1, ends at the mean of the clients'
         factors, and nothing in their basis lives on into the next round. Without, the algorithm
         does not go with averages of products, which change the basis.
+      normalize_steps: whether updates count per local step, see `RoundSpec.normalize_steps`.
+      sites: whether it runs in a federation of sites, to which the server's factors and controls
+        are sent, and nothing else that it keeps.
+      personal: `(global factors, what a client keeps) -> LoRA factors` of the client's own model,
+        where there is no global one; None where there is.
+      refuses: why the algorithm does not go with a field of the config at any value but its
+        default, by the field, such as "federated.compression".
     """
 
     make: Callable
     weighting: str = "examples"
     controls: bool = False
     keeps_mean: bool = False
+    normalize_steps: bool = False
+    sites: bool = True
+    personal: Callable | None = None
+    refuses: Mapping[str, str] = types.MappingProxyType({})
 
 
 def server_step(
@@ -103,6 +159,19 @@ def server_step(
     pseudo_gradient = jax.tree.map(jnp.negative, delta)
     updates, state = optimizer.update(pseudo_gradient, server.optimizer, server.factors)
     return server._replace(factors=jax.tree.map(jnp.add, server.factors, updates), optimizer=state)
+
+
+def counted_step(server: ServerState, delta: Any, rate: float) -> ServerState:
+    """Returns the server's state after a plain step, of a server whose `optimizer` is the number of
+    its steps.
+
+    Args:
+      server: state before the step.
+      delta: mean delta of the clients, shaped like the factors.
+      rate: step size.
+    """
+    factors = jax.tree.map(lambda x, d: x + rate * d, server.factors, delta)
+    return server._replace(factors=factors, optimizer=server.optimizer + 1)
 
 
 def fedopt(
@@ -137,4 +206,4 @@ def fedopt(
         del control
         return server_step(optimizer, server, delta)
 
-    return FederatedAlgorithm(init, lambda factors: (), client_update, server_update)
+    return FederatedAlgorithm(init, lambda factors: (), client_update, server_update=server_update)

@@ -98,7 +98,7 @@ def make(
         changed = jax.tree.map(lambda c, d: c + d / num_clients, server.control, control)
         return server_step(optimizer, server, delta)._replace(control=changed)
 
-    return FederatedAlgorithm(init, _zeros, client_update, server_update)
+    return FederatedAlgorithm(init, _zeros, client_update, server_update=server_update)
 
 
 SCAFFOLD = Algorithm(make, controls=True)
