@@ -13,7 +13,8 @@ SEVERAL = """
 import jax, jax.numpy as jnp
 from fedsafe_jax.federated import decompositions
 x = jax.random.normal(jax.random.key(0), (4, 256, 80))
-both = lambda x: (decompositions.qr(x), decompositions.svd(x[:, :80]), decompositions.det(x[:, :80]))
+square = lambda x: (decompositions.svd(x), decompositions.det(x))
+both = lambda x: (decompositions.qr(x), square(x[:, :80]))
 function = jax.jit(lambda *each: [both(x) for x in each] + [jax.vmap(both)(x[None]) for x in each])
 for _ in range(20):
     jax.block_until_ready(function(x, x + 1, 2 * x, x - 1))
