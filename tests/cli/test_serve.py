@@ -4,11 +4,13 @@ import importlib.util
 import socket
 import types
 
+import numpy as np
 import pytest
 
 from fedsafe_jax.cli import serve
 from fedsafe_jax.cli.command import UsageError
 from fedsafe_jax.cli.startup import parse, start
+from fedsafe_jax.models.lora import LoraConfig
 
 has_server = all(importlib.util.find_spec(name) for name in serve.PACKAGES)
 
@@ -57,17 +59,17 @@ class Run:
     def __init__(self, workdir, arm, seed):
         if arm not in ("fl", "fl+cai"):
             raise UsageError(f"--arm={arm}: not there")
-        self.planned, self.lora = types.SimpleNamespace(id=arm), "lora"
+        self.planned, self.lora = types.SimpleNamespace(id=arm), LoraConfig(4, 8.0, ("q_proj",))
         self.config, self.seed = types.SimpleNamespace(model="m"), seed
 
     def round(self, given):
         return given or 3
 
     def factors(self, rounds_done):
-        return {"server": rounds_done}
+        return {"server": np.full(4, rounds_done)}
 
     def client_factors(self, rounds_done, client):
-        return {"client": client, "round": rounds_done}
+        return {"client": np.full(4, client), "round": np.full(4, rounds_done)}
 
 
 def test_arms_are_named_with_what_was_asked_for(monkeypatch):
@@ -76,7 +78,10 @@ def test_arms_are_named_with_what_was_asked_for(monkeypatch):
     def read(*flags):
         adapters, config = serve.of_run(parse("serve", serve.COMMAND, ["--workdir=w", *flags]))
         assert config.model == "m"
-        return {name: adapter.factors for name, adapter in adapters.items()}
+        return {
+            name: {key: int(x[0]) for key, x in adapter.factors.items()}
+            for name, adapter in adapters.items()
+        }
 
     assert read("--arm=fl,fl+cai") == {"fl": {"server": 3}, "fl+cai": {"server": 3}}
     named = read("--arm=fl", "--seed=0", "--round=2", "--client=4")
