@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "finetune": {"models", "data", "inference", "federated"},
     "pipeline": SCIENCE | {"runtime", "report", "config", "whole_files"},
     "demo": SCIENCE,
-    "validation": SCIENCE | {"runtime", "report", "config", "pipeline", "aot"}
+    "validation": SCIENCE
+    | {"runtime", "report", "config", "pipeline", "aot"}
     | {"attacks", "whole_files"},
     "experiment": SCIENCE
     | {"runtime", "config", "pipeline", "report", "validation", "own_folder", "whole_files"},

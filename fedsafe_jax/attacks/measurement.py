@@ -179,9 +179,7 @@ def _judged(rows: list[dict], judges: Sequence[Judge]) -> list[dict]:
         read = [row | {"answer": row[part]} for row in rows]
         judged = answers.judge(read, chosen).rows
         answers.check(judged, chosen)
-        rows = [
-            row | {"verdicts": one["verdicts"]} for row, one in zip(rows, judged, strict=True)
-        ]
+        rows = [row | {"verdicts": one["verdicts"]} for row, one in zip(rows, judged, strict=True)]
     return rows
 
 

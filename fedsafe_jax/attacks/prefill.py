@@ -1,8 +1,8 @@
 """Prefilling: the first tokens of an answer that complies are put into the model's mouth.
 
-"Jailbreaking Leading Safety-Aligned LLMs with Simple Adaptive Attacks" (Andriushchenko et al., 2024,
-arXiv 2404.02151), Section 3; "Safety Alignment Should Be Made More Than Just a Few Tokens Deep" (Qi
-et al., 2024, arXiv 2406.05946), Section 2.2.
+"Jailbreaking Leading Safety-Aligned LLMs with Simple Adaptive Attacks" (Andriushchenko et al.,
+2024, arXiv 2404.02151); "Safety Alignment Should Be Made More Than Just a Few Tokens Deep" (Qi et
+al., 2024, arXiv 2406.05946), Section 2.2.
 """
 
 from collections.abc import Sequence

@@ -101,9 +101,7 @@ def _loss(model: Decoder, variables, behind: Behind, suffixes: jax.Array) -> jax
         axis=1,
     )
     inside = jnp.arange(width) < (behind.first + behind.lengths)[:, None]
-    valid = jnp.concatenate(
-        [jnp.ones((batch, length), bool), jnp.tile(inside, (rows, 1))], axis=1
-    )
+    valid = jnp.concatenate([jnp.ones((batch, length), bool), jnp.tile(inside, (rows, 1))], axis=1)
     positions = jnp.broadcast_to(behind.read + jnp.arange(seq), (batch, seq))
     hidden, _ = model.apply(
         variables, tokens, positions, None, _spread(behind.cache, batch, seq), valid

@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("adapter", [], "PEFT adapter folders, one or '' for each model.", **here)
     template_flags.define(values)
     methods = ", ".join(name for name in ATTACKS if name != BARE)
-    flags.DEFINE_list("method", [], f"Some of {methods}.", **here)
+    flags.DEFINE_list("method", None, f"Some of {methods}.", **here)
     text("prompts", None, "Harmful requests: READER:LOCATION, or a txt, JSONL or CSV file.", **here)
     text("harmless", None, "Harmless requests, for over-refusal; as --prompts.", **here)
     text("data_dir", "", "Folder of the data, or 'hub'.", **here)
