@@ -207,8 +207,8 @@ class Search:
         drawn = propose(
             key,
             self._gradient(current),
-            current,
-            self._allowed,
+            suffix=current,
+            allowed=self._allowed,
             top_k=min(settings.top_k, int(self._allowed.sum())),
             count=OVERDRAW * settings.candidates,
         )

@@ -112,7 +112,7 @@ def measure(
     return result
 
 
-def over_refusal(models: Models, requests: Sequence[Example], options: Options) -> dict:
+def refusal_of_harmless(models: Models, requests: Sequence[Example], options: Options) -> dict:
     """Returns how often harmless requests are refused: the other side of a defence.
 
     Args:

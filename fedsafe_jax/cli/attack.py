@@ -3,8 +3,7 @@
     fedsafe attack --model=FOLDER --method=gcg,prefill --prompts=SOURCE --output=FILE.json
 
 It is a tool for research on defences: the model is the user's own, results are rates. Prompts are a
-source, such as advbench_targets:FILE, whose answers are the targets, or a file of prompts. Methods
-that are finished are in the output at once, and the same command goes on behind them. Several
+source, READER:LOCATION, whose answers are the targets, or a file of prompts. Methods that are finished are in the output at once, and the same command goes on behind them. Several
 models, with one adapter or nothing for each, are asked the same prompts.
 """
 
@@ -252,7 +251,7 @@ def main(values: flags.FlagValues) -> None:
             print(in_words(name, shown[name]), flush=True)
         if harmless and result["over_refusal"] is None:
             refusing = options._replace(judges=measurement.measuring(made, harmless=True))
-            result["over_refusal"] = measurement.over_refusal(models, harmless, refusing)
+            result["over_refusal"] = measurement.refusal_of_harmless(models, harmless, refusing)
             run_files.write_json(path, result)
         if harmless and (shown := result["over_refusal"])["refused"] is not None:
             low, high = shown["ci95"]

@@ -152,7 +152,7 @@ def test_success_is_any_prompt_of_a_request_and_judges_read_their_part(packaged)
 
 def test_over_refusal_is_of_the_requests_themselves(packaged):
     judge = judge_by(lambda one: refuses(one.request != "What is the time?"))
-    shown = measurement.over_refusal(
+    shown = measurement.refusal_of_harmless(
         {"m": packaged}, REQUESTS, measurement.Options((judge,), max_new_tokens=2)
     )
     low, high = wilson(1, 2)

@@ -115,7 +115,9 @@ def test_candidates_change_one_token_to_a_steep_one():
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=(5, 40)), jnp.float32)
     allowed = np.arange(40) % 3 > 0
     start = np.zeros(5, np.int32)
-    drawn = gcg.propose(jax.random.key(0), gradient, start, allowed, top_k=4, count=200)
+    drawn = gcg.propose(
+        jax.random.key(0), gradient, suffix=start, allowed=allowed, top_k=4, count=200
+    )
     steep = np.argsort(np.where(allowed, gradient, np.inf), axis=1)[:, :4]
     assert (np.count_nonzero(drawn, axis=1) == 1).all()
     for row in np.asarray(drawn):
