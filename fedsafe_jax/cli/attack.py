@@ -3,8 +3,9 @@
     fedsafe attack --model=FOLDER --method=gcg,prefill --prompts=SOURCE --output=FILE.json
 
 It is a tool for research on defences: the model is the user's own, results are rates. Prompts are a
-source, READER:LOCATION, whose answers are the targets, or a file of prompts. Methods that are finished are in the output at once, and the same command goes on behind them. Several
-models, with one adapter or nothing for each, are asked the same prompts.
+source, READER:LOCATION, whose answers are the targets, or a file of prompts. Methods that are
+finished are in the output at once, and the same command goes on behind them. Several models, with
+one adapter or nothing for each, are asked the same prompts.
 """
 
 import json
