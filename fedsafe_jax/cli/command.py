@@ -49,6 +49,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "run": Entry("run", "runs a config: rounds, filter, Constitutional AI, evaluation, report"),
     "evaluate": Entry("evaluate", "evaluates a model, with or without an adapter"),
+    "attack": Entry("attack", "attacks a model to measure its defence: rates of attack success"),
     "judge": Entry("judge", "judges answers that are there already, of a run or made elsewhere"),
     "train-judge": Entry("train_judge", "trains a judge of answers on human labels"),
     "train-filter": Entry("train_filter", "trains a safety filter, measures it on unseen pairs"),

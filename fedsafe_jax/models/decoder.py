@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         """Computes hidden states after the final norm.
 
         Args:
-          tokens: int32 `[batch, seq]`.
+          tokens: int32 `[batch, seq]`, or float `[batch, seq, vocab]`, see `embed`.
           positions: int32 `[batch, seq]`, counted within each example.
           segment_ids: int32 `[batch, seq]`, 0 for padding; with a cache only for packed rows that
             fill an empty cache of their length.
@@ -144,8 +144,17 @@ class Decoder(nn.Module):
         return x, cache._replace(key=tuple(keys), value=tuple(values))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Returns the first layer's input, `[..., hidden_size]`, for tokens int32 `[...]`."""
-        x = self.embed_tokens[tokens].astype(self.config.dtype)
+        """Returns the first layer's input, `[..., hidden_size]`.
+
+        Args:
+          tokens: int32 `[...]`, or float `[..., vocab]`, weights of all tokens, such as one-hot
+            rows, through which a gradient by tokens is taken.
+        """
+        table = self.embed_tokens
+        if jnp.issubdtype(tokens.dtype, jnp.floating):
+            x = jnp.dot(tokens.astype(self.config.dtype), table.astype(self.config.dtype))
+        else:
+            x = table[tokens].astype(self.config.dtype)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, self.config.dtype)
         return x

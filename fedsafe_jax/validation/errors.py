@@ -27,6 +27,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     Those of `storage_errors` are among them, since the line is the same; their exit code is not.
     """
     from fedsafe_jax.aot.targets import TargetError
+    from fedsafe_jax.attacks.contract import AttackError
     from fedsafe_jax.cai.constitution import ConstitutionError
     from fedsafe_jax.data.chat_template import ChatTemplateError
     from fedsafe_jax.data.examples import SourceError
@@ -43,6 +44,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     return (
         *storage_errors(),
         *data,
+        AttackError,
         ChatTemplateError,
         ClusterError,
         FilterError,

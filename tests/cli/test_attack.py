@@ -1,0 +1,96 @@
+"""`fedsafe attack`: its output, what it takes up again, and wrong input before any model."""
+
+import json
+import re
+
+import pytest
+
+from fedsafe_jax import save_pretrained
+from fedsafe_jax.attacks import ATTACKS
+from fedsafe_jax.cli import startup
+
+PROMPTS = "chat:package/clients_unsafe.jsonl#heldout"
+HARMLESS = "chat:package/align_harmless_heldout.jsonl"
+SMALL = ("--max_prompts=2", "--max_new_tokens=8", f"--prompts={PROMPTS}")
+
+
+def attack(output, *others):
+    startup.start("attack", [f"--output={output}", *SMALL, *others])
+    return json.loads(output.read_text())
+
+
+def test_rates_are_written_by_method_and_taken_up_again(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "new" / "attack.json"
+    flags = ("--judges=start,rules", f"--harmless={HARMLESS}")
+    first = attack(output, "--method=prefill", *flags)
+    assert set(first) == {"attacks", "harmonic_mean", "over_refusal", "judges", "settings"}
+    assert list(first["attacks"]) == ["direct", "prefill"] and first["judges"] == ["start", "rules"]
+    direct, prefill = first["attacks"].values()
+    assert {"asr", "ci95", "n", "queries", "tokens", "by_prompt"} <= set(direct)
+    assert direct["asr"] == 0 and direct["n"] == len(direct["by_prompt"]) == 2
+    assert prefill["tokens"] == direct["tokens"] + 10
+    assert first["harmonic_mean"] == {"direct": 0, "prefill": prefill["asr"]}
+    assert first["over_refusal"]["n"] == 2
+    assert "direct: attack success 0.0%" in capsys.readouterr().out
+
+    asked = []
+    for name in ("direct", "prefill", "encodings"):
+        one = ATTACKS[name]
+
+        def run(*args, name=name, one=one, **others):
+            asked.append(name)
+            return one.run(*args, **others)
+
+        monkeypatch.setitem(ATTACKS, name, one._replace(run=run))
+    again = attack(output, "--method=prefill,encodings", *flags)
+    assert asked == ["encodings"] and "prefill: as " in capsys.readouterr().out
+    assert {name: again["attacks"][name] for name in first["attacks"]} == first["attacks"]
+    assert set(again["attacks"]["encodings"]["by_variant"]) == {"base64", "rot13", "leetspeak"}
+    asked.clear()
+    attack(output, "--method=prefill", *flags, "--prefill_tokens=2")
+    assert asked == ["direct", "prefill"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--method=gcgg",), "--method: 'gcgg' is not one of .* Did you mean 'gcg'?"),
+        (("--method=gcg,gcg",), "--method: 'gcg' is there twice"),
+        (("--method=templates",), "'templates' needs a file .* Give --templates=FILE"),
+        (("--method=gcg", "--prompts=no.txt"), "no.txt: no such file"),
+        (("--method=gcg", "--prompts=chatt:a.jsonl"), "'chatt:a.jsonl': expected NAME:LOCATION"),
+        (("--method=gcg", "--judges=guard"), "--judges: judge 'guard': write guard:FOLDER"),
+        (("--method=gcg", "--judges="), "--judges: give some of"),
+        (("--method=gcg", "--adapter=a,b"), "--adapter: 2 for 1 models"),
+        (("--method=gcg", "--model=a,b", "--adapter=x"), "--adapter: 1 for 2 models"),
+        ((), "--method: missing"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_model(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("fedsafe_jax.load_pretrained", _not_yet)
+    _refused(tmp_path, capsys, flags, message)
+
+
+def _not_yet(*args, **others):
+    raise AssertionError("a model is loaded before the flags are checked")
+
+
+def _refused(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        attack(tmp_path / "attack.json", *flags)
+    assert stopped.value.code == 2 and not list(tmp_path.glob("*.json"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+    assert re.search(message.replace("?", r"\?"), line), line
+
+
+def test_a_model_without_a_template_is_refused(packaged, tmp_path, capsys):
+    folder = tmp_path / "bare"
+    save_pretrained(packaged, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    flags = ("--method=prefill", f"--model={folder}")
+    _refused(tmp_path, capsys, flags, "bare.* has no chat template")
