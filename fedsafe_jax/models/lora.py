@@ -162,7 +162,11 @@ def update_of(adapter: Adapter) -> Callable:
         node = factors
         for key in path[:-1]:
             node = node.get(key, {})
-        return scale * (node["a"][layer] @ node["b"][layer]) if "a" in node else None
+        if "a" not in node:
+            return None
+        # By jax wherever the factors lie: numpy sums in another order, and what a run and `fedsafe
+        # export` write would differ in the last bit.
+        return scale * jnp.matmul(node["a"][layer], node["b"][layer])
 
     return update
 
