@@ -18,7 +18,7 @@ class Logits:
 
     config = tiny_config()  # of which the platform is read
 
-    def apply(self, variables, x, *place, method=None, noise=None):
+    def apply(self, variables, x, *place, method=None, noise=None, owner=None):
         if method == "unembed":
             return x
         return variables.get("lora", variables["params"])["logits"], None
