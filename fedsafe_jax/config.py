@@ -76,7 +76,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora_rank_stabilized = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
     # projections that the adapter changes; "all-linear" for all seven
     c.lora_targets = ("q_proj", "v_proj")
-    # clients that a device trains at once; 0: all (on CPU cores share their rows)
+    # clients of its own that a device trains at once; 0: all devices share the rows of all clients
     c.clients_in_parallel = 0
     c.chunk_clients = 0  # clients whose batches and updates are held at once; 0 for 64, on CPU 16
     c.checkpoint_every = 1  # rounds between two checkpoints

@@ -29,6 +29,7 @@ from fedsafe_jax.pipeline import (
     evaluation,
     export,
     results,
+    round_setup,
     rounds,
 )
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
@@ -194,9 +195,9 @@ class ArmRun:
         """The jitted programs of a round, built when they are first needed."""
         lora_config = self.inputs.lora
         model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
-        algorithm = self.planned.algorithm or rounds.WITHOUT_CLIENTS
-        config = rounds.config_of(self.config, self.planned.arm)
-        return rounds.build(config, algorithm, model, self.inputs.mesh)
+        algorithm = self.planned.algorithm or round_setup.WITHOUT_CLIENTS
+        config = round_setup.arm_config(self.config, self.planned.arm)
+        return round_setup.build(config, algorithm, model, self.inputs.mesh)
 
     def run(self) -> tuple[dict, Any]:
         """Trains and evaluates, or reads what an earlier process finished.
@@ -256,8 +257,8 @@ class ArmRun:
         return self._evaluated(state)
 
     def _evaluated(self, state: FederatedState) -> Any:
-        """Returns the factors of `rounds.evaluated`, on the mesh."""
-        factors = rounds.evaluated(self.config, self.planned.algorithm, state)
+        """Returns the factors of `round_setup.evaluated`, on the mesh."""
+        factors = round_setup.evaluated(self.config, self.planned.algorithm, state)
         here = factors is state.server.factors
         return factors if here else simulation.replicate(factors, self.inputs.mesh)
 
@@ -353,7 +354,7 @@ class ArmRun:
         """Returns the newest state that was saved, or the first one, and the rounds done."""
         key = random_streams.key(Purpose.ADAPTER, self.seed)
         factors = lora.init(key, self.inputs.lm.config, self.inputs.lora)
-        count = rounds.config_of(self.config, self.planned.arm).num_clients
+        count = round_setup.arm_config(self.config, self.planned.arm).num_clients
         first = simulation.initial_state(self.programs, factors, count)
         state, done = saved.restore(first)
         server = simulation.replicate(state.server, self.inputs.mesh)

@@ -60,8 +60,8 @@ def finetune(
       batch_size: pairs a step.
       seq_len: tokens of a packed row; longer pairs are cut.
       learning_rate: learning rate of AdamW on the clients.
-      clients_in_parallel: clients that a device trains at once; 0 for all of them (on CPU the cores
-        share their rows).
+      clients_in_parallel: clients of its own that a device trains at once; 0: all devices share the
+        rows of all clients.
       seed: seed of initialisation, sampling and order.
 
     Returns:

@@ -59,6 +59,7 @@ STEPS = (
     "inputs",
     "clients",
     "filtering",
+    "round_setup",
     "rounds",
     "federation",
     "refusal_probe",

@@ -26,7 +26,8 @@ from fedsafe_jax.data.batches import RoundBatches
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.mesh import clients_at_once
-from fedsafe_jax.federated.round_programs import ChunkInputs, queued_rows
+from fedsafe_jax.federated.round_programs import ChunkInputs
+from fedsafe_jax.federated.slots import queued_rows
 from fedsafe_jax.inference import decoding
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
@@ -37,7 +38,7 @@ from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.flatten_vmap import MICROBATCHES, TARGET_CHUNKS
 from fedsafe_jax.models.sharding import CLIENTS, MODEL
 from fedsafe_jax.models.tokenizer_loading import read_tokenizer
-from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline import round_setup
 from fedsafe_jax.pipeline.revision_rows import read_recipe
 from fedsafe_jax.random_streams import Purpose
 
@@ -45,7 +46,7 @@ from fedsafe_jax.random_streams import Purpose
 def federated(run: Run) -> Iterator[Program]:
     """Yields local training of a chunk, the sum over chunks, and the server's step."""
     c, mesh = run.config, run.mesh
-    programs = rounds.build(c, c.algorithms[0], run.model, mesh)
+    programs = round_setup.build(c, c.algorithms[0], run.model, mesh)
     spec, layout = programs.spec, programs.layout
     count = simulation.chunk_size(c.clients_per_round, mesh, c.chunk_clients)
     real = min(count, c.clients_per_round)

@@ -90,7 +90,7 @@ class Saved:
         from fedsafe_jax.models import hub, lora
         from fedsafe_jax.models.base_model import model_folder
         from fedsafe_jax.pipeline.arms import planned_arms
-        from fedsafe_jax.pipeline.rounds import config_of, state_shapes
+        from fedsafe_jax.pipeline.round_setup import arm_config, state_shapes
         from fedsafe_jax.runtime import checkpoint, run_files
         from fedsafe_jax.runtime.client_updates import ClientUpdates
 
@@ -123,7 +123,7 @@ class Saved:
                 random_streams.key(random_streams.Purpose.SHAPES, 0), shape, self.lora
             )
         )
-        self._of_arm = config_of(self.config, self.planned.arm)
+        self._of_arm = arm_config(self.config, self.planned.arm)
         self._like = state_shapes(self._of_arm, self.planned.algorithm, factors)
         entry = ALGORITHMS.get(self.planned.algorithm)
         self.personal = entry is not None and entry.personal is not None

@@ -11,18 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data.packing import Batch
-from fedsafe_jax.federated import aggregation, compression, lora_average, privacy
+from fedsafe_jax.federated import aggregation, compression, lora_average, privacy, slots
 from fedsafe_jax.federated.aggregation import Aggregator
 from fedsafe_jax.federated.algorithms import FederatedAlgorithm, ServerState
 from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.compression import Compression
-from fedsafe_jax.models import row_queue
 from fedsafe_jax.models.microbatch import compiler_options
 from fedsafe_jax.models.sharding import CLIENTS, manual_axes, platform_of
 from fedsafe_jax.random_streams import Purpose
@@ -303,42 +301,9 @@ def make_round(spec: RoundSpec, mesh: Mesh, clients_in_parallel: int = 1) -> Pro
         collect=jax.jit(collect, donate_argnums=0, out_shardings=whole),
         # The old state is not donated, since a run that is stopped in a round still saves it.
         finish=jax.jit(finish, out_shardings=whole),
-        slots=functools.partial(slots_of, mesh, clients_in_parallel),
+        slots=functools.partial(slots.of_round, mesh, clients_in_parallel, spec.algorithm.queued),
         attack=jax.jit(attack) if spec.collude else None,
     )
-
-
-def slots_of(mesh: Mesh, clients_in_parallel: int, rows: np.ndarray, chunk: int) -> tuple[int, ...]:
-    """Returns the numbers of slots of a round's program, see `row_queue.choose_slots`.
-
-    Args:
-      mesh, clients_in_parallel: as in `make_round`.
-      rows: int `[clients, batches]`, filled rows of each batch of the cohort.
-      chunk: clients a call, a multiple of the mesh axis `clients`.
-
-    Returns:
-      One to three numbers; () on CPU, where rows are in no slots.
-    """
-    if platform_of(mesh) == "cpu":
-        return ()
-    devices = 1 if clients_in_parallel else mesh.shape[CLIENTS]
-    return row_queue.choose_slots(queued_rows(mesh, clients_in_parallel, rows, chunk), devices)
-
-
-def queued_rows(mesh: Mesh, clients_in_parallel: int, rows: np.ndarray, chunk: int) -> np.ndarray:
-    """Returns the filled rows of each queue, int `[queues, batches]`; arguments as in `slots_of`.
-
-    A queue has the rows of clients that are mapped at once: of a chunk, or, where each device takes
-    `clients_in_parallel` at a time, of those.
-    """
-    at_once = chunk
-    rows = np.pad(rows, ((0, -len(rows) % chunk), (0, 0)))
-    if clients_in_parallel:
-        of_device = chunk // mesh.shape[CLIENTS]
-        at_once = min(clients_in_parallel, of_device)
-        rows = rows.reshape(-1, of_device, rows.shape[1])
-        rows = np.pad(rows, ((0, 0), (0, -of_device % at_once), (0, 0)))
-    return rows.reshape(-1, at_once, rows.shape[-1]).sum(1)
 
 
 def _client(

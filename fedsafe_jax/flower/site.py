@@ -30,7 +30,7 @@ from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.sharding import CLIENTS
 from fedsafe_jax.models.tensor_files import save_file
-from fedsafe_jax.pipeline import filtering, rounds
+from fedsafe_jax.pipeline import filtering, round_setup, rounds
 from fedsafe_jax.pipeline.arms import arms_of
 from fedsafe_jax.pipeline.clients import describe_encoding, encode, learned
 from fedsafe_jax.pipeline.filtering import apply_action
@@ -129,7 +129,7 @@ class Site:
         note(f"client {settings.client}: {len(self.encoded)} pairs to train on")
         lora_config = self.inputs.lora
         model = Decoder(self.inputs.lm.config, lora_config.scale, lora_config.dropout)
-        self.programs = rounds.build(config, self.algorithm, model, self.inputs.mesh)
+        self.programs = round_setup.build(config, self.algorithm, model, self.inputs.mesh)
 
     def describe(self) -> dict:
         """Returns what the server learns before the first round: counts, and the base model."""

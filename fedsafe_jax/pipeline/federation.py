@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
-from fedsafe_jax.pipeline import clients, filtering, rounds
+from fedsafe_jax.pipeline import clients, filtering, round_setup, rounds
 from fedsafe_jax.pipeline.arms import PlannedArm, any_filter
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
@@ -72,7 +72,7 @@ def train_simulated(
     if arm.training == "centralised":
         data = [[pair for pairs in data for pair in pairs]]
     return rounds.run(
-        rounds.config_of(arm_run.config, arm),
+        round_setup.arm_config(arm_run.config, arm),
         arm_run.planned.algorithm,
         arm_run.programs,
         state=state,

@@ -41,7 +41,7 @@ def refused(capsys, name, *arguments):
     ("arguments", "message"),
     [
         (("evalute",), "'evalute' is no command; did you mean 'evaluate'?"),
-        (("x",), "'x' is no command; expected one of run, evaluate, judge, train-judge,"),
+        (("x",), "'x' is no command; expected one of run, evaluate, attack, judge, train-judge,"),
         (("",), "give a command; expected one of run,"),
         (("run",), "--config: give a config file, such as --config=configs/demo.py"),
         (("run", "--config"), "--config: give a config file, such as --config=configs/demo.py"),

@@ -11,7 +11,7 @@ from federation import CLIENTS, IDS, LORA, STEPS, close, make_federation
 from tiny import tiny_config
 
 from fedsafe_jax.data.packing import Batch, NoisyBatch
-from fedsafe_jax.federated import round_programs
+from fedsafe_jax.federated import round_programs, slots
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import loss, row_queue
 from fedsafe_jax.models.by_owner import by_owner
@@ -102,7 +102,8 @@ def test_a_round_in_a_queue_is_a_round_of_clients_side_by_side(
     rates = [0.01] * (STEPS // options.get("accumulation", 1))
     shared = {"weights": WEIGHTS, "rates": rates, "ranks": ranks, "ids": IDS}
     expected, wanted = federation.run(federation.spec(name, **options), parallel=4, **shared)
-    monkeypatch.setattr(round_programs, "platform_of", lambda mesh: "tpu")
+    for module in (round_programs, slots):
+        monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
     mesh = make_mesh(jax.devices()[: layout.get("devices", 1)], layout.get("model", 1))
     layout = {"parallel": 0} | layout
     spec = federation.spec(
@@ -137,10 +138,19 @@ def test_slots_hold_the_fullest_step_and_follow_the_others():
 def test_rows_are_counted_by_queue():
     rows = np.arange(10).reshape(5, 2)
     mesh = make_mesh(jax.devices()[:2])
-    count = round_programs.queued_rows
+    count = slots.queued_rows
     # All clients of a chunk of four; the second chunk has one.
     np.testing.assert_array_equal(count(mesh, 0, rows, 4), [rows[:4].sum(0), rows[4]])
     # A chunk of six, three on each of two devices, of which two at a time and then one.
     expected = [rows[:2].sum(0), rows[2], rows[3:].sum(0), [0, 0]]
     np.testing.assert_array_equal(count(mesh, 2, rows, 6), expected)
-    assert round_programs.slots_of(mesh, 0, rows, 4) == ()  # on CPU there are no slots
+    assert slots.of_round(mesh, 0, True, rows, 4) == ()  # on CPU there are no slots
+
+
+def test_a_loss_that_reads_more_than_the_factors_is_in_no_slots(federation, monkeypatch):
+    for module in (round_programs, slots):
+        monkeypatch.setattr(module, "platform_of", lambda mesh: "tpu")
+    mesh = make_mesh(jax.devices()[:1])
+    for name, queued in (("fedavg", True), ("fedex_lora", False), ("flora", False)):
+        programs = round_programs.make_round(federation.spec(name), mesh, 0)
+        assert bool(programs.slots(np.ones((3, 2), int), 4)) == queued

@@ -145,7 +145,13 @@ def test_each_error_is_a_code(kind, method, private, monkeypatch, capfd):
 
 
 def test_each_error_of_wrong_input_has_a_code_of_its_own():
-    never_at_sites = {"ClusterError", "EndpointError", "PartitionError", "TargetError"}
+    never_at_sites = {
+        "AttackError",
+        "ClusterError",
+        "EndpointError",
+        "PartitionError",
+        "TargetError",
+    }
     for kind in input_errors():
         assert code_of(kind.__new__(kind)) != "internal" or kind.__name__ in never_at_sites
     assert set(CODES.values()) | {"internal"} == set(wire.REFUSALS)

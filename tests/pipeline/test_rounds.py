@@ -10,7 +10,7 @@ from fedsafe_jax.config import ConfigError, default_config
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.federated.client import OptimizerError, make_optimizer
 from fedsafe_jax.federated.schedules import round_rate, step_rates
-from fedsafe_jax.pipeline import rounds
+from fedsafe_jax.pipeline import round_setup, rounds
 from fedsafe_jax.pipeline.arms import ARMS, planned_arms, references
 from fedsafe_jax.pipeline.clients import learned, roles
 from fedsafe_jax.validation import validate
@@ -204,12 +204,12 @@ def test_baselines_learn_from_as_many_batches_and_nothing_else_of_a_federation()
     c.arms, c.algorithms = ("base", "fl", "local", "centralised"), ("fedex_lora", "fedadam")
     c.federated.compression, c.federated.dropout, c.attack.clients = "int8", 0.1, 0.2
     c.federated.client_ranks = (4, 16)
-    assert rounds.config_of(c, ARMS["fl"]) is c
-    local = rounds.config_of(c, ARMS["local"])
+    assert round_setup.arm_config(c, ARMS["fl"]) is c
+    local = round_setup.arm_config(c, ARMS["local"])
     assert (local.federated.dropout, local.federated.client_ranks) == (0.1, (4, 16))
     assert (local.federated.compression, local.attack.clients) == ("", 0.0)
     assert (local.local_steps, local.num_clients) == (c.local_steps, c.num_clients)
-    pooled = rounds.config_of(c, ARMS["centralised"])
+    pooled = round_setup.arm_config(c, ARMS["centralised"])
     assert (pooled.num_clients, pooled.clients_per_round) == (1, 1)
     assert pooled.local_steps == c.local_steps * c.clients_per_round
     assert pooled.federated.to_dict() == default_config().federated.to_dict()
@@ -225,8 +225,8 @@ def test_baselines_learn_from_as_many_batches_and_nothing_else_of_a_federation()
 def test_a_residue_has_room_for_all_that_a_run_adds():
     c = default_config()
     c.rounds, c.clients_per_round, c.lora_rank = 3, 4, 8
-    assert rounds.hyperparameters_of(c).residue_rank == 3 * 4 * 8
+    assert round_setup.hyperparameters_of(c).residue_rank == 3 * 4 * 8
     c.federated.sampling = "poisson"  # a cohort may be everyone
-    assert rounds.hyperparameters_of(c).residue_rank == 3 * c.num_clients * 8
+    assert round_setup.hyperparameters_of(c).residue_rank == 3 * c.num_clients * 8
     c.federated.residue_rank = 5
-    assert rounds.hyperparameters_of(c).residue_rank == 5
+    assert round_setup.hyperparameters_of(c).residue_rank == 5

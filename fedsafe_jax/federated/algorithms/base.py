@@ -68,6 +68,8 @@ class FederatedAlgorithm(NamedTuple):
       sent: `server_state -> keys of the factors that updates change`, such as ("b",): a client
         sends those alone. It is called on the host.
       received: `(factors, clients of a round) -> numbers that each of them receives`.
+      queued: whether the loss of its clients is `LocalTraining.loss_fn` itself, so that on
+        accelerators their rows are one queue (`models.row_queue`); else clients take turns there.
     """
 
     init: Callable
@@ -77,6 +79,7 @@ class FederatedAlgorithm(NamedTuple):
     combine: Callable | None = None
     sent: Callable = lambda server: ("a", "b")
     received: Callable = lambda factors, clients: count(factors)
+    queued: bool = True
 
 
 class Hyperparameters(NamedTuple):

@@ -39,6 +39,7 @@ def make(
         combine=combine,
         # The means, and the residue of the round.
         received=lambda factors, clients: (clients + 1) * count(factors),
+        queued=False,  # the loss reads the residue too
     )
 
 

@@ -43,6 +43,7 @@ def make(
         combine=combine,
         # What the round adds; the new factors are drawn from a seed.
         received=lambda factors, clients: clients * count(factors),
+        queued=False,  # the loss reads the residue too
     )
 
 
