@@ -1,12 +1,11 @@
 """The paper's protocol on a real instruct model of 135M parameters, on real data.
 
     bash launch/smollm.sh models/smollm2
-    fedsafe run --config=configs/align.py:public --workdir=runs/aligned --config.data_dir=DATA \\
-        --config.model=models/smollm2
-    fedsafe export --workdir=runs/aligned --arm=cai --scale=0.75 --merge --output=models/aligned
+    fedsafe convert --model=models/smollm2 --adapter=configs/smollm2_aligned --output=models/aligned
     fedsafe run --config=configs/smollm.py --workdir=runs/smollm --config.data_dir=DATA \\
         --config.model=models/aligned --config.filter.encoder=MINILM
 
+The aligned base is what `configs/align.py:public` makes; its adapter lies beside this file.
 20 clients, 5 a round, 30% harmful; FedAvg; five arms and three seeds. Sizes are such that an arm of
 one seed, its evaluation included, takes at most 20 minutes on two CPU cores; `:gpu` is the full
 protocol. `:scaffold` and `:gpu_scaffold` are the same with SCAFFOLD. DATA holds the public files in
