@@ -106,6 +106,18 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.residue_rank = 0
     c.federated.dyn_alpha = 0.01  # weight of feddyn's penalty
     c.federated.download_share = 0.25  # share of the adapter's numbers that flasc sends to clients
+    # what constrained_sft and kl_start hold clients to: global, the model that the round begins
+    # with, or the base
+    c.federated.reference = "global"
+    # beta of an answer's tokens in constrained_sft, in turn, the last of all further ones: the
+    # larger, the less a token may become likelier than under the reference; 0: as much as it likes
+    c.federated.constrained_betas = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
+    c.federated.kl_weight = 1.0  # weight of kl_start's divergence from the reference
+    # folder or Hub id of the model that the base was aligned from: after the last aggregation Safe
+    # LoRA projects the adapter into what alignment changed; "" for no such step
+    c.federated.unaligned = ""
+    # cosine of an adapted projection with its projected self, up to which it is projected, 0 to 1
+    c.federated.safe_lora_threshold = 0.5
     # what is averaged: the factors, or product: their products, by SVD
     c.federated.average = "factors"
     c.federated.aggregator = "mean"  # rule that combines the updates

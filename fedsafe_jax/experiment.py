@@ -31,6 +31,7 @@ from fedsafe_jax.pipeline import (
     results,
     round_setup,
     rounds,
+    safe_lora_step,
 )
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
@@ -278,6 +279,11 @@ class ArmRun:
                 self.progress.warn(f"{where}: {what}")
         else:
             row |= rounds.NO_CLIENTS
+        if self.planned.arm.federated and config.federated.unaligned and t == config.rounds - 1:
+            # Once, behind the last aggregation, see `safe_lora`.
+            adapter, row["safe_lora"] = safe_lora_step.run(config, fetch(state.server.adapter))
+            state = self._with_adapter(state, adapter)
+            timer.mark("safe_lora")
         if self.planned.arm.filter:
             ids = row["clients"] + row["no_data"]
             if self.planned.arm.training == "centralised":
@@ -289,9 +295,7 @@ class ArmRun:
             # Constitutional AI on the aggregated model.
             current, base = map(self._language_model, (state.server.adapter, None))
             factors, row["cai"], records = stage.run(current, base, t, timer)
-            factors = multihost.broadcast(fetch(factors))
-            factors = simulation.replicate(factors, self.inputs.mesh)
-            state = state._replace(server=state.server.with_adapter(factors))
+            state = self._with_adapter(state, fetch(factors))
         if count := config.eval.every_round_prompts:
             lm = self._language_model(self._evaluated(state))
             options = evaluation.options_of(config)
@@ -299,6 +303,11 @@ class ArmRun:
             timer.mark("probe")
         row["seconds"] = timer.seconds
         return state, row, records
+
+    def _with_adapter(self, state: FederatedState, factors: Any) -> FederatedState:
+        """Returns the state whose server has another adapter, the first process's."""
+        factors = simulation.replicate(multihost.broadcast(factors), self.inputs.mesh)
+        return state._replace(server=state.server.with_adapter(factors))
 
     def evaluate(self, factors: Any) -> dict:
         """Returns the outcomes of the finished arm for every item of every task."""

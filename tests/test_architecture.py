@@ -56,6 +56,7 @@ STEPS = (
     "read_files",
     "workdir",
     "pools",
+    "safe_lora_step",
     "inputs",
     "clients",
     "filtering",

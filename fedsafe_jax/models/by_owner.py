@@ -64,3 +64,22 @@ def sum_by_owner(values: jax.Array, owner: jax.Array, clients: int) -> jax.Array
     """
     is_owner = (owner == jnp.arange(clients)[:, None]).astype(jnp.float32)
     return jnp.dot(is_owner, values, precision="highest")
+
+
+def sum_of_owners(
+    values: jax.Array, mask: jax.Array, owner: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Returns what rows of many clients add to the `loss.masked_mean` of each, float32 `[clients]`.
+
+    Args:
+      values, mask: float32 `[rows, seq]`, as for `loss.masked_mean`.
+      owner: int32 `[rows]`, the client of each row.
+      targets: float32 `[clients]`, target tokens of a client in all of its rows, here or not.
+    """
+    of_row = jnp.sum(values * mask, 1) / jnp.maximum(targets, 1)[owner]
+    return sum_by_owner(of_row, owner, len(targets))
+
+
+def by_layer(factors: dict) -> dict:
+    """Returns LoRA factors `[layers, clients, ...]` of those `[clients, layers, ...]`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), factors)

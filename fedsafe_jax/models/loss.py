@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from fedsafe_jax.models.by_owner import sum_by_owner
+from fedsafe_jax.models.by_owner import by_layer, sum_of_owners
 from fedsafe_jax.models.decoder import Decoder, divergence, target_nll
 from fedsafe_jax.models.flatten_vmap import TARGET_CHUNKS, flatten_vmap
 from fedsafe_jax.models.microbatch import MICROBATCH_TOKENS, count_on
@@ -249,22 +249,38 @@ def packed_loss(model: Decoder, factors: dict, base: dict, batch: Any) -> jax.Ar
     if is_cpu and rows * seq <= max(seq, MICROBATCH_TOKENS["cpu"]):
         weights = batch.mask / jnp.maximum(count_on(batch.mask), 1)
         return weighted_nll(model, factors, base, batch=batch, weights=weights)
-    return masked_mean(_packed_nll(model, factors, base, batch), batch.mask)
+    return masked_mean(packed_nll(model, factors, base, batch), batch.mask)
 
 
-def _packed_nll(
+def packed_nll(
     model: Decoder, factors: dict, base: dict, batch: Any, owner: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the negative log-likelihood of packed rows' targets, float32 `[rows, seq]`."""
-    hidden, _ = model.apply(
-        {"params": base, "lora": factors},
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        noise=getattr(batch, "noise", None),
-        owner=owner,
-    )
+    """Returns the negative log-likelihood of packed rows' targets, float32 `[rows, seq]`, in nats.
+
+    Args:
+      model, factors, base, batch, owner: as for `packed_hidden`.
+    """
+    hidden = packed_hidden(model, factors, base, batch, owner=owner)
     return token_nll(model, base, hidden, batch.targets, batch.mask)
+
+
+def packed_hidden(
+    model: Decoder, factors: dict | None, base: dict, batch: Any, owner: jax.Array | None = None
+) -> jax.Array:
+    """Returns the last hidden states of packed rows, `[rows, seq, hidden_size]`.
+
+    Args:
+      model: the decoder.
+      factors: LoRA factors; with `owner` they lead with `[layers, clients]`. None for the base.
+      base: base parameters.
+      batch: `data.packing.Batch` with fields `[rows, seq]`; of a `NoisyBatch` the adapter's inputs
+        have dropout, at the model's `lora_dropout`.
+      owner: int32 `[rows]`, the client of each row; None where all have the same factors.
+    """
+    variables = {"params": base} | ({} if factors is None else {"lora": factors})
+    noise = getattr(batch, "noise", None)
+    rows = batch.tokens, batch.positions, batch.segment_ids
+    return model.apply(variables, *rows, noise=noise, owner=owner)[0]
 
 
 class PackedLoss(NamedTuple):
@@ -300,10 +316,8 @@ class PackedLoss(NamedTuple):
         Returns:
           float32 `[clients]`; summed over all rows of a client it is its loss.
         """
-        by_layer = jax.tree.map(lambda x: x.swapaxes(0, 1), factors)
-        nll = _packed_nll(self.model, by_layer, base, batch, owner)
-        of_row = jnp.sum(nll * batch.mask, 1) / jnp.maximum(targets, 1)[owner]
-        return sum_by_owner(of_row, owner, len(targets))
+        nll = packed_nll(self.model, by_layer(factors), base, batch, owner)
+        return sum_of_owners(nll, batch.mask, owner, targets)
 
 
 def packed_divergence(
@@ -321,8 +335,6 @@ def packed_divergence(
     Returns:
       float32 scalar.
     """
-    rows = batch.tokens, batch.positions, batch.segment_ids
-    hidden, _ = model.apply({"params": base, "lora": factors}, *rows)
-    variables = {"params": base} | ({} if reference is None else {"lora": reference})
-    fixed, _ = model.apply(variables, *rows)
+    hidden = packed_hidden(model, factors, base, batch)
+    fixed = packed_hidden(model, reference, base, batch)
     return masked_mean(token_divergence(model, base, hidden, fixed, batch.mask), batch.mask)

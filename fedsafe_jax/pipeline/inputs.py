@@ -24,6 +24,7 @@ from fedsafe_jax.models import attention, hub, lora
 from fedsafe_jax.models.base_model import model_folder
 from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.pools import POOLS, read_pools
+from fedsafe_jax.pipeline.safe_lora_step import Alignment
 from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.devices import announce
@@ -111,6 +112,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     hub.read_config(model_folder(config.model), config.dtype)
+    if config.federated.unaligned and "site" not in roles:
+        Alignment(config)  # wrong before compute; a site projects nothing
     check_turns(config, pools, read.evals)
     announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)

@@ -31,7 +31,9 @@ def hyperparameters_of(config: ConfigDict) -> algorithms.Hyperparameters:
     most = config.num_clients if f.sampling == "poisson" else config.clients_per_round
     whole = config.rounds * most * config.lora_rank
     values = {name: f[name] for name in algorithms.Hyperparameters._fields}
-    return algorithms.Hyperparameters(**values | {"residue_rank": f.residue_rank or whole})
+    changed = {"residue_rank": f.residue_rank or whole}
+    changed["constrained_betas"] = tuple(f.constrained_betas)
+    return algorithms.Hyperparameters(**values | changed)
 
 
 def arm_config(config: ConfigDict, arm: Arm) -> ConfigDict:

@@ -32,6 +32,10 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
             )
     if f.average == "product":
         _validate_product_average(c)
+    if not f.constrained_betas:
+        raise ConfigError(
+            "federated.constrained_betas=(): expected at least one beta, such as (0.5, 2.0, 0.1)."
+        )
     if c.eval.client >= c.num_clients:
         raise ConfigError(
             f"eval.client={c.eval.client}: expected less than num_clients={c.num_clients}."
@@ -114,6 +118,11 @@ def _validate_algorithm(c: ml_collections.ConfigDict, name: str) -> None:
                 f"arms: {', '.join(staged)} does not go with algorithm {name}: each client has a "
                 "model of its own, and the server none that Constitutional AI could train."
             )
+        if c.federated.unaligned:
+            raise ConfigError(
+                f"federated.unaligned='{c.federated.unaligned}' does not go with algorithm {name}: "
+                "each client has a model of its own, and the server none that it could project."
+            )
     for field, reason in ALGORITHMS[name].refuses.items():
         value, default = c, default_config()
         for part in field.split("."):
@@ -157,7 +166,8 @@ def _validate_product_average(c: ml_collections.ConfigDict) -> None:
     if f.stragglers:
         reasons.append(f"stragglers={f.stragglers}")
     if reasons:
-        works = " or ".join(name for name, entry in ALGORITHMS.items() if entry.keeps_mean)
+        works = [name for name, entry in ALGORITHMS.items() if entry.keeps_mean]
+        works = f"{', '.join(works[:-1])} or {works[-1]}"
         raise ConfigError(
             f"federated.average='product' does not go with {', '.join(reasons)}: the basis of the "
             f"factors changes every round; use {works} with server_learning_rate=1, without "

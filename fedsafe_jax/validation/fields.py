@@ -12,6 +12,7 @@ from fedsafe_jax.data.partition import PARTITIONS
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.algorithms.moments import FIRST_MOMENTS, SECOND_MOMENTS
+from fedsafe_jax.federated.algorithms.referenced import REFERENCES
 from fedsafe_jax.federated.algorithms.scaffold import CORRECTIONS
 from fedsafe_jax.federated.attackers import ATTACKERS
 from fedsafe_jax.federated.compression import COMPRESSIONS
@@ -45,6 +46,7 @@ def choices() -> dict[str, Collection[str]]:
         "federated.scaffold": CORRECTIONS,
         "federated.second_moment": SECOND_MOMENTS,
         "federated.first_moment": FIRST_MOMENTS,
+        "federated.reference": REFERENCES,
         "federated.average": ("factors", "product"),
         "federated.aggregator": AGGREGATORS,
         "federated.compression": COMPRESSIONS,

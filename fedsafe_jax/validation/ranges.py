@@ -77,6 +77,8 @@ RANGES: dict[str, Range] = {
     "federated.residue_rank": COUNT,
     "federated.dyn_alpha": POSITIVE,
     "federated.download_share": Range(0, 1, above=True),
+    "federated.kl_weight": COUNT,
+    "federated.safe_lora_threshold": SHARE,
     "federated.server_learning_rate": POSITIVE,
     "federated.adaptive_learning_rate": POSITIVE,
     "federated.beta1": SHARE_BELOW_ONE,
@@ -136,6 +138,7 @@ RANGES: dict[str, Range] = {
 NUMBER_LISTS = {
     "seeds": Range(0, 2**32 - 1),
     "federated.client_ranks": SIZE,
+    "federated.constrained_betas": COUNT,
     "cai.weights": POSITIVE,
 }
 WHOLE_NUMBERS = ("seeds", "federated.client_ranks")

@@ -56,12 +56,8 @@ def inputs(tmp_path_factory):
 
 def ours(inputs, name, optimizer, rounds=2, rate=RATE):
     _, config, params, adapter, batches = inputs
-    model = Decoder(config, LORA.scale)
-
-    def loss_fn(adapter, base, batch):
-        return loss.packed_loss(model, adapter, base, batch)
-
-    algorithm = algorithms.make(name, LocalTraining(loss_fn, optimizer), CLIENTS, HYPERPARAMETERS)
+    training = LocalTraining(loss.PackedLoss(Decoder(config, LORA.scale)), optimizer)
+    algorithm = algorithms.make(name, training, CLIENTS, HYPERPARAMETERS)
     spec = RoundSpec(algorithm, aggregation.make("mean"))
     programs = make_round(spec, make_mesh(jax.devices()[:1]))
     state = simulation.initial_state(programs, adapter, CLIENTS)
@@ -96,6 +92,7 @@ class Reference:
         self.named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.weights = [p for _, p in self.named]
         self.x = [p.detach().clone() for p in self.weights]
+        self.exponents = []  # of the constrained loss
 
     def loss(self, client, step):
         batch = [torch.tensor(np.asarray(f[client, step])) for f in self.batches]
@@ -105,6 +102,41 @@ class Reference:
             logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none"
         )
         return (nll * mask.reshape(-1)).sum() / mask.sum()
+
+    def log_likelihoods(self, client, step):
+        """Those of the targets under the factors in the model, and where they are learned."""
+        tokens, targets, mask = (
+            torch.tensor(np.asarray(f[client, step])) for f in self.batches[:3]
+        )
+        logits = self.model(input_ids=tokens.long()).logits
+        every = torch.log_softmax(logits, -1).gather(2, targets.long()[..., None])[..., 0]
+        return every, mask > 0
+
+    def train_constrained(self, client, betas):
+        """Trains by SGD on Equation 3 of Qi et al. (2024); the start of the round is aligned."""
+        self.set(self.x)
+        with torch.no_grad():
+            aligned = [self.log_likelihoods(client, step)[0] for step in range(STEPS)]
+        optimizer = torch.optim.SGD(self.weights, lr=LARGE_RATE)
+        for step in range(STEPS):
+            now, learned = self.log_likelihoods(client, step)
+            values = []
+            for row in range(ROWS):
+                place = 0
+                for token in range(SEQ):
+                    if not learned[row, token]:
+                        place = 0
+                        continue
+                    beta = betas[min(place, len(betas) - 1)]
+                    gain = now[row, token] - aligned[step][row, token]
+                    self.exponents.append(abs(float(beta * gain)))
+                    values.append(-2 / beta * torch.nn.functional.logsigmoid(beta * gain))
+                    place += 1
+            self.model.zero_grad()
+            torch.stack(values).mean().backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            optimizer.step()
+        return [p.detach().clone() for p in self.weights]
 
     def set(self, values):
         with torch.no_grad():
@@ -249,6 +281,27 @@ def test_two_rounds_of_a_lora_method_equal_torch(inputs, tmp_path, name):
         if name == "fedex_lora" and n == "v_proj":  # attention hardly depends on q here
             without = averaged(("layers", "self_attn", n, "kernel"), layer).T
             assert np.abs(ours_ - without).max() > 1e-4  # far above the tolerance
+
+
+def test_two_rounds_of_constrained_fine_tuning_equal_torch(inputs, tmp_path):
+    """On the paper's loss itself, of which only the gradient is computed here."""
+    reference = Reference(inputs, tmp_path / "start")
+    share = torch.tensor(WEIGHTS / WEIGHTS.sum(), dtype=torch.float32)
+    for _ in range(2):
+        ends = [
+            reference.train_constrained(k, HYPERPARAMETERS.constrained_betas)
+            for k in range(CLIENTS)
+        ]
+        reference.x = [
+            sum(w * x for w, x in zip(share, xs, strict=True)) for xs in zip(*ends, strict=True)
+        ]
+    reference.set(reference.x)
+    reference.model.save_pretrained(tmp_path / "end")
+    expected = lora.load_adapter(tmp_path / "end").factors
+    state, _ = ours(inputs, "constrained_sft", make_optimizer("sgd"), rate=LARGE_RATE)
+    # Steps are 2 long: six of them add up float32's 1e-7 of factors of about 1.
+    close(state.server.factors, expected, atol=5e-6)
+    assert max(reference.exponents) > 0.02  # weights leave 1 by half of that, far above rounding
 
 
 def test_ten_steps_of_openfedllms_adamw(inputs, tmp_path):

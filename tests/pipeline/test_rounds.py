@@ -116,8 +116,8 @@ def test_every_config_is_valid(name):
         ),
         (
             {"federated.average": "product", "federated.server_learning_rate": 0.5},
-            "server_learning_rate=0.5: the basis of the factors changes every round; use fedavg or "
-            "fedprox with server_learning_rate=1",
+            "server_learning_rate=0.5: the basis of the factors changes every round; use fedavg, "
+            "fedprox, constrained_sft or kl_start with server_learning_rate=1",
         ),
         *(
             ({"federated.average": "product", "algorithms": ("fedavg", name)}, f"algorithm {name}")
@@ -156,6 +156,9 @@ def test_every_config_is_valid(name):
              "federated.clip_norm": 1.0},
             "baselines are not private",
         ),
+        ({"federated.constrained_betas": ()}, "constrained_betas=(): expected at least one beta"),
+        ({"federated.constrained_betas": (-1.0,)}, "-1.0 in it; expected numbers, each at least 0"),
+        ({"federated.reference": "start"}, "federated.reference: 'start' is not one of global"),
         ({"federated.dropout": 1.0}, "federated.dropout=1.0: expected a share between 0 and 0.99"),
         ({"warmup_rounds": 6}, "warmup_rounds=6: expected fewer than rounds=6"),
         ({"step_schedule": "cosin"}, "Did you mean 'cosine'?"),

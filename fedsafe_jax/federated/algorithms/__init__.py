@@ -14,6 +14,7 @@ from fedsafe_jax.federated.algorithms.base import (
     fedopt,
     server_step,
 )
+from fedsafe_jax.federated.algorithms.constrained_sft import CONSTRAINED_SFT
 from fedsafe_jax.federated.algorithms.fedavg import FEDAVG
 from fedsafe_jax.federated.algorithms.fedavgm import FEDAVGM
 from fedsafe_jax.federated.algorithms.feddyn import FEDDYN
@@ -27,6 +28,7 @@ from fedsafe_jax.federated.algorithms.ffa_lora import FFA_LORA
 from fedsafe_jax.federated.algorithms.flasc import FLASC
 from fedsafe_jax.federated.algorithms.flora import FLORA
 from fedsafe_jax.federated.algorithms.hetlora import HETLORA
+from fedsafe_jax.federated.algorithms.kl_start import KL_START
 from fedsafe_jax.federated.algorithms.local import LOCAL
 from fedsafe_jax.federated.algorithms.rolora import ROLORA
 from fedsafe_jax.federated.algorithms.scaffold import SCAFFOLD
@@ -52,6 +54,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fedrot_lora": FEDROT_LORA,
     "hetlora": HETLORA,
     "flasc": FLASC,
+    "constrained_sft": CONSTRAINED_SFT,
+    "kl_start": KL_START,
     "local": LOCAL,
 }
 

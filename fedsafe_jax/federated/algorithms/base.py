@@ -101,6 +101,11 @@ class Hyperparameters(NamedTuple):
         the projections exceeds, which is exact.
       dyn_alpha: weight of feddyn's penalty.
       download_share: share of the numbers that flasc's clients receive.
+      reference: what constrained_sft and kl_start hold clients to, a name in
+        `referenced.REFERENCES`.
+      constrained_betas: beta of an answer's tokens in turn in constrained_sft; the last one is that
+        of all further tokens.
+      kl_weight: weight of kl_start's divergence from the reference.
     """
 
     server_learning_rate: float = 1.0
@@ -116,6 +121,9 @@ class Hyperparameters(NamedTuple):
     residue_rank: int = 0
     dyn_alpha: float = 0.01
     download_share: float = 0.25
+    reference: str = "global"
+    constrained_betas: tuple[float, ...] = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
+    kl_weight: float = 1.0
 
 
 class Algorithm(NamedTuple):
