@@ -112,8 +112,8 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
     )
     devices = mesh.make_mesh(model_parallel=config.model_parallel)
     hub.read_config(model_folder(config.model), config.dtype)
-    if config.federated.unaligned and "site" not in roles:
-        Alignment(config)  # wrong before compute; a site projects nothing
+    if config.federated.unaligned:
+        Alignment(config)  # wrong before compute
     check_turns(config, pools, read.evals)
     announce()  # after what may be wrong, and before the weights, which may take minutes
     lm, base = load_base(config, devices)

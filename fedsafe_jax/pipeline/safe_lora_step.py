@@ -45,10 +45,10 @@ class Alignment:
         there = self._unaligned.names()
         for name in (name for names in self._names.values() for name in names):
             expected = self._aligned.shape(name)
-            found = self._unaligned.shape(name) if name in there else None
-            if found != expected:
+            theirs = self._unaligned.shape(name) if name in there else None
+            if theirs != expected:
                 raise ConfigError(
-                    f"{where}: tensor '{name}' has shape {found and list(found)}, and that of "
+                    f"{where}: tensor '{name}' has shape {theirs and list(theirs)}, and that of "
                     f"model='{config.model}' {list(expected)}; name the model that it was aligned "
                     "from."
                 )
