@@ -22,6 +22,7 @@ STAYS = {
     "eval.judge_cache": "/MARKER/replies",
     "safe_sources": ("chat:MARKER.jsonl",),
     "data_dir": "/MARKER/data",
+    "federated.unaligned": "MARKER",
 }
 
 
