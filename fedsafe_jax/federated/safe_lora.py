@@ -1,7 +1,7 @@
 """Safe LoRA: what an adapter does is brought back into the subspace in which alignment happened.
 
 "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language Models" (Hsu
-et al., 2024, arXiv 2405.16833), Section 3. With `V = W_aligned - W_unaligned` of a projection and
+et al., 2024, arXiv 2405.16833). With `V = W_aligned - W_unaligned` of a projection and
 `C = V V^T / |V|_F`, the adapter's `Delta W` becomes `C Delta W` where the cosine of the two is at
 most a threshold, and stays what it is elsewhere. It needs neither data nor training.
 
