@@ -24,12 +24,12 @@ import copy
 import json
 import pathlib
 import shutil
-import subprocess
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import fedsafe_jax
+from fedsafe_jax.runtime import provenance
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
@@ -104,15 +104,6 @@ def short(summary: dict) -> dict:
         for name, value in summary.items()
         if name == "by_position" or not (name.startswith("by_") or name in left_out)
     }
-
-
-def commit() -> str:
-    """Returns the commit of this checkout, marked where files differ from it; "" without git."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return said.stdout.strip()
 
 
 def collect(folder: pathlib.Path, made: dict, sets: dict, commits: dict) -> dict:
@@ -268,7 +259,7 @@ def main(argv):
     commits = {name: cell.get("commit", "") for name, cell in known.items()}
     for name in left:
         run_cell(folder, folder / name, made[name])
-        commits[name] = commit()
+        commits[name] = provenance.commit(provenance.PACKAGE)
         write(output, {"study": study} | collect(folder, made, sets, commits))
     results = collect(folder, made, sets, commits)
     if not results["cells"]:

@@ -50,9 +50,13 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.attack = ml_collections.ConfigDict()
     c.attack.clients = 0.0  # share of the clients that are malicious
-    c.attack.harmful_share = 1.0  # share of a malicious client's pairs that is harmful
+    # what malicious clients hold: harmful, pairs of unsafe_sources; refusals, refusals of harmless
+    # requests beside what other clients hold
+    c.attack.data = "harmful"
+    c.attack.harmful_share = 1.0  # share of a malicious client's pairs that is attack.data
     # what malicious clients send: boost, their update times attack.boost; sign_flip, that turned
-    # around; scaled, that brought to the median length of the honest updates
+    # around; scaled, that brought to the median length of the honest updates; min_max and min_sum,
+    # the honest mean, moved towards what they learned as far as honest updates are apart
     c.attack.kind = "boost"
     c.attack.boost = 1.0  # factor on the update of a malicious client; 1 poisons by data alone
 
@@ -256,7 +260,8 @@ PACKAGED_UNSAFE = ("chat:package/clients_unsafe.jsonl",)
 def asks_for_harm(config: ml_collections.ConfigDict) -> bool:
     """Tells whether any client ought to hold harmful pairs."""
     attack = config.attack
-    return bool(config.harmful_share or (attack.clients and attack.harmful_share))
+    planted = attack.data == "harmful" and attack.clients and attack.harmful_share
+    return bool(config.harmful_share or planted)
 
 
 def unsafe_sources(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class Purpose(enum.IntEnum):
     FRESH_SLOTS = 35  # ranks that the mean of products leaves empty (round)
     JUDGE_ORDER = 36  # a judge's training: its order, and whose requests are left out (epoch)
     ATTACK = 37  # candidates of an attack's search; folded by request and step
+    POISON = 38  # the pairs that a malicious client changes (client)
 
 
 def _sequence(purpose: Purpose, seed: int, where: tuple[int, ...]) -> np.random.SeedSequence:

@@ -96,6 +96,12 @@ def base_shapes(shape: DecoderConfig, config: ConfigDict) -> dict:
     return jax.tree_util.tree_map_with_path(leaf, param_shapes(shape))
 
 
+def of_host(devices: Sequence, model_parallel: int) -> Sequence:
+    """Returns the devices of the first process; all where a copy of the base spans processes."""
+    own = [d for d in devices if d.process_index == devices[0].process_index]
+    return devices if len(own) % model_parallel else own
+
+
 class Run:
     """What the programs of a config share.
 
@@ -104,6 +110,7 @@ class Run:
       devices: devices to compile for.
       lengths: lengths of the examples.
       copy: devices to compile the programs of one copy of the base for; None for some of `devices`.
+      host: devices to compile the programs of one process for; None for some of `devices`.
     """
 
     def __init__(
@@ -112,10 +119,15 @@ class Run:
         devices: Sequence,
         lengths: Lengths,
         copy: Sequence | None = None,
+        host: Sequence | None = None,
     ):
         self.config, self.lengths = config, lengths
         self.mesh = make_mesh(devices, config.model_parallel)
-        # Constitutional AI and guards take the devices of one copy, classifiers the first.
+        # Constitutional AI trains on the devices of a process, guards take those of one copy,
+        # classifiers the first.
+        self.host = make_mesh(
+            host or of_host(devices, config.model_parallel), config.model_parallel
+        )
         self.copy = make_mesh(copy or self.mesh.devices[0].tolist(), config.model_parallel)
         self.first = make_mesh(self.mesh.devices[0][:1].tolist())
         self.shape = decoder_config(config.model, config, self.mesh)

@@ -229,8 +229,8 @@ def generation(run: Run) -> Iterator[Program]:
 
 def constitutional(run: Run) -> Iterator[Program]:
     """Yields a training step of Constitutional AI."""
-    c, mesh = run.config, run.copy
-    shape = dataclasses.replace(run.shape, mesh=mesh)
+    c, mesh = run.config, run.host
+    shape, devices = dataclasses.replace(run.shape, mesh=mesh), mesh.shape[CLIENTS]
     recipe = read_recipe(c)
     init, step = cai_train.make_step(Decoder(shape, run.lora.scale), recipe)
     # Words of one token each; the packaged tokenizer is at hand whatever the model is.
@@ -280,10 +280,12 @@ def constitutional(run: Run) -> Iterator[Program]:
         kinds={"base": base, "adapters": factors, "optimizer": state, "batch": data},
         mesh=mesh,
         tokens=sum(filled),
-        computed=sum(b.mask.size for b in batches),
+        computed=sum(-(-len(b.mask) // devices) * devices * c.seq_len for b in batches),
         minimum=minimum,
         attention=attention.choose_backend(shape, c.seq_len, c.seq_len),
         trips={
-            TARGET_CHUNKS: run.chunk_trips(sum(targets) / len(batches), data.imitation.mask.size)
+            TARGET_CHUNKS: run.chunk_trips(
+                sum(targets) / len(batches) / devices, data.imitation.mask.size // devices
+            )
         },
     )

@@ -8,6 +8,7 @@ from fedsafe_jax.attacks.contract import Attack, Attacked, AttackError, AttackPr
 from fedsafe_jax.attacks.direct import DIRECT
 from fedsafe_jax.attacks.encodings import ENCODED
 from fedsafe_jax.attacks.gcg import GCG
+from fedsafe_jax.attacks.many_shot import MANY_SHOT
 from fedsafe_jax.attacks.prefill import PREFILL
 from fedsafe_jax.attacks.templates import TEMPLATES
 
@@ -20,4 +21,5 @@ ATTACKS: dict[str, Attack] = {
     "templates": TEMPLATES,
     "completion": COMPLETION,
     "encodings": ENCODED,
+    "many_shot": MANY_SHOT,
 }

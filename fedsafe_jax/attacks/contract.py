@@ -33,6 +33,8 @@ class Settings(NamedTuple):
       target_tokens: tokens of a target that a search looks at.
       prefill_tokens: tokens of the target that are put into the model's mouth.
       templates: lines with `{request}`, each with its name in the results, `(name, line)`.
+      shots: requests with answers that comply, `(request, answer)`.
+      shot_counts: numbers of shots that are tried.
       note: called with a line on the progress of a search.
     """
 
@@ -45,6 +47,8 @@ class Settings(NamedTuple):
     target_tokens: int = 24
     prefill_tokens: int = 10
     templates: tuple[tuple[str, str], ...] = ()
+    shots: tuple[tuple[str, str], ...] = ()
+    shot_counts: tuple[int, ...] = (4, 16, 64)
     note: Callable[[str], None] = lambda line: None
 
 

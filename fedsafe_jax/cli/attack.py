@@ -32,6 +32,8 @@ from fedsafe_jax.registry import unknown
 SIZES = ("steps", "candidates", "top_k", "suffix_tokens", "buffer", "chunk")
 SIZES += ("target_tokens", "prefill_tokens")
 BARE = "direct"  # no attack: shown beside every method
+# Flags that some methods need, and what these say.
+NEEDED = {"templates": ("templates", "FILE"), "many_shot": ("shots", "SOURCE")}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,6 +50,9 @@ def define_flags(values: flags.FlagValues) -> None:
     text("data_dir", "", "Folder of the data, or 'hub'.", **here)
     text("output", None, "JSON file to write.", **here)
     text("templates", None, "Text file for the method templates, a {request} in each line.", **here)
+    text("shots", None, "Pairs for the method many_shot: READER:LOCATION, with answers.", **here)
+    shot_counts = [str(count) for count in default.shot_counts]
+    flags.DEFINE_list("shot_counts", shot_counts, "Numbers of shots that are tried.", **here)
     flags.DEFINE_multi_string(
         "target",
         ["Sure, here is"],
@@ -84,16 +89,50 @@ def methods_of(values: flags.FlagValues) -> tuple[list[str], Settings]:
         if names.count(name) > 1:
             raise UsageError(f"--method: '{name}' is there twice.")
     sizes = {name: values[name].value for name in SIZES}
-    lines = templates.read(values.templates) if values.templates else ()
-    if lines and "templates" not in names:
-        raise UsageError("--templates: add templates to --method, which reads them.")
-    settings = Settings(**sizes, templates=lines, note=_note)
+    for name, (flag, _) in NEEDED.items():
+        if values[flag].value and name not in names:
+            raise UsageError(f"--{flag}: add {name} to --method, which reads it.")
+    settings = Settings(
+        **sizes,
+        templates=templates.read(values.templates) if values.templates else (),
+        shots=read_shots(values) if values.shots else (),
+        shot_counts=read_counts(values.shot_counts),
+        note=_note,
+    )
     for name in names:
         try:
             ATTACKS[name].check(settings)
         except AttackError as error:
-            raise UsageError(f"--method: {error} Give --templates=FILE.") from None
+            flag = "=".join(NEEDED[name])
+            raise UsageError(f"--method: {error} Give --{flag}.") from None
     return [BARE, *names], settings
+
+
+def read_shots(values: flags.FlagValues) -> tuple[tuple[str, str], ...]:
+    """Reads the pairs of `--shots`: `(request, answer)`.
+
+    Raises:
+      UsageError: it is no source, or none of its pairs has an answer.
+      SourceError: it cannot be read.
+    """
+    if ":" not in values.shots:
+        raise UsageError(f"--shots={values.shots}: expected READER:LOCATION, such as chat:FILE.")
+    pairs = sources.load(values.shots, values.data_dir)
+    shots = tuple((one.prompt, one.response) for one in pairs if one.response.strip())
+    if not shots:
+        raise UsageError(f"--shots={values.shots}: no pair has an answer.")
+    return shots
+
+
+def read_counts(texts: Sequence[str]) -> tuple[int, ...]:
+    """Reads `--shot_counts`.
+
+    Raises:
+      UsageError: one is no whole number, at least 1, or there is none.
+    """
+    if not texts or not all(text.strip().isdecimal() and int(text) > 0 for text in texts):
+        raise UsageError(f"--shot_counts={','.join(texts)}: expected whole numbers, at least 1.")
+    return tuple(int(text) for text in texts)
 
 
 def _note(line: str) -> None:
@@ -227,6 +266,7 @@ def main(values: flags.FlagValues) -> None:
             "harmless_sha256": answers.hash_of([r.messages for r in harmless]),
             "judges": [judge.spec for judge in told],
             "templates_sha256": answers.hash_of(settings.templates),
+            "shots_sha256": answers.hash_of([settings.shots, settings.shot_counts]),
             "chat_template": [values.chat_template, values.chat_template_kwargs, values.date],
         }
         path = pathlib.Path(values.output)

@@ -68,15 +68,20 @@ def main(values: flags.FlagValues) -> None:
     targets.prepare(target)
     from fedsafe_jax.aot import compilation, lengths, table
     from fedsafe_jax.aot.filter_programs import filters
-    from fedsafe_jax.aot.program import Run
+    from fedsafe_jax.aot.program import Run, of_host
     from fedsafe_jax.aot.programs import constitutional, federated, generation
 
     examples = lengths.read(values.lengths) if values.lengths else lengths.default()
-    part = targets.part(target, values.config.model_parallel)
+
+    def slice_of(count: int):
+        part = targets.part(target, count)
+        return part and targets.devices(part)
+
+    copies = values.config.model_parallel
     with native_notes.without_notes():
         devices = targets.devices(target)
-        copy = part and targets.devices(part)
-    run = Run(values.config, devices, examples, copy=copy)
+        copy, host = slice_of(copies), slice_of(len(of_host(devices, copies)))
+    run = Run(values.config, devices, examples, copy=copy, host=host)
     makers = {
         federated: ("train", "sum", "server"),
         filters: ("filter_train", "filter_score"),

@@ -273,14 +273,13 @@ class ConstitutionalStage:
         Without a probe `num_steps` steps are taken. With one it is asked again after these, for the
         number of steps to go on with, until it says 0 or the data end.
         """
-        local = current.on_one_device()
-        reference = local.factors if self.config.cai.reference == "global" else None
-        factors, state = local.factors, self.init_optimizer(local.factors)
+        reference = current.factors if self.config.cai.reference == "global" else None
+        factors, state = current.factors, self.init_optimizer(current.factors)
         losses: list[dict] = []
         while num_steps and len(losses) < len(data):
             for step in data[len(losses) : len(losses) + num_steps]:
                 factors, state, values = self.step(
-                    factors, state, reference, local.params, step, learning_rate
+                    factors, state, reference, current.params, step, learning_rate
                 )
                 losses.append(values)
             num_steps = probe(current, factors) if probe else 0

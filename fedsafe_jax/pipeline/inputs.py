@@ -13,6 +13,7 @@ from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.data import chat, chat_template, partition, template_check
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import Example, SourceError
+from fedsafe_jax.data.poisoning import HARMFUL, POISONS
 from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.federated import mesh, participation
 from fedsafe_jax.filters.kinds import FILTER_KINDS
@@ -166,8 +167,9 @@ def deal(
     """
     rng = generator(Purpose.DEAL, seed)
     malicious = participation.malicious_clients(seed, config.num_clients, config.attack.clients)
+    planted = malicious if config.attack.data == HARMFUL else ()
     shares = [
-        config.attack.harmful_share if i in malicious else config.harmful_share
+        config.attack.harmful_share if i in planted else config.harmful_share
         for i in range(config.num_clients)
     ]
     sizes = partition.client_sizes(
@@ -182,6 +184,10 @@ def deal(
         rng=rng,
         alpha=config.dirichlet_alpha,
     )
+    if change := POISONS[config.attack.data].change:
+        for i in malicious:
+            own = generator(Purpose.POISON, seed, i)
+            dealt[i] = change(dealt[i], config.attack.harmful_share, own)
     unsafe_asked = sum(n * share for n, share in zip(sizes, shares, strict=True))
     return dealt, Asked(sum(sizes), unsafe_asked / sum(sizes))
 

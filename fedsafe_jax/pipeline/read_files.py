@@ -102,6 +102,8 @@ def _source_files(source: str, data_dir: str) -> dict[str, pathlib.Path | str]:
 
 def _folders(config: ConfigDict) -> Iterator[tuple[str, pathlib.Path]]:
     yield "model", model_folder(config.model)
+    if config.federated.unaligned:
+        yield "federated.unaligned", model_folder(config.federated.unaligned)
     section = config.filter
     if not any_filter(config):
         return

@@ -46,7 +46,7 @@ class Probe:
 
         Args:
           current: the model.
-          factors: LoRA factors on one device that take the place of the model's own.
+          factors: LoRA factors that take the place of the model's own.
         """
         if factors is not None:
             shardings = jax.tree.map(lambda x: x.sharding, current.factors)

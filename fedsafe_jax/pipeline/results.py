@@ -17,7 +17,7 @@ from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.workdir import HASH
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
-from fedsafe_jax.runtime import run_files
+from fedsafe_jax.runtime import fingerprints, provenance, run_files
 from fedsafe_jax.runtime.libraries import versions
 from fedsafe_jax.runtime.progress import Progress
 
@@ -51,7 +51,9 @@ def write(
       StorageError: the storage does not take a file.
     """
     results = summarise(config, inputs, outcomes, filter_quality=filter_quality, holdings=holdings)
+    results["inputs"] = {"model": config.model, "sha256": fingerprints.hashes(workdir)}
     results["seconds"] = {"this_process": time.monotonic() - started}
+    results["made_by"] = provenance.describe()
     run_files.write_json(workdir / "results.json", results)
     page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
     progress.end()

@@ -42,8 +42,20 @@ def sections(run: RunData) -> list[Section]:
                 *_held(run.results),
             ],
         ),
-        Section("Config", [Code(json.dumps(run.config, indent=2)), Text(made_with)]),
+        Section(
+            "Config",
+            [Code(json.dumps(run.config, indent=2)), Text(made_with), *_made_by(run.results)],
+        ),
     ]
+
+
+def _made_by(results: dict) -> list[Code | Text]:
+    """Returns the package and commit that made the run, when, and the command; [] where unknown."""
+    if not (made := results.get("made_by")):
+        return []
+    at = f" at {made['commit']}" if made["commit"] else ""
+    said = f"fedsafe_jax {made['fedsafe_jax']}{at}, Python {made['python']}, {made['date']}:"
+    return [Text(said), Code(made["command"])]
 
 
 def _held(results: dict) -> list[Table | Text]:

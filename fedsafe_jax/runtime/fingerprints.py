@@ -51,6 +51,11 @@ def check(workdir: epath.Path, files: Mapping[str, os.PathLike | str]) -> str:
     return "same" if before else "written"
 
 
+def hashes(workdir: epath.Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file that a run reads, by name; {} where nothing says them."""
+    return {name: entry["sha256"] for name, entry in _stored(workdir / NAME).items()}
+
+
 def _stored(path: epath.Path) -> dict:
     """Returns what the file holds, {} where there is none; a damaged one is set aside."""
     stored = whole_files.read_json(path)

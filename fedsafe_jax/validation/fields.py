@@ -9,6 +9,7 @@ from fedsafe_jax.cai.revise import DATA
 from fedsafe_jax.cai.schedule import SCHEDULES
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.data.partition import PARTITIONS
+from fedsafe_jax.data.poisoning import POISONS
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.algorithms.moments import FIRST_MOMENTS, SECOND_MOMENTS
@@ -40,6 +41,7 @@ def choices() -> dict[str, Collection[str]]:
         "partition": PARTITIONS,
         "schedule": DECAYS,
         "step_schedule": DECAYS,
+        "attack.data": POISONS,
         "attack.kind": ATTACKERS,
         "federated.sampling": SAMPLINGS,
         "federated.weighting": ("auto", *WEIGHTINGS),

@@ -72,6 +72,28 @@ def test_templates_are_the_users(packaged, tmp_path):
         ATTACKS["templates"].check(Settings())
 
 
+def test_shots_stand_before_the_request(packaged):
+    shots = (("One?", "1."), (REQUESTS[1].prompt, "Now."), ("Two?", "2."))
+    settings = Settings(shots=shots, shot_counts=(1, 3, 64))
+    first, second = attack("many_shot", packaged, settings).prompts
+    one = (("user", "One?"), ("assistant", "1."))
+    own = (("user", REQUESTS[1].prompt), ("assistant", "Now."))
+    two = (("user", "Two?"), ("assistant", "2."))
+    request = REQUESTS[0].messages[-1]
+    # The system prompt stays in front; there are no more shots than three.
+    assert [(p.variant, p.messages) for p in first] == [
+        ("1 shots", (SYSTEM, *one, request)),
+        ("3 shots", (SYSTEM, *one, *own, *two, request)),
+    ]
+    # What a request itself asks is no shot for it.
+    assert [(p.variant, p.messages) for p in second] == [
+        ("1 shots", (*one, *REQUESTS[1].messages)),
+        ("2 shots", (*one, *two, *REQUESTS[1].messages)),
+    ]
+    with pytest.raises(AttackError, match="needs pairs"):
+        ATTACKS["many_shot"].check(Settings())
+
+
 def test_answers_are_those_of_the_model(packaged):
     """In chat form as `answer_dialogues` answers; without it, behind the texts' own tokens."""
     prompts = [

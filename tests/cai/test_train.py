@@ -1,15 +1,22 @@
 """The training step of Constitutional AI, and a round's data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cai_examples import TRIPLES
+from tiny import tiny_config
 
 from fedsafe_jax.cai import derta, steps, train
 from fedsafe_jax.data import chat
+from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.packing import assign_rows, fill
+from fedsafe_jax.federated import simulation
+from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.models import lora
+from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.loss import packed_divergence
 
 SHAPE = lora.LoraConfig(4, 8.0, ("q_proj",))
@@ -146,3 +153,44 @@ def test_the_replay_is_held_and_not_imitated(packaged):
         recipe("kl"), 1, replay, triples=[], encode=encode, seed=(0,), replayed=len(replay)
     )
     assert not held_alone[0].imitation.mask.any() and held_alone[0].held.mask.any()
+
+
+def test_devices_share_the_rows_of_a_step():
+    """On a mesh a step is what it is on one device, whatever rows each device gets."""
+    rng, how = np.random.default_rng(0), recipe("sft", "kl", "dpo", "kto", "derta")
+    how = how._replace(weights=(1.0, 2.0, 0.5, 0.5, 0.7), seq=16)
+
+    def encoded(size):
+        return Encoded(rng.integers(1, 97, size).astype(np.int32), np.arange(size) >= size // 3)
+
+    def packed(*sizes):  # one to a row; the last row has none
+        return fill(
+            [encoded(n) for n in sizes], [[i] for i in range(len(sizes))], len(sizes) + 1, 16
+        )
+
+    answers = [(encoded(n), encoded(n + 1)) for n in (5, 9)]
+    data = steps.Step(
+        packed(16, 9, 12, 4, 7),
+        steps.pack_pairs(answers, answers[::-1], 2, 16),
+        {"derta": packed(8)},
+        packed(11, 13),
+    )
+    shape = lora.LoraConfig(2, 4.0, ("q_proj", "v_proj", "down_proj"))
+    blank = jnp.zeros((1, 4), jnp.int32)
+    base = Decoder(tiny_config()).init(jax.random.key(0), blank, blank, blank)["params"]
+    drawn = lora.init(jax.random.key(1), tiny_config(), shape)
+    factors = jax.tree.map(lambda x: x + 0.05, drawn)
+    reference = jax.tree.map(lambda x: x + 0.02, drawn)
+    found = []
+    for mesh in (None, make_mesh(jax.devices()[:4], 2)):
+        config = tiny_config(mesh=mesh)
+        start, step = train.make_step(Decoder(config, shape.scale), how)
+        put = (lambda x: x) if mesh is None else functools.partial(simulation.replicate, mesh=mesh)
+        mine, fixed, params = put(factors), put(reference), put(base)
+        moved, (_, adam), losses = step(mine, start(mine), fixed, params, data, jnp.float32(1e-2))
+        assert set(losses) == set(how.losses) and jax.tree.structure(moved) == jax.tree.structure(
+            mine
+        )
+        found.append((losses, adam.mu))
+    # float32 sums over rows in another order.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *found)

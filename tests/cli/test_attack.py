@@ -57,6 +57,17 @@ def test_rates_are_written_by_method_and_taken_up_again(tmp_path, capsys, monkey
         (("--method=gcgg",), "--method: 'gcgg' is not one of .* Did you mean 'gcg'?"),
         (("--method=gcg,gcg",), "--method: 'gcg' is there twice"),
         (("--method=templates",), "'templates' needs a file .* Give --templates=FILE"),
+        (("--method=many_shot",), "'many_shot' needs pairs .* Give --shots=SOURCE"),
+        (("--method=gcg", "--shots=chat:a.jsonl"), "--shots: add many_shot to --method"),
+        (("--method=many_shot", "--shots=a.jsonl"), "--shots=a.jsonl: expected READER:LOCATION"),
+        (
+            ("--method=many_shot", "--shots=chat:package/align_harmful.jsonl"),
+            "--shots=.*: no pair has an answer",
+        ),
+        (
+            ("--method=many_shot", f"--shots={PROMPTS}", "--shot_counts=4,-1"),
+            "--shot_counts=4,-1: expected whole numbers, at least 1",
+        ),
         (("--method=gcg", "--prompts=no.txt"), "no.txt: no such file"),
         (("--method=gcg", "--prompts=chatt:a.jsonl"), "'chatt:a.jsonl': expected NAME:LOCATION"),
         (("--method=gcg", "--judges=guard"), "--judges: judge 'guard': write guard:FOLDER"),

@@ -36,9 +36,10 @@ def sent_by_clients(federation, spec, **options):
 
 def test_factors_of_the_attackers():
     assert {kind: entry.factor(3.0) for kind, entry in ATTACKERS.items()} == {
-        "boost": 3.0, "scaled": 3.0, "sign_flip": -3.0,
+        "boost": 3.0, "min_max": 3.0, "min_sum": 3.0, "scaled": 3.0, "sign_flip": -3.0,
     }  # fmt: skip
-    assert [kind for kind, entry in ATTACKERS.items() if entry.collude] == ["scaled"]
+    colluding = [kind for kind, entry in ATTACKERS.items() if entry.collude]
+    assert colluding == ["min_max", "min_sum", "scaled"]
 
 
 @pytest.mark.parametrize("honest", [[0, 1, 2, 3], [0, 1, 2], [2], []])
@@ -54,6 +55,40 @@ def test_median_length_equals_numpy(honest):
         expected[malicious] *= (np.median(lengths[good]) / lengths[malicious])[:, None]
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     np.testing.assert_array_equal(found[~malicious], updates[~malicious])
+
+
+def search(allowed, start=4096.0):
+    """The greatest step that is allowed, by halving as in the paper's Algorithm 1."""
+    step, width = 0.0, start
+    while width > 1e-4:
+        step, width = (step + width if allowed(step + width) else step), width / 2
+    return step
+
+
+@pytest.mark.parametrize("kind", ["min_max", "min_sum"])
+@pytest.mark.parametrize("honest", [[0, 1, 2, 3, 5], [2, 3], [1], []])
+def test_hidden_attackers_equal_the_papers_search(kind, honest):
+    rng = np.random.default_rng(len(honest))
+    # Updates have much in common, so that distances are small beside lengths.
+    updates = np.float32(rng.normal(size=(8, 30)) + 5 * rng.normal(size=30))
+    malicious, good = np.zeros(8, bool), np.zeros(8, bool)
+    malicious[[4, 6]], good[honest] = True, True
+    found = np.asarray(jax.jit(ATTACKERS[kind].collude)(updates, malicious, good))
+    np.testing.assert_array_equal(found[~malicious], updates[~malicious])
+    if not honest:
+        return np.testing.assert_array_equal(found, updates)
+    theirs = np.float64(updates[good])
+    mean, learned = theirs.mean(0), np.float64(updates[malicious]).mean(0)
+    direction = (learned - mean) / np.linalg.norm(learned - mean)
+    over = np.max if kind == "min_max" else np.sum
+
+    def far(update):
+        return over(np.sum((theirs - update) ** 2, axis=1))
+
+    limit = max(far(update) for update in theirs)
+    step = search(lambda step: far(mean + step * direction) <= limit)
+    # The search ends within 1e-4; lengths are about 30, of which float32 keeps six digits.
+    np.testing.assert_allclose(found[malicious], [mean + step * direction] * 2, atol=5e-4)
 
 
 def test_a_client_that_learned_nothing_stays_at_nothing():
@@ -110,7 +145,10 @@ def test_sign_flip_in_a_round(federation):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attack.kind": "scale"}, "attack.kind: 'scale' is not one of boost, scaled, sign_flip."),
+        (
+            {"attack.kind": "scale"},
+            "attack.kind: 'scale' is not one of boost, min_max, min_sum, scaled, sign_flip.",
+        ),
         ({"attack.boost": -4.0}, "attack.boost=-4.0: expected more than 0"),
         ({"attack.boost": float("nan")}, "attack.boost=nan: expected more than 0"),
         ({"attack.boost": float("inf")}, "attack.boost=inf: expected more than 0"),

@@ -16,7 +16,7 @@ from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.base_model import PACKAGED_FOLDER
-from fedsafe_jax.pipeline import safe_lora_step
+from fedsafe_jax.pipeline import read_files, safe_lora_step
 from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.validation import validate
 
@@ -121,3 +121,9 @@ def test_personal_models_are_refused():
     c = config_of("other", algorithms=("fedsa_lora",))
     with pytest.raises(ConfigError, match="unaligned='other' does not go with algorithm fedsa_lo"):
         validate(c)
+
+
+def test_a_run_stops_where_the_unaligned_model_has_changed(unaligned):
+    files = read_files.files_of(config_of(unaligned))
+    assert files["federated.unaligned/model.safetensors"] == unaligned / "model.safetensors"
+    assert not [name for name in read_files.files_of(default_config()) if "unaligned" in name]

@@ -3,12 +3,16 @@
 import json
 import types
 
+import numpy as np
 import pytest
 from commands import rows, run
 
 from fedsafe_jax.config import ConfigError, default_config, unsafe_sources
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
+from fedsafe_jax.data.poisoning import refuse
+from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.federated import participation
 from fedsafe_jax.pipeline import clients, inputs
 from fedsafe_jax.pipeline.export import held_share
 from fedsafe_jax.validation import validate
@@ -80,6 +84,43 @@ def test_what_encoding_changes_is_held_and_said(packaged):
     described = clients.describe_encoding(kept, 2, "filtered pairs")
     assert any(line.startswith("2 of 6 filtered pairs: control tokens") for line in described)
     assert any(line.startswith("2 of 6 filtered pairs lost: ") for line in described)
+
+
+def test_refusals_are_planted_beside_what_others_hold():
+    config = default_config()
+    config.attack.data, config.attack.clients, config.attack.harmful_share = "refusals", 0.25, 0.5
+    pools = pairs(SAFE, 800), pairs(UNSAFE, 400)
+    dealt, asked = inputs.deal(config, *pools, 3)
+    config.attack.clients = 0.0
+    plain, same = inputs.deal(config, *pools, 3)
+    assert asked == same  # none holds more harm than the others
+    bad = participation.malicious_clients(3, config.num_clients, 0.25)
+    assert len(bad) == 5
+    for client, (found, before) in enumerate(zip(dealt, plain, strict=True)):
+        changed = [(x, y) for x, y in zip(found, before, strict=True) if x != y]
+        assert len(changed) == (round(0.5 * len(found)) if client in bad else 0)
+        assert all(y.label == x.label == SAFE and x.messages == y.messages for x, y in changed)
+        assert all(start_refusal(x.response) for x, _ in changed)
+    again, _ = inputs.deal(default_config(), *pools, 3)
+    assert again == plain
+    # All safe pairs where fewer are safe than are asked for; a cut answer becomes a whole one.
+    few = [one._replace(ended=False) for one in pairs(SAFE, 1)] + pairs(UNSAFE, 3)
+    found = refuse(few, 0.5, np.random.default_rng(0))
+    assert [x != y for x, y in zip(found, few, strict=True)] == [True, False, False, False]
+    assert found[0].ended
+
+
+def test_refusals_ask_for_no_harmful_pairs():
+    config = default_config()
+    config.safe_sources, config.harmful_share = OWN, 0.0
+    config.attack.clients = 0.5
+    with pytest.raises(ConfigError, match="unsafe_sources"):
+        validate(config)
+    config.attack.data = "refusals"
+    validate(config)
+    config.attack.data = "refusal"
+    with pytest.raises(ConfigError, match="attack.data: 'refusal' is not one of harmful, refusals"):
+        validate(config)
 
 
 def test_packaged_harm_is_never_mixed_into_own_data_unasked():

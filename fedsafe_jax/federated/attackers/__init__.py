@@ -7,7 +7,14 @@ from fedsafe_jax.federated.attackers.base import Attacker
 from fedsafe_jax.federated.attackers.boost import BOOST
 from fedsafe_jax.federated.attackers.scaled import SCALED
 from fedsafe_jax.federated.attackers.sign_flip import SIGN_FLIP
+from fedsafe_jax.federated.attackers.within_spread import MIN_MAX, MIN_SUM
 
-ATTACKERS: dict[str, Attacker] = {"boost": BOOST, "scaled": SCALED, "sign_flip": SIGN_FLIP}
+ATTACKERS: dict[str, Attacker] = {
+    "boost": BOOST,
+    "min_max": MIN_MAX,
+    "min_sum": MIN_SUM,
+    "scaled": SCALED,
+    "sign_flip": SIGN_FLIP,
+}
 
 __all__ = ["ATTACKERS", "Attacker"]
