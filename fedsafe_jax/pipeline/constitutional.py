@@ -1,5 +1,6 @@
 """Constitutional AI on the aggregated model: probe, generate, criticise, revise, train."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,7 @@ from fedsafe_jax.federated.schedules import round_rate
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models.decoder import Decoder
+from fedsafe_jax.models.sharding import is_shared
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.evaluation import judge_tools
 from fedsafe_jax.pipeline.inputs import RunInputs
@@ -78,6 +80,11 @@ class ConstitutionalStage:
         self.schedule = SCHEDULES[config.cai.schedule]
         self.recipe = read_recipe(config)
         self.rows = RevisionRows(config, self.tokenizer, recipe=self.recipe, seed=seed)
+        # Where CPU cores share the arrays one of them trains, with the threads of all: dealing the
+        # rows of a step to cores is no faster, and sums in another order than one process does.
+        self.on_one = is_shared(model.config.mesh)
+        if self.on_one:
+            model = Decoder(dataclasses.replace(model.config, mesh=None), model.lora_scale)
         self.init_optimizer, self.step = make_step(model, self.recipe)
         self._past: list[tuple[int, Record]] | None = None
         self.red_team, self.given, self.probe_prompts = inputs.red_team, inputs.given, []
@@ -273,13 +280,14 @@ class ConstitutionalStage:
         Without a probe `num_steps` steps are taken. With one it is asked again after these, for the
         number of steps to go on with, until it says 0 or the data end.
         """
-        reference = current.factors if self.config.cai.reference == "global" else None
-        factors, state = current.factors, self.init_optimizer(current.factors)
+        own = current.on_one_device() if self.on_one else current
+        reference = own.factors if self.config.cai.reference == "global" else None
+        factors, state = own.factors, self.init_optimizer(own.factors)
         losses: list[dict] = []
         while num_steps and len(losses) < len(data):
             for step in data[len(losses) : len(losses) + num_steps]:
                 factors, state, values = self.step(
-                    factors, state, reference, current.params, step, learning_rate
+                    factors, state, reference, own.params, step, learning_rate
                 )
                 losses.append(values)
             num_steps = probe(current, factors) if probe else 0

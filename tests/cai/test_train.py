@@ -182,7 +182,7 @@ def test_devices_share_the_rows_of_a_step():
     factors = jax.tree.map(lambda x: x + 0.05, drawn)
     reference = jax.tree.map(lambda x: x + 0.02, drawn)
     found = []
-    for mesh in (None, make_mesh(jax.devices()[:4], 2)):
+    for mesh in (None, make_mesh(jax.devices()[:4])):
         config = tiny_config(mesh=mesh)
         start, step = train.make_step(Decoder(config, shape.scale), how)
         put = (lambda x: x) if mesh is None else functools.partial(simulation.replicate, mesh=mesh)
