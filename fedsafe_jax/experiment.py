@@ -17,7 +17,6 @@ from fedsafe_jax import own_folder, random_streams
 from fedsafe_jax.federated import simulation
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
-from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
@@ -286,10 +285,8 @@ class ArmRun:
             timer.mark("safe_lora")
         if self.planned.arm.filter:
             ids = row["clients"] + row["no_data"]
-            if self.planned.arm.training == "centralised":
-                ids = range(self.config.num_clients)
-            counts = [self.clients.counts[i] for i in ids]
-            row["filter"] = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
+            everyone = self.planned.arm.training == "centralised"
+            row["filter"] = self.clients.filtered_of(range(config.num_clients) if everyone else ids)
         records = []
         if stage is not None:
             # Constitutional AI on the aggregated model.

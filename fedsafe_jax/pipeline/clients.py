@@ -1,7 +1,7 @@
 """The clients of one seed: their roles, and the pairs they train on, encoded."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -101,6 +101,11 @@ class Clients:
     def judge(self) -> tuple[Callable, float]:
         """Returns `(dialogues, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
         return answer_risk(self.make_filter()), self.threshold
+
+    def filtered_of(self, ids: Iterable[int]) -> dict[str, int]:
+        """Returns the fields of `FilterCounts`, summed over the clients of these ids."""
+        counts = [self.counts[i] for i in ids]
+        return {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
 
     def filter_record(self) -> dict:
         """Returns what `results.json` keeps of the filter of a seed."""

@@ -35,10 +35,10 @@ def min_max(updates: jax.Array, malicious: jax.Array, honest: jax.Array) -> jax.
 
 
 def min_sum(updates: jax.Array, malicious: jax.Array, honest: jax.Array) -> jax.Array:
-    """Moves malicious updates until they are as far from all honest ones as one honest update is.
+    """Moves malicious updates until they are as far from the honest ones as any of these is.
 
-    The sum of their squared distances to the honest updates is then the greatest such sum of an
-    honest update. Arguments and result as of `min_max`.
+    The distance is the sum of squared distances to all honest updates. Arguments and result as of
+    `min_max`.
     """
     mean, direction, apart = _spread(updates, malicious, honest)
     sums = jnp.sum(apart, axis=1, where=honest)
