@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import runpy
@@ -20,6 +21,8 @@ SMALL = (
     "cai.batch_size=2", "cai.pairs_per_step=1", "cai.replay_examples=4",
     "cai.max_new_tokens=8", "arms=('base','fl','fl+filter+cai')",
 )  # fmt: skip
+# For tests that read no answers: to compile the programs that write them takes longer than a run.
+NO_ANSWERS = "eval.tasks=('utility',)"
 
 
 def command(workdir, *settings):
@@ -28,6 +31,22 @@ def command(workdir, *settings):
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     start = [sys.executable, "-m", "fedsafe_jax.main", "--config=configs/demo.py"]
     return [*start, f"--workdir={workdir}", *flags]
+
+
+def forkserver():
+    """A context whose processes begin with what `preloaded` has imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    # The server has no `sys.path` of ours, and says nothing where it finds no module.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "tests"), before)))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 class Run:
@@ -40,8 +59,7 @@ class Run:
     def __init__(self, workdir, *settings):
         self._folder = tempfile.TemporaryDirectory()
         self._logs = [pathlib.Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fedsafe_jax.experiment"])
+        context = forkserver()
         arguments = command(workdir, *settings)[3:], dict(ENVIRONMENT), self._logs
         self._process = context.Process(target=_main, args=arguments, daemon=True)
         self._process.start()

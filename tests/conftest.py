@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
+import transformers  # noqa: E402, F401  # with torch: a command that is called here would go without
 
 # Minutes each; begun first, so that two processes that share the files end together.
 LONG = (

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, ROOT, SMALL, run
+from commands import ENVIRONMENT, NO_ANSWERS, ROOT, SMALL, run
 from safetensors.numpy import load_file
 
 SCRIPT = ROOT / "launch" / "local_multiprocess.sh"
@@ -45,7 +45,7 @@ def test_two_processes_end_with_the_adapter_of_one(tmp_path, monkeypatch):
     # The programs that users run fuse; without that, rounding differs more between the two.
     fused = ENVIRONMENT["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
     monkeypatch.setitem(ENVIRONMENT, "XLA_FLAGS", fused)
-    settings = ("arms=('fl+filter+cai',)", "rounds=2", "clients_per_round=3")
+    settings = ("arms=('fl+filter+cai',)", "rounds=2", "clients_per_round=3", NO_ANSWERS)
     # The same programs in both: the cores of one process would deal out rows, and sum otherwise.
     settings += ("filter.kind=simulated", "clients_in_parallel=1")
     fields = dict(s.split("=", 1) for s in (*SMALL, *settings))
@@ -65,6 +65,7 @@ def test_two_processes_end_with_the_adapter_of_one(tmp_path, monkeypatch):
     assert len(lines[0].splitlines()) == len(lines[1].splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_base_on_two_hosts_gives_what_one_host_gives(tmp_path):
     """Generation, Constitutional AI, evaluation and export, half of the base in each process."""
     settings = ("arms=('base','fl+filter+cai')", "rounds=1", "model_parallel=2")

@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, ROOT, Run, comparable, rows, run
+from commands import ENVIRONMENT, NO_ANSWERS, ROOT, Run, comparable, rows, run
 
+from fedsafe_jax.cli import startup
 from fedsafe_jax.evals.statistics import wilson
 
 
@@ -153,6 +154,7 @@ def test_several_seeds_and_algorithms_make_one_table(tmp_path):
         "seeds=(0,1)",
         "algorithms=('fedavg','scaffold')",
         "arms=('base','fl')",
+        NO_ANSWERS,
         "rounds=1",
         "quantization=int8",
         "lora_rank_stabilized=True",
@@ -210,7 +212,7 @@ def test_evaluate_prompts_and_adapter(finished, tmp_path):
         (None, "no tokenizer could be loaded"),
     ],
 )
-def test_unusable_models_give_one_clear_line(tmp_path, change, message):
+def test_unusable_models_give_one_clear_line(tmp_path, capsys, change, message):
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "fedsafe_jax" / "assets" / "model", folder)
     if change is None:
@@ -219,16 +221,17 @@ def test_unusable_models_give_one_clear_line(tmp_path, change, message):
     else:
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | change))
-    begin = [sys.executable, "-m", "fedsafe_jax", "evaluate", f"--model={folder}"]
-    done = subprocess.run(
-        [*begin, "--tasks=hhh=package/hhh_heldout.jsonl", f"--output={tmp_path / 'o.json'}"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+    with pytest.raises(SystemExit) as end:
+        startup.start(
+            "evaluate",
+            [
+                f"--model={folder}",
+                "--tasks=hhh=package/hhh_heldout.jsonl",
+                f"--output={tmp_path / 'o.json'}",
+            ],
+        )
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and message in lines[0], lines
 
 
 def test_compiled_programs_are_kept_in_a_folder_of_the_user(tmp_path):

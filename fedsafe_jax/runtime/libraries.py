@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -17,11 +18,36 @@ from fedsafe_jax.whole_files import WorkdirError
 
 
 def quiet_libraries() -> None:
-    """Silences third-party libraries, unless an environment variable asks for their messages."""
+    """Silences third-party libraries, unless an environment variable asks for their messages.
+
+    It also leaves out what they would look for in vain: torch, and devices that are not here.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    leave_out_torch()
     leave_out_absent_devices(os.environ)
+
+
+def leave_out_torch() -> None:
+    """Has transformers do without torch in this process, which takes seconds to import.
+
+    transformers imports torch with the first config where torch is installed, and no command needs
+    it. What it finds on its own import holds from then on, so nothing is changed where transformers
+    or torch has been imported already.
+    """
+    if {"torch", "transformers"} & sys.modules.keys():
+        return
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: (
+        None if name == "torch" else find_spec(name, package)
+    )
+    try:
+        from transformers.utils import is_torch_available
+
+        is_torch_available()  # the answer is kept
+    finally:
+        importlib.util.find_spec = find_spec
 
 
 def leave_out_absent_devices(

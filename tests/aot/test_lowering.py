@@ -34,7 +34,25 @@ COMMUNICATION = re.compile(
     r"(?:stablehlo|sdy)\.(?:all_reduce|all_gather|reduce_scatter|all_to_all|collective_\w+)"
 )
 LADDERS = row_queue.LADDERS
-DEVICES = [(1, 1), (4, 1), (4, 2)]  # devices, model_parallel
+# Platforms, devices and model_parallel. The slow ones differ from the others in one of the three.
+LAYOUTS = [
+    ("cuda", 4, 2),
+    ("tpu", 1, 1),
+    *(
+        pytest.param(*layout, marks=pytest.mark.slow)
+        for layout in [("cuda", 1, 1), ("cuda", 4, 1), ("tpu", 4, 1), ("tpu", 4, 2)]
+    ),
+]
+
+
+def on_both_platforms(names):
+    """Pairs of a name and a platform; every name stands once among those that are not slow."""
+    platforms = ("cuda", "tpu")
+    return [
+        pytest.param(name, platform, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, name in enumerate(names)
+        for j, platform in enumerate(platforms)
+    ]
 
 
 @pytest.fixture
@@ -62,8 +80,7 @@ def base_products(text: str):
     return sizes, with_base, others
 
 
-@pytest.mark.parametrize("count, model_parallel", DEVICES)
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
 def test_training_with_dropout_lowers_alike(accelerators, platform, count, model_parallel, targets):
     """The base's products are those without dropout, and nothing more is communicated."""
@@ -81,8 +98,7 @@ def test_training_with_dropout_lowers_alike(accelerators, platform, count, model
     assert plain[1:] == dropped[1:]
 
 
-@pytest.mark.parametrize("count, model_parallel", DEVICES)
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
 def test_every_program_lowers_with_its_kernels(
     accelerators, monkeypatch, platform, count, model_parallel
 ):
@@ -136,8 +152,7 @@ def test_every_program_lowers_with_its_kernels(
     assert tuple(seen) == PROGRAMS
 
 
-@pytest.mark.parametrize("count, model_parallel", DEVICES)
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
 def test_holding_the_replay_lowers(accelerators, platform, count, model_parallel):
     """As much of the base is multiplied as without, and once more for the reference's pass."""
     products = {}
@@ -176,8 +191,7 @@ def test_holding_clients_to_a_reference_lowers(accelerators, platform, model_par
     assert held[0] > plain[0] and held[1:] == plain[1:] and held[1]
 
 
-@pytest.mark.parametrize("count, model_parallel", DEVICES)
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
 def test_a_guard_lowers(accelerators, platform, count, model_parallel):
     run = run_on(platform, count, config(filter__kind="guard", model_parallel=model_parallel))
     for program in filters(run):
@@ -189,8 +203,7 @@ def test_a_guard_lowers(accelerators, platform, count, model_parallel):
         assert [x for x in found if len(x) == 4 and x[-1] == 64 and heads in x]
 
 
-@pytest.mark.parametrize("count, model_parallel", DEVICES)
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
 def test_the_prefill_of_several_adapters_lowers(accelerators, platform, count, model_parallel):
     run = run_on(platform, count, config(model_parallel=model_parallel))
     prefill = next(program for program in generation(run) if program.name == "prefill")
@@ -229,8 +242,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name, platform", on_both_platforms(SHAPES))
 def test_shapes_of_attention_have_a_kernel(accelerators, name, platform):
     changes, *expected = SHAPES[name]
     accelerators(**changes)
@@ -285,8 +297,9 @@ def test_a_float32_model_has_no_kernel_on_gpu(accelerators):
     assert next(federated(run_on("cuda", 1, config(dtype="float32")))).attention == "xla"
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", ["no groups", "windows", "a cap", "Gemma 2"])
+@pytest.mark.parametrize(
+    "name, platform", on_both_platforms(["no groups", "windows", "a cap", "Gemma 2"])
+)
 def test_long_rows_hold_no_scores_of_all_heads(accelerators, name, platform):
     changes, *_ = SHAPES[name]
     accelerators(max_length=8192, **changes)
@@ -319,8 +332,7 @@ FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name, platform", on_both_platforms(FLOAT32))
 def test_products_of_float32_are_not_rounded(accelerators, name, platform):
     make, changes = FLOAT32[name]
     run = run_on(platform, 1, config(**{"dtype": "float32"} | changes))

@@ -26,7 +26,7 @@ def command(name, *flags):
 def test_command_lines(tmp_path):
     flags = [
         "--config=configs/filter_minilm.py:scratch", f"--workdir={tmp_path / 'f'}",
-        "--config.sources=('chat:package/filter.jsonl',)", "--config.epochs=3",
+        "--config.sources=('chat:package/filter.jsonl',)", "--config.epochs=1",
     ]  # fmt: skip
     done = command("train-filter", *flags)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -37,7 +37,7 @@ OVERRIDES = (
     "rounds=2 local_steps=3 batch_size=4 seq_len=64 filter.kind=simulated eval.max_prompts=4 "
     "eval.max_heldout=4 eval.max_new_tokens=4 eval.batch_size=4 cai.red_team_prompts=2 "
     "cai.benign_prompts=1 cai.steps=2 cai.batch_size=2 cai.pairs_per_step=1 "
-    "cai.replay_examples=4 cai.max_new_tokens=8 algorithms=('scaffold',)"
+    "cai.replay_examples=4 cai.max_new_tokens=8 algorithms=('scaffold',) eval.tasks=('utility',)"
 )
 
 
@@ -218,6 +218,7 @@ def superlink_and_nodes(folder, tmp_path, environment):
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_superlink_and_three_supernodes_give_the_same(simulated, folder, tmp_path):
     environment = os.environ | {
         "XLA_FLAGS": QUICK, "FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0",

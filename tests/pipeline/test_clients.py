@@ -1,7 +1,7 @@
 """What a run's metrics say of those who took part, and who did not."""
 
 import pytest
-from commands import rows, run
+from commands import NO_ANSWERS, rows, run
 
 from fedsafe_jax.runtime import arm_secret
 
@@ -13,6 +13,7 @@ def test_a_run_reports_who_took_part(tmp_path):
     run(
         tmp_path,
         "arms=('fl',)",
+        NO_ANSWERS,
         "num_clients=8",
         "clients_per_round=6",
         "algorithms=('fedadam',)",
@@ -53,6 +54,8 @@ def test_a_client_that_the_filter_empties_is_counted_and_the_run_goes_on(tmp_pat
     run(
         tmp_path,
         "arms=('fl+filter',)",
+        NO_ANSWERS,
+        "rounds=1",
         "num_clients=3",
         "clients_per_round=3",
         "filter.epochs=5",
@@ -67,6 +70,8 @@ def test_a_client_whose_pairs_are_all_masked_weighs_nothing_and_is_named(tmp_pat
     done = run(
         tmp_path,
         "arms=('fl+filter',)",
+        NO_ANSWERS,
+        "rounds=1",
         "num_clients=3",
         "clients_per_round=3",
         "filter.kind=simulated",

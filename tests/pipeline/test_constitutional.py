@@ -2,7 +2,7 @@
 
 import json
 
-from commands import rows, run
+from commands import NO_ANSWERS, rows, run
 
 
 def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
@@ -15,6 +15,7 @@ def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
         "cai.losses=('sft','kto','derta')",
         "cai.weights=(1.0,0.5,0.5)",
         "rounds=2",
+        NO_ANSWERS,
     )
     found = [r["cai"] for r in rows(tmp_path)]
     kept = [json.loads(line) for line in (tmp_path / "cai/round_000.jsonl").open()]
@@ -26,7 +27,7 @@ def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
 
 
 def test_cached_data_are_generated_once_and_a_safe_model_is_left_alone(tmp_path):
-    settings = ("arms=('fl+cai',)", "rounds=2")
+    settings = ("arms=('fl+cai',)", "rounds=2", NO_ANSWERS)
     run(tmp_path / "cached", *settings, "cai.data=cached", "cai.reference=global")
     first, second = (r["cai"] for r in rows(tmp_path / "cached"))
     assert first["tokens_generated"] > 0 and second["tokens_generated"] == 0
@@ -46,7 +47,7 @@ def test_an_unsafe_model_is_trained_until_a_probe_or_the_limit_says_stop(tmp_pat
     done = run(
         tmp_path, "arms=('fl+cai',)", "rounds=1", "cai.schedule=adaptive", "cai.target=100.0",
         "cai.probe_prompts=66", "harmful_share=0.9", "local_steps=12", "learning_rate=1e-2",
-        "cai.revise=wrong", "cai.red_team_prompts=16",
+        "cai.revise=wrong", "cai.red_team_prompts=16", NO_ANSWERS,
     )  # fmt: skip
     (found,) = (r["cai"] for r in rows(tmp_path))
     probes = found["probes"]

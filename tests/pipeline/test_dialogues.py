@@ -4,7 +4,7 @@ import json
 import types
 
 import numpy as np
-from commands import rows, run
+from commands import NO_ANSWERS, rows, run
 
 from fedsafe_jax.cai import constitution, revise
 from fedsafe_jax.config import default_config
@@ -130,7 +130,7 @@ def test_a_run_red_teams_with_dialogues_and_reads_its_records_again(tmp_path):
         "arms=('fl+cai',)", f"cai.red_team_sources=('chat:{data}',)", "cai.data=mixed",
         "cai.check=none", "cai.red_team_prompts=2", "seq_len=128",
     )  # fmt: skip
-    run(workdir, *settings, "rounds=2")
+    run(workdir, *settings, NO_ANSWERS, "rounds=2")
     records = [json.loads(line) for line in (workdir / "cai/round_000.jsonl").open()]
     kept = [r["messages"] for r in records if "messages" in r]
     assert sorted(map(str, kept)) == sorted(map(str, (shared, bread)))

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from commands import rows, run
+from commands import NO_ANSWERS, rows, run
 
 from fedsafe_jax.config import ConfigError, default_config, unsafe_sources
 from fedsafe_jax.data import chat
@@ -154,6 +154,7 @@ def test_every_arm_runs_without_harmful_data(tmp_path):
         "harmful_share=0.0",
         "unsafe_sources=()",
         "rounds=1",
+        NO_ANSWERS,
         "arms=('base','fl','fl+filter','fl+cai','fl+filter+cai')",
     )
 

@@ -5,12 +5,12 @@ operation are met that are rare there.
 """
 
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import signal
 
 import numpy as np
+from commands import forkserver
 from etils import epath
 
 from fedsafe_jax import own_folder, whole_files
@@ -58,9 +58,7 @@ def life(workdir, target="", log=""):
 
 def lived(*arguments):
     """Returns the exit code of a life in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fedsafe_jax.runtime.owner"])
-    process = context.Process(target=life, args=arguments)
+    process = forkserver().Process(target=life, args=arguments)
     process.start()
     process.join(60)
     return process.exitcode

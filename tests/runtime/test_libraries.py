@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from commands import ENVIRONMENT, ROOT
 
 from fedsafe_jax.runtime import libraries, native_notes
 
@@ -121,3 +122,17 @@ def test_a_command_says_its_devices_and_nothing_else():
     assert done.returncode == 0, done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith("devices: ") and line.endswith(" x cpu")
+
+
+def test_a_command_imports_no_torch():
+    """Where torch is installed, as it is here for the comparisons."""
+    pytest.importorskip("torch")
+    code = """import sys
+from fedsafe_jax.runtime.libraries import leave_out_torch
+leave_out_torch()
+from fedsafe_jax import load_pretrained
+load_pretrained("package:model")
+assert "transformers" in sys.modules and "torch" not in sys.modules
+import importlib.util
+assert importlib.util.find_spec("torch")"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True)
