@@ -34,11 +34,11 @@ def leave_out_torch() -> None:
 
     transformers imports torch with the first config where torch is installed, and no command needs
     it. What it finds on its own import holds from then on, so nothing is changed where transformers
-    or torch has been imported already.
+    or torch has been imported already. Where torch is not installed transformers is not imported.
     """
-    if {"torch", "transformers"} & sys.modules.keys():
-        return
     find_spec = importlib.util.find_spec
+    if {"torch", "transformers"} & sys.modules.keys() or not find_spec("torch"):
+        return
     importlib.util.find_spec = lambda name, package=None: (
         None if name == "torch" else find_spec(name, package)
     )

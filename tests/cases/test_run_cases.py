@@ -160,14 +160,14 @@ def test_damaged_outcomes_of_an_arm_are_made_again(tmp_path, caplog):
     whole = json.loads(path.read_text())
     no_figures = json.dumps(whole | {"utility": {}})
     no_adapter = json.dumps({k: v for k, v in whole.items() if k != "adapter_sha256"})
-    for content in ("[1]", no_figures, no_adapter):
+    for content in ("", "[1]", "{}", no_figures, no_adapter):
         path.write_text(content)
         again = experiment.run(config, str(tmp_path))
         assert again["arms"] == first["arms"]
         assert json.loads(path.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
     assert [p.name for p in sorted((tmp_path / "arms").glob("*.damaged*"))] == [
         "fl_seed0.json.damaged",
-        *(f"fl_seed0.json.damaged{i}" for i in range(2, 4)),
+        *(f"fl_seed0.json.damaged{i}" for i in range(2, 6)),
     ]
 
 

@@ -128,8 +128,8 @@ def test_a_command_imports_no_torch():
     """Where torch is installed, as it is here for the comparisons."""
     pytest.importorskip("torch")
     code = """import sys
-from fedsafe_jax.runtime.libraries import leave_out_torch
-leave_out_torch()
+from fedsafe_jax.cli.startup import start_logging
+start_logging()
 from fedsafe_jax import load_pretrained
 load_pretrained("package:model")
 assert "transformers" in sys.modules and "torch" not in sys.modules
