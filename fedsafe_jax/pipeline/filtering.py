@@ -13,15 +13,12 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai.constitution import Constitution
 from fedsafe_jax.cai.revise import Rules, Threads, revise
-from fedsafe_jax.data import chat_template
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import Tools
-from fedsafe_jax.filters import cache, quality, store
+from fedsafe_jax.filters import cache, quality, requests, store
 from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
 from fedsafe_jax.filters.decision import AT_BOUND, flag
-from fedsafe_jax.filters.guard import GuardFilter
-from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
 from fedsafe_jax.filters.kinds import (
     FILTER_KINDS,
     Filter,
@@ -31,7 +28,7 @@ from fedsafe_jax.filters.kinds import (
 )
 from fedsafe_jax.filters.pairs import Refuses, hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
-from fedsafe_jax.inference import generation
+from fedsafe_jax.guarding import guardian
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.inference.pretrained import load_pretrained
@@ -175,7 +172,7 @@ def build_filter(
 
     Args:
       section: the config's `filter`.
-      pairs: labelled pairs; `hard_negatives` are added.
+      pairs: labelled pairs; `hard_negatives` are added, unless it reads requests alone.
       tokenizer: tokenizer of a classifier from scratch.
       seed: seed of the training.
       load_model: loads a guard's language model, see `guard_loader`.
@@ -202,8 +199,11 @@ def build_filter(
         lora=lora.LoraConfig(section.lora_rank, 2.0 * section.lora_rank, tuple(targets)),
     )
     refuses = judges.refuses(section.judge, Tools(load_model))
+    make = FILTER_KINDS[section.kind].make
+    if section.get("reads", requests.PAIR) == requests.REQUEST:
+        return make(requests.of_pairs(pairs, refuses), spec._replace(answered=pairs))
     pairs = [*pairs, *hard_negatives(pairs, section.hard_negatives, seed, refuses)]
-    return FILTER_KINDS[section.kind].make(pairs, spec)
+    return make(pairs, spec)
 
 
 def training_options(section: ConfigDict) -> TrainingOptions:
@@ -310,7 +310,7 @@ def answer_writer(
     each pair, as in Constitutional AI.
     """
     if FILTER_KINDS[config.filter.kind].writes_answers:
-        return functools.partial(guardian_replies, verdicts.make_filter())
+        return functools.partial(guardian.replies, verdicts.make_filter())
     base = dataclasses.replace(inputs.lm, adapter=None)
     max_new_tokens = config.cai.max_new_tokens
     refuses = judges.refuses(config.filter.judge, judge_tools(config))
@@ -322,32 +322,6 @@ def answer_writer(
         seed=seed,
         refuses=refuses,
     )
-
-
-def guardian_replies(
-    guardian: GuardFilter, pairs: Sequence[Example], max_new_tokens: int = 64
-) -> list[str]:
-    """Generates a guardian's answers; "" where an answer does not end in time.
-
-    The verdict "unsafe" is put in front, since a guardian answers behind its verdict.
-    """
-    tokenizer = guardian.tokenizer
-    lead = [verdict_ids(tokenizer)[1]]
-    lead += tokenizer("\n", add_special_tokens=False)["input_ids"]
-    rows = render_pairs(tokenizer, pairs, guardian.max_length, guardian.template)
-    (answers,) = generation.generate_ids(
-        guardian.model,
-        guardian.params,
-        guardian.factors,
-        prompts=[[*row, *lead] for row in rows],
-        stop_ids=chat_template.of(tokenizer).stop_ids,
-        max_new_tokens=max_new_tokens,
-        mesh=guardian.model.config.mesh,
-    )
-    return [
-        tokenizer.decode(ids, skip_special_tokens=True).strip() if finished else ""
-        for ids, finished in zip(answers.ids, answers.finished, strict=True)
-    ]
 
 
 def revise_answers(
