@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "inference": {"models", "data"},
     "serving": {"models", "data", "inference", "evals"},
     "cai": {"models", "data", "filters", "inference"},
-    "attacks": {"models", "data", "inference", "evals"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
     "runtime": {"federated", "own_folder", "whole_files"},
     "report": {"cai", "evals", "filters", "runtime", "whole_files"},
     "finetune": {"models", "data", "inference", "federated"},
+    "attacks": {"models", "data", "inference", "evals", "finetune"},
     "pipeline": SCIENCE | {"runtime", "report", "config", "whole_files"},
     "demo": SCIENCE,
     "validation": SCIENCE
