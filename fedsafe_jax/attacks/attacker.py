@@ -96,8 +96,8 @@ class Attacker:
         self._system = settings.attacker_prompt or PROMPT
         self._asked, self.dropped, self.malformed, self.unread = 0, 0, 0, 0
 
-    def propose(self, conversations: Sequence[Conversation]) -> list[Proposal | None]:
-        """Returns the next prompt of each conversation; None where the attacker wrote none.
+    def propose(self, conversations: Sequence[Conversation]) -> list[tuple[Conversation, Proposal]]:
+        """Returns conversations with their next prompts, without those that got none.
 
         Raises:
           AttackError: it wrote none of the first `GIVE_UP`, or not even half of all so far.
@@ -118,7 +118,8 @@ class Attacker:
                 f"'{self._method}': {self.dropped} of {self._asked} prompts were not written; "
                 f"{problem}"
             )
-        return written
+        pairs = zip(conversations, written, strict=True)
+        return [(one, proposal) for one, proposal in pairs if proposal is not None]
 
     def same(self, items: Sequence[int], prompts: Sequence[str]) -> list[bool]:
         """Returns whether each prompt asks for what its request asks for, as the evaluator says.
@@ -159,8 +160,8 @@ class Attacker:
             reply = self._settings.evaluator([_turn("user", question)])
         except EndpointError:
             return None
-        said = re.match(r"\W*(yes|no)\b", reply, re.IGNORECASE)
-        return None if said is None else said[1].lower() == "yes"
+        words = re.findall("[a-z]+", reply[:LONGEST].lower())
+        return {"yes": True, "no": False}.get(words[0]) if words else None
 
 
 def read_proposal(reply: str) -> Proposal | None:

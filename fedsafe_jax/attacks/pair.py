@@ -45,11 +45,7 @@ def attack(
     for number in range(settings.iterations):
         if not streams:
             break
-        written = [
-            (stream, proposal)
-            for stream, proposal in zip(streams, asked.propose(streams), strict=True)
-            if proposal is not None
-        ]
+        written = asked.propose(streams)
         trials = search.attempt([s.item for s, _ in written], [p.prompt for _, p in written])
         streams = [
             stream.after(proposal, trial.answer, trial.score)

@@ -49,11 +49,7 @@ def attack(
         grown = [leaf for own in leaves.values() for leaf in own for _ in range(settings.branching)]
         if not grown:
             break
-        written = [
-            (leaf, proposal)
-            for leaf, proposal in zip(grown, asked.propose(grown), strict=True)
-            if proposal is not None
-        ]
+        written = asked.propose(grown)
         same = asked.same([leaf.item for leaf, _ in written], [p.prompt for _, p in written])
         kept = [branch for branch, on_topic in zip(written, same, strict=True) if on_topic]
         off_topic += len(written) - len(kept)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +37,6 @@ READ_BY = {
     "pairs": ("finetune",),
     "benign_pairs": ("finetune",),
 }
-_ATTACKER = re.compile(r"(?P<model>[^@]+)@(?P<url>.+)")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -152,17 +150,15 @@ def read_attacker(values: flags.FlagValues) -> tuple[ChatEndpoint, ChatEndpoint]
       UsageError: the flag is written otherwise, its URL is none or would show a secret, or the
         client is not installed.
     """
-    match = _ATTACKER.fullmatch(values.attacker)
-    if match is None:
+    model, _, url = values.attacker.partition("@")
+    if not model or not url:
         raise UsageError("--attacker: write MODEL@URL, such as MODEL@http://localhost:8000/v1.")
     if importlib.util.find_spec("openai") is None:
         raise UsageError("--attacker needs the openai client; pip install -e .[judge]")
     key = os.environ.get(KEY, "")
     try:
         write, compare = (
-            ChatEndpoint(
-                match["url"], match["model"], key, temperature=temperature, role="attacker"
-            )
+            ChatEndpoint(url, model, key, temperature=temperature, role="attacker")
             for temperature in (1.0, 0.0)
         )
     except EndpointError as error:
