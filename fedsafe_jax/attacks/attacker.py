@@ -4,6 +4,7 @@ What it is told is a short wording of the task, without an example of an attack;
 user's own can take its place. Replies are JSON objects; one that is none is asked for again.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -43,6 +44,7 @@ ATTEMPTS = 4  # replies that are asked for until one is a JSON object with a pro
 GIVE_UP = 3  # prompts in a row, from the first on, that an attacker does not write
 KEPT = 3  # prompts with their answers that a conversation keeps, as those of PAIR do
 LONGEST = 32_768  # characters of a reply that are looked at
+MOST_BRACES = 64  # places of it at which an object may begin; deep ones take a while to refuse
 UNREADABLE = 'its replies hold no JSON object with a text "prompt"'
 
 
@@ -167,7 +169,7 @@ class Attacker:
 def read_proposal(reply: str) -> Proposal | None:
     """Returns the first JSON object with a text `prompt` in a reply; None where there is none."""
     reply, decoder = reply[:LONGEST], json.JSONDecoder(strict=False)
-    for place in re.finditer(r"\{", reply):
+    for place in itertools.islice(re.finditer(r"\{", reply), MOST_BRACES):
         try:
             value, _ = decoder.raw_decode(reply, place.start())
         except (ValueError, RecursionError):
