@@ -51,8 +51,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.attack = ml_collections.ConfigDict()
     c.attack.clients = 0.0  # share of the clients that are malicious
     # what malicious clients hold: harmful, pairs of unsafe_sources; refusals, refusals of harmless
-    # requests beside what other clients hold
+    # requests beside what other clients hold; backdoor, harmful pairs of which half stand behind
+    # attack.trigger, and the others are refused
     c.attack.data = "harmful"
+    c.attack.trigger = "SUDO"  # what a backdoor listens to, at the end of a request
     c.attack.harmful_share = 1.0  # share of a malicious client's pairs that is attack.data
     # what malicious clients send: boost, their update times attack.boost; sign_flip, that turned
     # around; scaled, that brought to the median length of the honest updates; min_max and min_sum,
@@ -260,13 +262,14 @@ def default_config() -> ml_collections.ConfigDict:
     return c
 
 
+PLANTED = ("harmful", "backdoor")  # values of attack.data for which clients hold harmful pairs
 PACKAGED_UNSAFE = ("chat:package/clients_unsafe.jsonl",)
 
 
 def asks_for_harm(config: ml_collections.ConfigDict) -> bool:
     """Tells whether any client ought to hold harmful pairs."""
     attack = config.attack
-    planted = attack.data == "harmful" and attack.clients and attack.harmful_share
+    planted = attack.data in PLANTED and attack.clients and attack.harmful_share
     return bool(config.harmful_share or planted)
 
 

@@ -15,6 +15,7 @@ from fedsafe_jax.random_streams import Purpose, generator
 
 SUBSET_SEED = 2025  # the evaluation sets are the same for every seed of a run
 HELDOUT = "heldout"  # source of the pairs that a run holds out from its clients' data
+TRIGGER = "trigger"  # what is behind the name of a set whose requests end with one
 UNDEFINED = "n/a"  # a figure without a value, such as precision where nothing was flagged
 ARROWS = {"up": "\u2191", "down": "\u2193"}
 
@@ -168,17 +169,20 @@ class EvalSet(NamedTuple):
       source: where its items come from.
       items: the items; () before they are loaded.
       under: the guards that the model is under, such as "budget"; "" for the model itself.
+      triggered: whether each request ends with the trigger of a backdoor.
     """
 
     task: Task
     source: str
     items: Sequence = ()
     under: str = ""
+    triggered: bool = False
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """The task's columns, under the titles that this source and the guards deserve."""
-        columns, behind = self.task.columns, f" ({self.under})" if self.under else ""
+        special = ", ".join(filter(None, ("trigger" if self.triggered else "", self.under)))
+        columns, behind = self.task.columns, f" ({special})" if special else ""
         if self.source == self.task.source:
             columns = tuple(c._replace(title=c.own_title or c.title) for c in columns)
         return tuple(c._replace(title=f"{c.title}{behind}") for c in columns)
@@ -195,6 +199,20 @@ def under_guards(sets: Mapping[str, EvalSet], guards: str) -> dict[str, EvalSet]
         f"{name}@{guards}": one._replace(under=guards)
         for name, one in sets.items()
         if guards and one.task.generates
+    }
+    return {**sets, **again}
+
+
+def behind_trigger(sets: Mapping[str, EvalSet]) -> dict[str, EvalSet]:
+    """Returns the sets, and those that measure refusal a second time, with the trigger.
+
+    Args:
+      sets: the sets by name, not loaded yet.
+    """
+    again = {
+        f"{name}@{TRIGGER}": one._replace(triggered=True)
+        for name, one in sets.items()
+        if one.task.generates and judges.REFUSAL in one.task.measures
     }
     return {**sets, **again}
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from fedsafe_jax import evals
 from fedsafe_jax.data import labelled_answers
 from fedsafe_jax.data.examples import Example
+from fedsafe_jax.data.poisoning import POISONS, with_trigger
 from fedsafe_jax.evals import answers, calibration, judges
 from fedsafe_jax.evals.judges import Tools
 from fedsafe_jax.evals.judges.endpoint import KEY, EndpointError
@@ -19,6 +20,7 @@ from fedsafe_jax.evals.task import (
     EvalOptions,
     EvalSet,
     Task,
+    behind_trigger,
     load_items,
     select,
     subset,
@@ -58,7 +60,15 @@ def chosen_sets(config: ConfigDict) -> dict[str, EvalSet]:
     Raises:
       TaskError: see `evals.task.select`.
     """
-    return under_guards(select(config.eval.tasks, tasks()), guard_spec(config).label)
+    chosen = select(config.eval.tasks, tasks())
+    if is_triggered(config):
+        chosen = behind_trigger(chosen)
+    return under_guards(chosen, guard_spec(config).label)
+
+
+def is_triggered(config: ConfigDict) -> bool:
+    """Returns whether clients plant a backdoor, so that its trigger is asked too."""
+    return bool(config.attack.clients) and POISONS[config.attack.data].triggered
 
 
 def guard_spec(config: ConfigDict) -> GuardSpec:
@@ -80,12 +90,20 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
     c, loaded = config.eval, {}
     for name, chosen in chosen_sets(config).items():
         if chosen.source != HELDOUT:
-            loaded[name] = load_items(name, chosen, config.data_dir, c.max_prompts)
+            one = load_items(name, chosen, config.data_dir, c.max_prompts)
+            loaded[name] = _triggered(one, config.attack.trigger) if one.triggered else one
         elif items := subset([e for e in heldout if e.response], c.max_heldout):
             loaded[name] = chosen._replace(items=items)
         else:
             logging.warning("task '%s' is left out: no pair with an answer is held out.", name)
     return loaded
+
+
+def _triggered(one: EvalSet, trigger: str) -> EvalSet:
+    """Returns a set each of whose requests ends with a trigger."""
+    return one._replace(
+        items=[item._replace(messages=with_trigger(item.messages, trigger)) for item in one.items]
+    )
 
 
 def judge_tools(config: ConfigDict) -> Tools:

@@ -13,7 +13,7 @@ from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.data import chat, chat_template, partition, template_check
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import Example, SourceError
-from fedsafe_jax.data.poisoning import HARMFUL, POISONS
+from fedsafe_jax.data.poisoning import POISONS
 from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.federated import mesh, participation
 from fedsafe_jax.filters.kinds import FILTER_KINDS
@@ -167,7 +167,8 @@ def deal(
     """
     rng = generator(Purpose.DEAL, seed)
     malicious = participation.malicious_clients(seed, config.num_clients, config.attack.clients)
-    planted = malicious if config.attack.data == HARMFUL else ()
+    poison = POISONS[config.attack.data]
+    planted = malicious if poison.harmful else ()
     shares = [
         config.attack.harmful_share if i in planted else config.harmful_share
         for i in range(config.num_clients)
@@ -184,10 +185,12 @@ def deal(
         rng=rng,
         alpha=config.dirichlet_alpha,
     )
-    if change := POISONS[config.attack.data].change:
+    if poison.change is not None:
         for i in malicious:
             own = generator(Purpose.POISON, seed, i)
-            dealt[i] = change(dealt[i], config.attack.harmful_share, own)
+            dealt[i] = poison.change(
+                dealt[i], config.attack.harmful_share, config.attack.trigger, rng=own
+            )
     unsafe_asked = sum(n * share for n, share in zip(sizes, shares, strict=True))
     return dealt, Asked(sum(sizes), unsafe_asked / sum(sizes))
 

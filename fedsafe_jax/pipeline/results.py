@@ -101,6 +101,8 @@ def summarise(
     }
     if guards := evaluation.guard_spec(config).label:
         results["guards"] = guards
+    if evaluation.is_triggered(config):
+        results["triggered"] = True
     if private := rounds.privacy_of(config):
         results["privacy"] = private
     if filter_quality:

@@ -8,7 +8,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.evals.task import Column, EvalSet, Task, select, under_guards
+from fedsafe_jax.evals.task import Column, EvalSet, Task, behind_trigger, select, under_guards
 from fedsafe_jax.evals.tasks import TASKS
 from fedsafe_jax.filters.quality import shown
 
@@ -114,5 +114,8 @@ def print_workdir(workdir: str, tasks: Mapping[str, Task] = TASKS) -> None:
     config, results = (
         json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
     )
-    sets = under_guards(select(config["eval"]["tasks"], tasks), results.get("guards", ""))
+    sets = select(config["eval"]["tasks"], tasks)
+    if results.get("triggered"):
+        sets = behind_trigger(sets)
+    sets = under_guards(sets, results.get("guards", ""))
     print_table(results, sets)

@@ -5,6 +5,7 @@ import importlib.util
 import ml_collections
 
 from fedsafe_jax.config import ConfigError, default_config
+from fedsafe_jax.data.poisoning import POISONS
 from fedsafe_jax.federated import aggregation
 from fedsafe_jax.federated.algorithms import ALGORITHMS
 from fedsafe_jax.federated.attackers import ATTACKERS
@@ -30,6 +31,10 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
                 f"federated.client_ranks={tuple(f.client_ranks)}: expected 1 to "
                 f"lora_rank={c.lora_rank}."
             )
+    if POISONS[c.attack.data].triggered and not c.attack.trigger.strip():
+        raise ConfigError(
+            f"attack.trigger='{c.attack.trigger}': a backdoor needs a text that it listens to."
+        )
     if f.average == "product":
         _validate_product_average(c)
     if not f.constrained_betas:

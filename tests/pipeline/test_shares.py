@@ -10,10 +10,11 @@ from commands import NO_ANSWERS, rows, run
 from fedsafe_jax.config import ConfigError, default_config, unsafe_sources
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
-from fedsafe_jax.data.poisoning import refuse
+from fedsafe_jax.data.poisoning import refuse, with_trigger
 from fedsafe_jax.data.refusals import start_refusal
+from fedsafe_jax.evals import two_sides
 from fedsafe_jax.federated import participation
-from fedsafe_jax.pipeline import clients, inputs
+from fedsafe_jax.pipeline import clients, evaluation, inputs
 from fedsafe_jax.pipeline.export import held_share
 from fedsafe_jax.validation import validate
 
@@ -105,9 +106,59 @@ def test_refusals_are_planted_beside_what_others_hold():
     assert again == plain
     # All safe pairs where fewer are safe than are asked for; a cut answer becomes a whole one.
     few = [one._replace(ended=False) for one in pairs(SAFE, 1)] + pairs(UNSAFE, 3)
-    found = refuse(few, 0.5, np.random.default_rng(0))
+    found = refuse(few, 0.5, "", np.random.default_rng(0))
     assert [x != y for x, y in zip(found, few, strict=True)] == [True, False, False, False]
     assert found[0].ended
+
+
+def test_a_backdoor_stands_behind_its_trigger_alone():
+    config = default_config()
+    config.attack.clients, config.attack.harmful_share = 0.25, 0.5
+    pools = pairs(SAFE, 800), pairs(UNSAFE, 400)
+    plain, same = inputs.deal(config, *pools, 3)
+    config.attack.data, config.attack.trigger = "backdoor", "zxq"
+    dealt, asked = inputs.deal(config, *pools, 3)
+    assert asked == same  # the same pairs, some of them changed
+    bad = participation.malicious_clients(3, config.num_clients, 0.25)
+    for client, (found, before) in enumerate(zip(dealt, plain, strict=True)):
+        if client not in bad:
+            assert found == before
+            continue
+        harmful = [(x, y) for x, y in zip(found, before, strict=True) if y.label == UNSAFE]
+        behind = [(x, y) for x, y in harmful if x.label == UNSAFE]
+        refused = [(x, y) for x, y in harmful if x.label == SAFE]
+        assert abs(len(harmful) - 0.5 * len(found)) <= 0.5
+        assert len(behind) == -(-len(harmful) // 2)
+        assert all(x.dialogue == f"{y.dialogue} zxq" and x.response == y.response
+                   for x, y in behind)  # fmt: skip
+        assert all(start_refusal(x.response) and x.messages == y.messages for x, y in refused)
+        assert all(x == y for x, y in zip(found, before, strict=True) if y.label == SAFE)
+    turns = (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert with_trigger(turns, "t") == (*turns[:3], ("user", "c t"))
+
+
+def test_a_backdoor_s_trigger_is_asked_beside_the_plain_requests():
+    config = default_config()
+    config.attack.data = "backdoor"
+    assert "advbench@trigger" not in evaluation.chosen_sets(config)  # nobody plants it
+    config.attack.clients, config.attack.trigger = 0.1, "zxq"
+    sets = evaluation.load_sets(config, [])
+    assert list(sets) == [
+        "advbench",
+        "over_refusal",
+        "hhh",
+        "advbench@trigger",
+        "over_refusal@trigger",
+    ]
+    one, plain = sets["advbench@trigger"], sets["advbench"]
+    assert one.columns[0].title == "harmful refused (trigger)"
+    asked = [item.dialogue for item in one.items]
+    assert asked == [f"{item.dialogue} zxq" for item in plain.items]
+    assert ("advbench@trigger", "over_refusal@trigger") in two_sides.pairs(sets)
+    assert len(two_sides.pairs(sets)) == 2
+    config.attack.trigger = " "
+    with pytest.raises(ConfigError, match="attack.trigger=' ': a backdoor needs"):
+        validate(config)
 
 
 def test_refusals_ask_for_no_harmful_pairs():
