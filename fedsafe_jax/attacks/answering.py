@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from fedsafe_jax.attacks.contract import AttackPrompt
 from fedsafe_jax.data import chat, dialogue_notes
-from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.language_model import LanguageModel
 
 
@@ -43,15 +42,12 @@ def answer(
     ]
     dialogue_notes.warn(read, "prompts")
     ids = [[*one.ids, *said] for one, said in zip(read, begun, strict=True)]
-    (generated,) = generation.generate_ids(
-        lm.model,
-        lm.params,
-        lm.factors,
-        prompts=ids,
-        stop_ids=lm.stop_ids,
+    generated = lm.continue_rows(
+        ids,
+        [prompt.messages for prompt in prompts],
+        begun,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        mesh=lm.mesh,
     )
     return Answers(
         own=[lm.text(said) for said in generated.ids],

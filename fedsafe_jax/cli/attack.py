@@ -5,9 +5,11 @@
 It is a tool for research on defences: the model is the user's own, results are rates. Prompts are a
 source, READER:LOCATION, whose answers are the targets, or a file of prompts. Methods that are
 finished are in the output at once, and the same command goes on behind them. Several models, with
-one adapter or nothing for each, are asked the same prompts.
+one adapter or nothing for each, are asked the same prompts. With `--decoding` or `--guardian` they
+answer under guards; what searches for a prompt still reads the model itself.
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -16,12 +18,13 @@ from absl import flags
 
 from fedsafe_jax import random_streams, whole_files
 from fedsafe_jax.attacks import ATTACKS, Settings, measurement
-from fedsafe_jax.cli import attack_flags, judge_flags, template_flags
+from fedsafe_jax.cli import attack_flags, guard_flags, judge_flags, template_flags
 from fedsafe_jax.cli.attack_flags import methods_of, read_requests, targets_of
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.data import chat_template, template_check
 from fedsafe_jax.evals import answers, judges
 from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.pipeline.evaluation import guarding
 from fedsafe_jax.random_streams import Purpose
 
 
@@ -109,6 +112,7 @@ def describe(values: flags.FlagValues, settings: Settings) -> dict:
 
 def main(values: flags.FlagValues) -> None:
     """Attacks by every method, and writes the rates after each."""
+    from fedsafe_jax import load_pretrained
     from fedsafe_jax.federated.mesh import use_cores
     from fedsafe_jax.runtime import devices, multihost, run_files
 
@@ -129,6 +133,7 @@ def main(values: flags.FlagValues) -> None:
             "nothing between two commas, for each."
         )
     template_flags.options(values)
+    guards = guard_flags.spec(values, values.guard)
     requests = read_requests("prompts", values.prompts, values)
     harmless = read_requests("harmless", values.harmless, values) if values.harmless else []
     targets = targets_of(requests, values.target)
@@ -140,6 +145,10 @@ def main(values: flags.FlagValues) -> None:
     def work():
         began = time.monotonic()
         models, hashes = load_models(values)
+        if guards.label:
+            load_model = functools.partial(load_pretrained, dtype=values.dtype)
+            guarded = guarding(guards, load_model)
+            models = {name: guarded(lm) for name, lm in models.items()}
         for lm in models.values():
             asked = [(one.source or values.prompts, one) for one in (*requests, *harmless)]
             template_check.check(lm.tokenizer, asked)
@@ -151,6 +160,7 @@ def main(values: flags.FlagValues) -> None:
             "adapters": hashes,
             "prompts": values.prompts,
             "prompts_sha256": answers.hash_of([[r.messages for r in requests], targets]),
+            "guards": guards._asdict(),
             "harmless": values.harmless,
             "harmless_sha256": answers.hash_of([r.messages for r in harmless]),
             "judges": [judge.spec for judge in told],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from fedsafe_jax.attacks import ATTACKS, AttackError, Settings, attacker, templates
-from fedsafe_jax.cli import judge_flags, template_flags
+from fedsafe_jax.cli import guard_flags, judge_flags, template_flags
 from fedsafe_jax.cli.command import UsageError
 from fedsafe_jax.cli.prompts import read_prompts
 from fedsafe_jax.data import sources
@@ -69,6 +69,7 @@ def define(values: flags.FlagValues) -> None:
         **here,
     )
     judge_flags.define(values, ["rules", "start"])
+    guard_flags.define(values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the models.", **here)
     whole("max_prompts", 0, "Requests taken of each source; 0 for all.", lower_bound=0, **here)
     whole("max_new_tokens", default.max_new_tokens, "Longest answer.", lower_bound=1, **here)

@@ -75,43 +75,52 @@ class GuardedModel(LanguageModel):
     ) -> list[tuple[list[str], np.ndarray]]:
         if num_adapters:
             raise ModelError("a model under guards answers under one adapter at a time.")
-        begun = self.tokenizer(begin, add_special_tokens=False)["input_ids"] if begin else []
+        begun = self._ids(begin) if begin else []
         said = self._guarded(
+            [[*p, *begun] for p in self.render(dialogues, max_new_tokens + len(begun), truncate)],
             dialogues,
             [begun] * len(dialogues),
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=Sampling(float(temperature), top_k, top_p, min_p),
             seed=seed,
             batch_size=batch_size,
-            truncate=truncate,
         )
         texts = [self.text([*begun, *one.ids] if one.own else one.ids) for one in said]
         return [(texts, np.array([one.finished for one in said], bool))]
 
-    def continue_answers(
+    def continue_rows(
         self,
+        rows: Sequence[Sequence[int]],
         dialogues: Sequence[Dialogue],
         begun: Sequence[Sequence[int]],
         max_new_tokens: int,
+        *,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
     ) -> generation.Generated:
-        """Goes on with answers as `LanguageModel.continue_answers`, under the guards.
+        """Goes on from token ids as `LanguageModel.continue_rows`, under the guards.
 
         What takes an answer's place stands behind the given tokens, which are not taken back.
         """
         said = self._guarded(
+            rows,
             dialogues,
             begun,
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=Sampling(float(temperature)),
             seed=seed,
             batch_size=batch_size,
-            truncate=True,
         )
         finished = np.array([one.finished for one in said], bool)
-        return generation.Generated([one.ids for one in said], finished)
+        ids = [
+            one.ids if one.own or not own else self._ids(f" {self.text(one.ids)}")
+            for one, own in zip(said, begun, strict=True)
+        ]
+        return generation.Generated(ids, finished)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer_ids(
         self,
@@ -132,26 +141,26 @@ class GuardedModel(LanguageModel):
           batch_size: rows decoded at once.
         """
         said = self._guarded(
+            self.render(dialogues, max_new_tokens, truncate=False),
             dialogues,
             [[]] * len(dialogues),
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             batch_size=batch_size,
-            truncate=False,
         )
         return [(one.ids, one.finished) for one in said]
 
     def _guarded(
         self,
+        rows: Sequence[Sequence[int]],
         dialogues: Sequence[Dialogue],
         begun: Sequence[Sequence[int]],
+        *,
         max_new_tokens: int,
         sampling: Sampling,
-        *,
         seed: int,
         batch_size: int,
-        truncate: bool,
     ) -> list[_Answer]:
         """Answers behind the guardian's door, by the search, and has the guardian read it."""
         warden = self.guards.guardian
@@ -160,13 +169,11 @@ class GuardedModel(LanguageModel):
             self._take_over(dialogues, warden.flags(dialogues, [""] * len(dialogues)), answers)
         left = [i for i, answer in enumerate(answers) if answer is None]
         decoded = self._decoded(
-            [dialogues[i] for i in left],
-            [begun[i] for i in left],
-            max_new_tokens,
+            *([each[i] for i in left] for each in (rows, dialogues, begun)),
+            max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             batch_size=batch_size,
-            truncate=truncate,
         )
         for i, answer in zip(left, decoded, strict=True):
             answers[i] = answer
@@ -187,33 +194,26 @@ class GuardedModel(LanguageModel):
         for i, text in zip(
             places, self.guards.guardian.reply([dialogues[i] for i in places]), strict=True
         ):
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            answers[i] = _Answer(ids, finished=True, own=False)
+            answers[i] = _Answer(self._ids(text), finished=True, own=False)
         self.record.add(Counts(by_guardian=len(places)))
 
     def _decoded(
         self,
+        rows: Sequence[Sequence[int]],
         dialogues: Sequence[Dialogue],
         begun: Sequence[Sequence[int]],
+        *,
         max_new_tokens: int,
         sampling: Sampling,
-        *,
         seed: int,
         batch_size: int,
-        truncate: bool,
     ) -> list[_Answer]:
         guards, settings = self.guards, self.guards.decoding
         if not dialogues:
             return []
         if settings is None:
-            room = max_new_tokens + max(map(len, begun))
-            rendered = self.render(dialogues, room, truncate)
             (plain,) = self._generate(
-                [[*prompt, *own] for prompt, own in zip(rendered, begun, strict=True)],
-                max_new_tokens,
-                sampling,
-                seed=seed,
-                batch_size=batch_size,
+                rows, max_new_tokens, sampling, seed=seed, batch_size=batch_size
             )
             pairs = zip(plain.ids, plain.finished, strict=True)
             return [_Answer(ids, bool(finished)) for ids, finished in pairs]
@@ -226,11 +226,11 @@ class GuardedModel(LanguageModel):
             reward=guards.reward,
             critic=guards.critic and guards.critic.of(self),
             begun=begun,
+            rows=rows,
             # A search draws as it says; one answer, as it was asked for.
             sampling=sampling if settings.temperature == 0 else None,
             seed=seed,
             batch_size=batch_size,
-            truncate=truncate,
             refusal=guards.refusal,
         )
         closed = result.failed_closed

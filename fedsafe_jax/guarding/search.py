@@ -63,6 +63,7 @@ def search(
     reward: Reward | None = None,
     critic: Foresight | None = None,
     begun: Sequence[Sequence[int]] | None = None,
+    rows: Sequence[Sequence[int]] | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -83,6 +84,8 @@ def search(
       reward: what is wanted of an answer; None for its mean log-probability a token, in nats.
       critic: what an unfinished answer will come to, in the place of what it is; None without.
       begun: token ids that each answer begins with; None for nothing. A guard reads them too.
+      rows: token ids that the model reads of each dialogue, with what its answer begins with; None
+        for the dialogue in the chat template.
       sampling: how continuations are drawn, in the place of `settings.temperature`.
       seed: seed of the samples.
       batch_size: candidates that are continued at once; at least those of one prompt.
@@ -96,9 +99,11 @@ def search(
     if settings.reads_risk and risk is None:
         raise GuardError("a search with a budget or a penalty needs a guard, whose risk it reads.")
     said = [list(ids) for ids in begun] if begun is not None else [[] for _ in dialogues]
-    room = max_new_tokens + max(map(len, said), default=0)
-    rendered = lm.render(dialogues, room, truncate)
-    prompts = [[*prompt, *own] for prompt, own in zip(rendered, said, strict=True)]
+    prompts = rows
+    if prompts is None:
+        room = max_new_tokens + max(map(len, said), default=0)
+        rendered = lm.render(dialogues, room, truncate)
+        prompts = [[*prompt, *own] for prompt, own in zip(rendered, said, strict=True)]
     generation.check_lengths(prompts, lm.config.max_length - max_new_tokens)
     engine = generation.Engine(
         lm.model,
@@ -115,19 +120,19 @@ def search(
         at = [None] * size
         for i, row in row_of.items():
             at[row] = i
-        rows = Prompts(
+        batch = Prompts(
             *([each[i] if i is not None else () for i in at] for each in (prompts, dialogues, said))
         )
         blocks = Blocks(
             engine,
-            rows.ids,
+            batch.ids,
             [i or 0 for i in at],
             candidates=settings.candidates,
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(float(settings.temperature)),
             seed=seed,
         )
-        kept, closed, tried = _batch(blocks, weigh, rows, max_new_tokens, lm.config.vocab_size)
+        kept, closed, tried = _batch(blocks, weigh, batch, max_new_tokens, lm.config.vocab_size)
         _write(
             result,
             row_of,

@@ -253,8 +253,45 @@ class LanguageModel:
         """
         longest = max(map(len, begun), default=0)
         prompts = self.render(dialogues, max_new_tokens + longest, truncate=True)
-        (generated,) = self._generate(
+        return self.continue_rows(
             [[*prompt, *said] for prompt, said in zip(prompts, begun, strict=True)],
+            dialogues,
+            begun,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+        )
+
+    def continue_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        dialogues: Sequence[Dialogue],
+        begun: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> generation.Generated:
+        """Goes on from token ids, whatever the chat template would make of the dialogues.
+
+        Args:
+          rows: token ids that the model reads, with what the answers begin with.
+          dialogues, begun: what was asked, and what each answer begins with: for guards, see
+            `guarding`; the model itself reads the rows alone.
+          max_new_tokens: longest continuation, without the tokens given.
+          temperature, seed, batch_size: as in `answer_dialogues`.
+
+        Returns:
+          What the model says behind the rows, as token ids.
+
+        Raises:
+          ModelError: a row is too long for the context.
+        """
+        del dialogues, begun
+        (generated,) = self._generate(
+            rows,
             max_new_tokens,
             Sampling(float(temperature)),
             seed=seed,

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from fedsafe_jax.attacks import AttackPrompt, answering
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 from fedsafe_jax.evals import comparison, judges
@@ -332,3 +333,25 @@ def test_search_by_hand_equals_the_guarded_model(packaged):
 def test_an_adapter_changes_under_the_same_guards(packaged):
     lm = guard_model(packaged, Guards(guardian=Guardian(of_colours, True, guardian.refusing)))
     assert isinstance(dataclasses.replace(lm, name="other"), type(lm))
+
+
+def test_attacks_are_answered_under_the_guards(packaged):
+    """In the chat's form, behind a forced beginning, and as plain text."""
+    prompts = [
+        AttackPrompt(DIALOGUES[2]),
+        AttackPrompt(DIALOGUES[2], begin="Sure, here"),
+        AttackPrompt(DIALOGUES[2], chat=False),
+        AttackPrompt(DIALOGUES[0]),
+    ]
+    plain = answering.answer(packaged, prompts, 10, batch_size=8)
+    door = Guardian(of_colours, reads_request=True, reply=guardian.refusing)
+    lm = guard_model(packaged, Guards(guardian=door))
+    said = answering.answer(lm, prompts, 10, batch_size=8)
+    assert said.own[:3] == [REFUSAL] * 3
+    assert said.whole[1] == f"Sure, here {REFUSAL}"
+    assert said.own[3] == plain.own[3]
+    assert said.tokens == plain.tokens
+    searched = guard_model(
+        packaged, Guards(decodings.parse("beam:candidates=1,keep=1,temperature=0"))
+    )
+    assert answering.answer(searched, prompts, 10, batch_size=8) == plain
