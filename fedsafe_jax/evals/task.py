@@ -88,6 +88,7 @@ class EvalOptions(NamedTuple):
       samples: answers to each prompt.
       system: system prompt of dialogues that have none; "" for none.
       prefix: text that every answer begins with, as an attacker would force it; "" for none.
+      encoder: folder of a sentence encoder, for tasks that `reads_encoder`; "" for none.
     """
 
     max_new_tokens: int = 64
@@ -99,6 +100,7 @@ class EvalOptions(NamedTuple):
     samples: int = 1
     system: str = ""
     prefix: str = ""
+    encoder: str = ""
 
     def judges_of(self, task: "Task") -> tuple[Judge, ...]:
         """Returns the judges that measure what a task asks, the headline's first."""
@@ -133,6 +135,7 @@ class Task(NamedTuple):
         `two_sides` shows.
       reads_base: whether `run` compares with a base: that of the options, or the model without its
         adapter.
+      reads_encoder: whether texts are compared by the encoder of the options, where there is one.
     """
 
     name: str
@@ -151,6 +154,7 @@ class Task(NamedTuple):
     optional: bool = False
     beside: tuple[str, ...] = ()
     reads_base: bool = False
+    reads_encoder: bool = False
 
     @property
     def generates(self) -> bool:

@@ -107,6 +107,7 @@ def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOpt
         samples=c.samples,
         system=c.system,
         prefix=c.prefix,
+        encoder=c.encoder,
     )
 
 
