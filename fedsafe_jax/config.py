@@ -257,6 +257,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.eval.samples = 1  # answers to each prompt
     c.eval.system = ""  # system prompt of dialogues that have none
     c.eval.prefix = ""  # text that every answer begins with, as an attacker would force it
+    # guards, under which every task that generates is asked a second time; "" for none of each
+    # search in the place of plain decoding: NAME or NAME:FIELD=NUMBER,..., such as "budget"
+    c.eval.decoding = ""
+    c.eval.guard = ""  # judge of harm whose risk the decoding reads, such as guard:FOLDER
+    c.eval.guardian = ""  # what answers in the model's place: a filter's folder, or guard:FOLDER
+    c.eval.critic = ""  # folder of a critic of unfinished answers, for a decoding with a budget
     # items of each task evaluated after every round, for curves; 0 for none
     c.eval.every_round_prompts = 0
     return c
@@ -305,6 +311,8 @@ def filter_config() -> ml_collections.ConfigDict:
     c.data_dir = ""  # folder that sources are relative to, or "hub"
     c.max_per_source = 0  # most pairs of each source, drawn by the seed; 0 for all
     c.heldout_sources = ()  # sources to measure on; () holds out a tenth of the sources' prompts
+    # "pair": a request with its answer; "request": the request alone, for a guardian
+    c.reads = "pair"
     c.seed = 0  # seed of initialisation, order and draws
     c.tokenizer = "package:model"  # folder or Hub id of the tokenizer of a classifier from scratch
     c.dtype = "float32"  # type of a guard's base: float32 or bfloat16

@@ -62,6 +62,8 @@ class Purpose(enum.IntEnum):
     JUDGE_ORDER = 36  # a judge's training: its order, and whose requests are left out (epoch)
     ATTACK = 37  # candidates of an attack's search; folded by request and step
     POISON = 38  # the pairs that a malicious client changes (client)
+    CRITIC_START = 39  # a critic's first weights
+    CRITIC_DRAWS = 40  # a critic's training: its split, its order and its budgets (epoch)
 
 
 def _sequence(purpose: Purpose, seed: int, where: tuple[int, ...]) -> np.random.SeedSequence:

@@ -28,15 +28,16 @@ MAY_IMPORT = {
     "serving": {"models", "data", "inference", "evals"},
     "cai": {"models", "data", "filters", "inference"},
     "attacks": {"models", "data", "inference", "evals"},
+    "guarding": {"models", "data", "inference", "evals", "filters"},
     "evals": {"models", "data", "filters", "inference", "whole_files"},
     "runtime": {"federated", "own_folder", "whole_files"},
     "report": {"cai", "evals", "filters", "runtime", "whole_files"},
     "finetune": {"models", "data", "inference", "federated"},
-    "pipeline": SCIENCE | {"runtime", "report", "config", "whole_files"},
+    "pipeline": SCIENCE | {"guarding", "runtime", "report", "config", "whole_files"},
     "demo": SCIENCE,
     "validation": SCIENCE
     | {"runtime", "report", "config", "pipeline", "aot"}
-    | {"attacks", "whole_files"},
+    | {"attacks", "guarding", "whole_files"},
     "experiment": SCIENCE
     | {"runtime", "config", "pipeline", "report", "validation", "own_folder", "whole_files"},
     "flower": SCIENCE

@@ -28,7 +28,7 @@ from fedsafe_jax.federated.client import LocalSteps
 from fedsafe_jax.federated.mesh import clients_at_once
 from fedsafe_jax.federated.round_programs import ChunkInputs
 from fedsafe_jax.federated.slots import queued_rows
-from fedsafe_jax.inference import decoding
+from fedsafe_jax.inference import decoding, decoding_state
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import attention, row_queue
@@ -155,7 +155,7 @@ def generation(run: Run) -> Iterator[Program]:
     lengths = np.minimum(run.lengths.prompts, most)
     prompts = [np.zeros(lengths[i % len(lengths)], int) for i in range(rows)]
     packed = pack_prompts(prompts, devices, run.shape.platform)
-    specs = decoding.Specs.of(model, stacked=False)
+    specs = decoding_state.Specs.of(model, stacked=False)
     laid = type(packed)(*(on(x, mesh, s) for x, s in zip(packed, specs.packed, strict=True)))
     factors = on(run.factors, mesh)
     tokens, seq = int((packed.segment_ids > 0).sum()), packed.tokens.shape[1]
@@ -192,11 +192,11 @@ def generation(run: Run) -> Iterator[Program]:
     )
     groups = PartitionSpec(None, CLIENTS)
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    state = decoding.State(
+    state = decoding_state.State(
         on(integers((1, rows)), mesh, groups),
         on(integers((1, rows, c.eval.max_new_tokens)), mesh, groups),
         on(jax.ShapeDtypeStruct((1, rows), bool), mesh, groups),
-        cache,
+        cache=cache,
     )
     keys = on(
         jax.eval_shape(lambda: jax.random.split(random_streams.key(Purpose.SHAPES, 0), (1, rows))),
@@ -208,7 +208,7 @@ def generation(run: Run) -> Iterator[Program]:
         base = on(jax.eval_shape(lambda x: unstack(x, run.shape.num_layers), base), mesh)
     yield Program(
         "decode",
-        decoding.decode_program(model, Sampling(), False, mesh),
+        decoding.decode_program(model, Sampling(), False, mesh=mesh),
         (
             base,
             factors,

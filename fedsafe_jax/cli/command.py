@@ -53,6 +53,7 @@ COMMANDS = {
     "judge": Entry("judge", "judges answers that are there already, of a run or made elsewhere"),
     "train-judge": Entry("train_judge", "trains a judge of answers on human labels"),
     "train-filter": Entry("train_filter", "trains a safety filter, measures it on unseen pairs"),
+    "train-critic": Entry("train_critic", "trains a critic of unfinished answers, for a search"),
     "filter": Entry("filter_pairs", "scores a file of pairs with a trained filter"),
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
     "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),

@@ -3,12 +3,14 @@
     fedsafe evaluate [--model=FOLDER] [--adapter=FOLDER] [--tasks=TASK=SOURCE,...] [--output=FILE]
     fedsafe evaluate [--model=FOLDER] --prompts=FILE [--column=NAME] [--output=FILE.json]
     fedsafe evaluate ... --export=inspect,lm_eval --export_dir=FOLDER
+    fedsafe evaluate ... --decoding=budget --guard=guard:FOLDER | --guardian=FOLDER
 
 The second form prints a line per prompt with the answer and each judge's verdict; a prompt may be a
-whole dialogue, a list of {role, content}. Without further flags the packaged model answers the
-packaged sets.
+whole dialogue, a list of {role, content}. With the fourth the model answers under guards. Without
+further flags the packaged model answers the packaged sets.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -16,7 +18,7 @@ import time
 
 from absl import flags
 
-from fedsafe_jax.cli import export_flags, judge_flags, template_flags
+from fedsafe_jax.cli import export_flags, guard_flags, judge_flags, template_flags
 from fedsafe_jax.cli.command import Command, UsageError, check_file
 from fedsafe_jax.cli.config_file import run_file
 from fedsafe_jax.cli.prompts import read_prompts, repeats
@@ -35,7 +37,14 @@ from fedsafe_jax.evals.task import (
 )
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.interop.origin import Origin
-from fedsafe_jax.pipeline.evaluation import AnswerStore, evaluate, summarise, tasks
+from fedsafe_jax.pipeline.evaluation import (
+    AnswerStore,
+    evaluate,
+    guarding,
+    summarise,
+    tasks,
+)
+from fedsafe_jax.report import guards as report_guards
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -72,6 +81,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
     export_flags.define(values)
+    guard_flags.define(values)
     text("system", "", "System prompt of dialogues that have none.", **here)
     text("prefix", "", "Text that every answer begins with.", **here)
 
@@ -181,6 +191,8 @@ def run_tasks(
         for column in one.columns:
             if cell := column.cell(summary[name]):
                 print(f"{name}: {column.label}: {cell}")
+        if did := summary[name].get("guards"):
+            print(f"{name}: {report_guards.in_words(did)}")
         if cut := summary[name].get("cut"):
             print(f"{name}: {cut} of {summary[name]['n']} dialogues are cut to --max_length")
     both_sides = two_sides.headline(sets, summary)
@@ -273,6 +285,7 @@ def main(values: flags.FlagValues) -> None:
     export_flags.check(values)
     started = time.monotonic()
     options, prompts, sets = options_of(values), [], {}
+    guards = guard_flags.spec(values, values.guard)
     template = template_flags.options(values)
     if values.register:
         run_file("register", values.register)
@@ -282,6 +295,11 @@ def main(values: flags.FlagValues) -> None:
         prompts = read_prompts(values.prompts, values.column)
     else:
         sets = load_sets(values, options)
+        # A task that only scores given answers asks the model itself.
+        sets = {
+            name: one._replace(under=guards.label) if one.task.ask else one
+            for name, one in sets.items()
+        }
     check_encoder(values)
     use_cores(values.batch_size)
 
@@ -289,8 +307,12 @@ def main(values: flags.FlagValues) -> None:
         local = make_mesh(jax.local_devices())
         lm = load_pretrained(values.model, values.dtype, mesh=local, **template)
         chosen = options
+        if guards.label:
+            chosen = options._replace(
+                guarded=guarding(guards, functools.partial(load_pretrained, dtype=values.dtype))
+            )
         if values.base:
-            chosen = options._replace(base=load_pretrained(values.base, values.dtype, **template))
+            chosen = chosen._replace(base=load_pretrained(values.base, values.dtype, **template))
         evaluated = None
         if values.adapter:
             adapter = load_adapter(values.adapter)
@@ -304,7 +326,12 @@ def main(values: flags.FlagValues) -> None:
         devices.announce()
         kept = CollectedAnswers()
         if prompts:
-            result = run_prompts(lm, prompts, chosen)
+            asked, began = chosen.guarded(lm) if guards.label else lm, time.monotonic()
+            result = run_prompts(asked, prompts, chosen)
+            if guards.label:
+                seconds = {"seconds": time.monotonic() - began}
+                result["guards"] = asked.record.take()._asdict() | seconds
+                print(report_guards.in_words(result["guards"]))
             kept.rows = {"prompts": result["prompts"]}
         else:
             result = run_tasks(lm, sets, chosen, kept)

@@ -3,11 +3,13 @@
     fedsafe serve --model=FOLDER [--adapter=NAME=FOLDER ...] [--port=8000] [--api_key=KEY]
     fedsafe serve --workdir=DIR --arm=ARM[,ARM...] [--seed=N] [--round=T] [--client=K]
     fedsafe serve --guard=FOLDER [--guard=NAME=FOLDER ...]
+    fedsafe serve --model=FOLDER --guard=FOLDER --decoding=budget [--guardian=FOLDER]
 
 The second form serves the base of a run under its own name, and arms by theirs; the third, alone or
-with one of the others, guards. Endpoints are /v1/models, /v1/chat/completions, /v1/completions and
-/v1/moderations. Only this machine can connect, unless --host
-says otherwise; FEDSAFE_API_KEY takes the place of --api_key, which other users can see.
+with one of the others, guards. In the fourth all models answer under guards: a decoding reads the
+risk that the first --guard sees. Endpoints are /v1/models, /v1/chat/completions, /v1/completions
+and /v1/moderations. Only this machine can connect, unless --host says otherwise; FEDSAFE_API_KEY
+takes the place of --api_key, which other users can see.
 """
 
 import functools
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from fedsafe_jax.cli import template_flags
+from fedsafe_jax.cli import guard_flags, template_flags
 from fedsafe_jax.cli.command import Command, UsageError
 from fedsafe_jax.cli.export import Saved
 from fedsafe_jax.evals import judges
@@ -28,6 +30,7 @@ from fedsafe_jax.models import lora
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec
     from fedsafe_jax.serving.served_models import ServedModels
 
 PACKAGES = ("starlette", "uvicorn")
@@ -48,6 +51,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "/v1/moderations; #FORMAT behind it where its family cannot be told.",
         **here,
     )
+    guard_flags.define_around(values)
     text("workdir", None, "Folder of a run, local or gs://BUCKET/FOLDER.", **here)
     flags.DEFINE_list("arm", None, "Arms of the run, such as fl,fl+cai.", **here)
     whole("seed", None, "Seed; may be left out where the run has one.", **here)
@@ -188,7 +192,7 @@ def http_server(app: Any) -> Any:
 
 
 def served_models(
-    values: flags.FlagValues, folders: dict[str, str], mesh: "Mesh"
+    values: flags.FlagValues, folders: dict[str, str], mesh: "Mesh", guards: "Guards | None"
 ) -> "ServedModels":
     """Loads the base and all adapters.
 
@@ -196,11 +200,14 @@ def served_models(
       values: the command's flags.
       folders: folder of each adapter by its name.
       mesh: devices.
+      guards: guards that all answer under; None for none.
 
     Raises:
       UsageError: two have one name, or there is no such run or arm.
     """
     from fedsafe_jax import load_adapter, load_pretrained
+    from fedsafe_jax.guarding.guarded_model import guard_model
+    from fedsafe_jax.serving.guarded_models import GuardedModels
     from fedsafe_jax.serving.served_models import ServedModels
 
     adapters: dict[str, lora.Adapter] = {}
@@ -222,9 +229,18 @@ def served_models(
         raise UsageError(f"--adapter: '{min(twice)}' is the name of another model.")
     adapters |= {known: load_adapter(folder) for known, folder in folders.items()}
     lm = load_pretrained(name, dtype, mesh=mesh, **template)
-    return ServedModels(
-        lm, name, adapters, batch_size=values.batch_size, max_length=values.max_length
-    )
+    sizes = {"batch_size": values.batch_size, "max_length": values.max_length}
+    if guards is None:
+        return ServedModels(lm, name, adapters, **sizes)
+    guarded = functools.partial(guard_model, guards=guards)
+    return GuardedModels(lm, name, adapters, guarded, **sizes)
+
+
+def _around(values: flags.FlagValues) -> "GuardSpec":
+    """Returns the guards that models answer under; the first of `--guard` reads the risk."""
+    first = next(iter(named_guards(values.guard, set()).values()), "")
+    is_read = bool(first) and guard_flags.reads_risk(values)
+    return guard_flags.spec(values, f"guard:{first}" if is_read else "")
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -248,6 +264,9 @@ def main(values: flags.FlagValues) -> None:
     _check(values)
     folders = named_folders(values.adapter)
     named_guards(values.guard, {values.model, *folders})  # before the port is taken
+    around = _around(values)
+    if around.label and not (values.model or values.workdir):
+        raise UsageError("--decoding, --guardian: they are around a model; give --model.")
 
     import jax
 
@@ -265,13 +284,17 @@ def main(values: flags.FlagValues) -> None:
     taken = listen(values.host, values.port)
     use_cores(values.batch_size)
     mesh = make_mesh(jax.local_devices())
-    models = served_models(values, folders, mesh) if values.model or values.workdir else None
-    arguments = named_guards(values.guard, set(models.names) if models else set())
+    arguments = named_guards(values.guard, {values.model, *folders})
     load_model = functools.partial(load_pretrained, dtype=values.dtype, mesh=one_copy(mesh))
     try:
         guards = {name: guard.load(one, load_model) for name, one in arguments.items()}
     except judges.JudgeError as error:
         raise UsageError(f"--guard: {error}") from None
+    models = None
+    if values.model or values.workdir:
+        around_all = around.load(load_model) if around.label else None
+        models = served_models(values, folders, mesh, around_all)
+        named_guards(values.guard, set(models.names))  # no guard is called as an arm is
     limits = Limits(
         values.max_body_bytes,
         values.max_prompt_tokens,
@@ -290,6 +313,8 @@ def main(values: flags.FlagValues) -> None:
     host, port = taken.getsockname()[:2]
     if models:
         print(f"models: {', '.join(models.names)}")
+    if around.label:
+        print(f"under guards: {around.label}")
     if guards:
         print(f"guards: {', '.join(guards)}")
     print(f"serving: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)

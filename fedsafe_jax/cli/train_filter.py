@@ -20,6 +20,7 @@ from fedsafe_jax.data.examples import UNKNOWN, UNSAFE, Example
 from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.protocol import FilterError, SafetyFilter
 from fedsafe_jax.filters.quality import shown
+from fedsafe_jax.filters.requests import REQUEST, of_pairs
 from fedsafe_jax.runtime.libraries import prepare_libraries
 from fedsafe_jax.validation import validate_filter
 from fedsafe_jax.whole_files import storage
@@ -36,7 +37,8 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
     """Returns `(training pairs, held-out pairs, counts)`; no dialogue is on both sides.
 
     Refusals that are labelled unsafe are left out, see `filters.pairs.drop_mislabelled`. At most
-    `max_per_source` pairs of each source are trained on.
+    `max_per_source` pairs of each source are trained on. A filter that reads requests is measured
+    on them.
     """
 
     from fedsafe_jax import load_pretrained
@@ -72,6 +74,9 @@ def read(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example
         some = rng.permutation(len(left))[: config.max_per_source or None]
         counts["over_limit"] += len(left) - len(some)
         pairs += [left[i] for i in sorted(some)]
+    if config.reads == REQUEST:
+        held = of_pairs(held, refuses)
+        counts["requests"] = len(of_pairs(pairs, refuses))
     return pairs, held, counts | {"trained_on": len(pairs), "held_out": len(held)}
 
 
@@ -146,7 +151,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict:
         targets=targets,
     )
     with storage(workdir):
-        store.save(safety_filter, workdir)
+        store.save(safety_filter, workdir, config.reads)
     results = {"counts": counts, "decision": dataclasses.asdict(safety_filter.decision)}
     if trained is not None:
         results |= {"epochs": [e._asdict() for e in trained.epochs], "best_epoch": trained.best}

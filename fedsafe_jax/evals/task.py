@@ -89,6 +89,7 @@ class EvalOptions(NamedTuple):
       system: system prompt of dialogues that have none; "" for none.
       prefix: text that every answer begins with, as an attacker would force it; "" for none.
       encoder: folder of a sentence encoder, for tasks that `reads_encoder`; "" for none.
+      guarded: puts a model under guards, for the sets that are asked so; None without.
     """
 
     max_new_tokens: int = 64
@@ -101,6 +102,7 @@ class EvalOptions(NamedTuple):
     system: str = ""
     prefix: str = ""
     encoder: str = ""
+    guarded: Callable[[Any], Any] | None = None
 
     def judges_of(self, task: "Task") -> tuple[Judge, ...]:
         """Returns the judges that measure what a task asks, the headline's first."""
@@ -169,18 +171,36 @@ class EvalSet(NamedTuple):
       task: the task.
       source: where its items come from.
       items: the items; () before they are loaded.
+      under: the guards that the model is under, such as "budget"; "" for the model itself.
     """
 
     task: Task
     source: str
     items: Sequence = ()
+    under: str = ""
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The task's columns, under the titles that this source deserves."""
-        if self.source != self.task.source:
-            return self.task.columns
-        return tuple(c._replace(title=c.own_title or c.title) for c in self.task.columns)
+        """The task's columns, under the titles that this source and the guards deserve."""
+        columns, behind = self.task.columns, f" ({self.under})" if self.under else ""
+        if self.source == self.task.source:
+            columns = tuple(c._replace(title=c.own_title or c.title) for c in columns)
+        return tuple(c._replace(title=f"{c.title}{behind}") for c in columns)
+
+
+def under_guards(sets: Mapping[str, EvalSet], guards: str) -> dict[str, EvalSet]:
+    """Returns the sets, and those that generate answers a second time, under guards.
+
+    Args:
+      sets: the sets by name.
+      guards: what the guards are called, such as "budget"; "" for none.
+    """
+    again = {
+        f"{name}@{guards}": one._replace(under=guards)
+        for name, one in sets.items()
+        if guards and one.task.ask is not None
+    }
+    return {**sets, **again}
 
 
 def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalSet]:

@@ -15,7 +15,7 @@ def pairs(sets: Mapping[str, EvalSet]) -> list[tuple[str, str]]:
         (name, other)
         for name, one in sets.items()
         for other, beside in sets.items()
-        if beside.task.name in one.task.beside
+        if beside.task.name in one.task.beside and beside.under == one.under
     ]
 
 

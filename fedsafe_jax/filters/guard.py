@@ -262,13 +262,21 @@ def verdict_loss(
     return detected + jnp.sum(nll * reply) / jnp.maximum(jnp.sum(reply), 1)
 
 
-def safe_replies(examples: Sequence[Example], refusal: str) -> list[str]:
+def safe_replies(
+    examples: Sequence[Example], refusal: str, answered: Sequence[Example] | None = None
+) -> list[str]:
     """Returns what a guardian learns to say to each example's request.
 
-    A safe pair's own answer; for an unsafe pair another pair's safe answer to the same request, or
-    the refusal.
+    A safe answer to it: of a safe pair its own, of an unsafe pair another one's to the same
+    request; the refusal where there is none.
+
+    Args:
+      examples: what it is trained on.
+      refusal: answer to requests without a safe one.
+      answered: pairs that the answers are taken from; None for the examples.
     """
-    safe = {e.messages: e.response for e in examples if e.label != UNSAFE and e.response}
+    pairs = examples if answered is None else answered
+    safe = {e.messages: e.response for e in pairs if e.label != UNSAFE and e.response}
     return [safe.get(e.messages, refusal) for e in examples]
 
 

@@ -36,6 +36,8 @@ class FilterSpec(NamedTuple):
       model: path or Hub id of a guard's language model.
       load_model: loads that model.
       lora: shape of a guard's own adapter.
+      answered: pairs with answers that a guardian's own are learned from, where the pairs it is
+        trained on have none; () to take those.
     """
 
     options: TrainingOptions
@@ -47,6 +49,7 @@ class FilterSpec(NamedTuple):
     model: str
     load_model: LoadModel
     lora: lora.LoraConfig
+    answered: Sequence[Example] = ()
 
 
 class FilterKind(NamedTuple):
@@ -101,7 +104,7 @@ def make_guard(
     pairs: Sequence[Example], spec: FilterSpec, guardian: bool = False
 ) -> tuple[GuardFilter, Trained]:
     """Fine-tunes a guard; a guardian also learns to answer."""
-    base = spec.load_model(spec.model)
+    base, answered = spec.load_model(spec.model), spec.answered or pairs
     return guard.train(
         pairs,
         base,
@@ -109,7 +112,7 @@ def make_guard(
         seed=spec.seed,
         options=spec.options,
         max_length=spec.max_length,
-        replies=guard.safe_replies(pairs, REFUSAL) if guardian else None,
+        replies=guard.safe_replies(pairs, REFUSAL, answered) if guardian else None,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from fedsafe_jax.data.examples import Example, Messages, SourceError
 from fedsafe_jax.data.refusals import spoken
 from fedsafe_jax.data.text_files import read_text
+from fedsafe_jax.filters.actions import NewAnswer
 from fedsafe_jax.filters.decision import flag
 from fedsafe_jax.filters.pairs import Refuses
 from fedsafe_jax.filters.protocol import FilterError
@@ -217,6 +218,16 @@ def rewrite(
         Rewritten(text, reason, float(before[i]), scored.get(i))
         for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
     ]
+
+
+def new_answers(lm: Any, pairs: Sequence[Example], **options: Any) -> list[NewAnswer]:
+    """Rewrites the answers of flagged pairs, as `actions.apply` asks for them.
+
+    Args:
+      lm, pairs, **options: as in `rewrite`.
+    """
+    written = rewrite(lm, pairs, **options)
+    return [NewAnswer("" if one.reason else one.text, one.reason) for one in written]
 
 
 def _words(text: str) -> list[str]:

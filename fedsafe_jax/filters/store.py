@@ -10,18 +10,20 @@ from safetensors import SafetensorError
 from fedsafe_jax.filters.decision import Decision
 from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter, LoadModel
 from fedsafe_jax.filters.protocol import FilterError
+from fedsafe_jax.filters.requests import PAIR, REQUEST
 from fedsafe_jax.models import encoder_hub
 from fedsafe_jax.models.hub import ModelError, read_json, write_json
 
 NAME = "filter.json"
 
 
-def save(safety_filter: Filter, folder: str | os.PathLike) -> None:
+def save(safety_filter: Filter, folder: str | os.PathLike, reads: str = PAIR) -> None:
     """Writes a filter; a guard's folder holds its adapter and names its base model.
 
     Args:
       safety_filter: a trained filter.
       folder: created if missing.
+      reads: what it was trained to read, one of `requests.READS`.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,8 @@ def save(safety_filter: Filter, folder: str | os.PathLike) -> None:
         "decision": dataclasses.asdict(safety_filter.decision),
         "kind": safety_filter.kind,
     }
+    if reads != PAIR:
+        content["reads"] = reads
     content |= FILTER_KINDS[safety_filter.kind].save(safety_filter, folder)
     write_json(folder / NAME, content)
 
@@ -74,18 +78,34 @@ def base_of(folder: str | os.PathLike) -> str:
         return ""
 
 
-def load(folder: str | os.PathLike, load_model: LoadModel | None = None) -> Filter:
+def reads(folder: str | os.PathLike) -> str:
+    """Returns what a filter's folder says that it reads, one of `requests.READS`."""
+    try:
+        return read_json(pathlib.Path(folder) / NAME).get("reads", PAIR)
+    except (AttributeError, ValueError, OSError, ModelError):  # `load` says what is wrong
+        return PAIR
+
+
+def load(
+    folder: str | os.PathLike, load_model: LoadModel | None = None, reading: str = PAIR
+) -> Filter:
     """Reads a filter that `save` wrote.
 
     Args:
       folder: folder of the filter.
       load_model: loads a language model by path or Hub id, for guards.
+      reading: what it is to read, one of `requests.READS`.
 
     Raises:
-      FilterError: no filter, or a damaged one.
+      FilterError: no filter, a damaged one, or one that reads something else.
     """
     folder = pathlib.Path(folder)
     check(folder)
+    if (trained := reads(folder)) != reading:
+        raise FilterError(
+            f"{folder}: this filter was trained with reads='{trained}', and here it would read a "
+            f"{reading}; " + ("use it as a guardian." if trained == REQUEST else "train another.")
+        )
     try:
         content = read_json(folder / NAME)
         kind, decision = FILTER_KINDS[content["kind"]], Decision(**content["decision"])

@@ -7,12 +7,13 @@ length of the cache, whatever the lengths of the prompts are.
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from fedsafe_jax.inference.decoding_state import Specs, State, Steering, split_rows
 from fedsafe_jax.inference.prompt_packing import Packed
 from fedsafe_jax.inference.sampling import Sampling, choose
 from fedsafe_jax.models.cache import (
@@ -26,7 +27,7 @@ from fedsafe_jax.models.cache import (
 from fedsafe_jax.models.decoder import Decoder
 from fedsafe_jax.models.decoder_config import DecoderConfig
 from fedsafe_jax.models.owned_lora import Owned, for_layers
-from fedsafe_jax.models.sharding import CLIENTS, is_shared, manual_axes, share
+from fedsafe_jax.models.sharding import is_shared, share
 
 # The axes of a cache that `vmap` maps over adapters: all adapters' caches have the same length.
 CACHE_AXES = KVCache(0, 0, 0, None)
@@ -60,26 +61,32 @@ def _prefill(model: Decoder, stacked: bool, params, factors, packed: Packed):
     return logits[None], cache
 
 
-class State(NamedTuple):
-    """Unfinished answers of a batch; a group holds the rows of one adapter.
-
-    Attributes:
-      token: int32 `[groups, rows]`, the last token of each answer, which is not in the cache yet.
-      out: int32 `[groups, rows, max_new_tokens]`, the answers; -1 where no token was written.
-      done: bool `[groups, rows]`, whether the answer has a stop token.
-      cache: keys and values of the prompts and of the answers so far.
-    """
-
-    token: jax.Array
-    out: jax.Array
-    done: jax.Array
-    cache: KVCache
-
-
 def _next_token(sampling: Sampling, logits, keys, step):
     """Chooses the tokens at `step`, int32 `[groups, rows]`, from logits `[groups, rows, vocab]`."""
     flat = logits.reshape(-1, logits.shape[-1])
     return choose(flat, sampling, keys.reshape(-1), step).reshape(keys.shape)
+
+
+def _steered(sampling: Sampling, steering: Steering | None, logits, done, keys, step):
+    """Chooses as `_next_token`, with the bias of a search: `(tokens, steering)`."""
+    if steering is None:
+        return _next_token(sampling, logits, keys, step), None
+    token = _next_token(sampling, logits + steering.bias, keys, step)
+    return token, steering._replace(
+        log_prob=steering.log_prob + token_log_prob(logits, token, done)
+    )
+
+
+def token_log_prob(logits: jax.Array, token: jax.Array, done: jax.Array) -> jax.Array:
+    """Returns the log-probability of tokens, float32 `[groups, rows]`; 0 of answers that are done.
+
+    Args:
+      logits: `[groups, rows, vocab]`.
+      token: int32 `[groups, rows]`.
+      done: bool `[groups, rows]`.
+    """
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return jnp.where(done, 0.0, chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -137,15 +144,19 @@ def _decode(
         return logits[None], cache
 
     def write_token(carry):
-        step, (token, out, done, cache) = carry
+        step, (token, out, done, cache, steering) = carry
         logits, cache = step_logits(token, (prompt_len + step - 1)[:, None], cache)
-        token = _next_token(sampling, logits, keys, step)
+        token, steering = _steered(sampling, steering, logits, done=done, keys=keys, step=step)
         written = jnp.where(done, -1, token)[..., None]
         out = jax.lax.dynamic_update_slice(out, written, (0, 0, step))
-        return step + 1, State(token, out, done | jnp.isin(token, stop_ids), cache)
+        return step + 1, State(
+            token, out, done | jnp.isin(token, stop_ids), cache=cache, steering=steering
+        )
 
     slots, first = state.cache.valid.shape[-1], state.cache.length
     end = jnp.minimum(max_new_tokens, step + slots - first)
+    if state.steering is not None:
+        end = jnp.minimum(end, state.steering.end)
 
     def unfinished(carry):
         return (carry[0] < end) & ~carry[1].done.all()
@@ -227,76 +238,6 @@ def grow(cache: KVCache, cache_len: int) -> KVCache:
     return new
 
 
-class Specs(NamedTuple):
-    """Partition specs of a program's arguments and results: the mesh axis `clients` splits rows.
-
-    Attributes:
-      whole: anything that every device holds whole: parameters, LoRA factors, scalars.
-      rows: arrays `[rows, ...]`.
-      groups: arrays `[groups, rows, ...]`.
-      packed: packed prompts.
-      cache: a KV cache, in the layout that generation uses for the model.
-      state: unfinished answers.
-    """
-
-    whole: PartitionSpec
-    rows: PartitionSpec
-    groups: PartitionSpec
-    packed: Packed
-    cache: KVCache
-    state: State
-
-    def factors(self, owned: bool) -> Any:
-        """Returns the specs of LoRA factors; `owned`: they are an `Owned`."""
-        return Owned(self.whole, self.rows) if owned else self.whole
-
-    @classmethod
-    def of(cls, model: Decoder, stacked: bool) -> "Specs":
-        """Returns the specs for a model; `stacked`: its cache has a leading axis of adapters."""
-        whole, rows, groups = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
-        adapters = (None,) * stacked
-        # An unrolled decoder's cache is an array a layer, any other has an axis of layers.
-        layers = () if unrolls(model.config) else (None,)
-        kv = PartitionSpec(*adapters, *layers, CLIENTS)
-        valid = PartitionSpec(*adapters, CLIENTS)
-        cache = KVCache(key=kv, value=kv, valid=valid, length=whole)
-        packed = Packed(
-            tokens=rows,
-            positions=rows,
-            segment_ids=rows,
-            source=rows,
-            valid=rows,
-            last=rows,
-            width=whole,
-        )
-        state = State(token=groups, out=groups, done=groups, cache=cache)
-        return cls(whole, rows, groups, packed=packed, cache=cache, state=state)
-
-
-def _split_rows(function, mesh: Mesh | None, in_specs: tuple, out_specs, donate: tuple = ()):
-    """Compiles a program whose rows are split over the mesh, so that each device stops by itself.
-
-    Args:
-      function: the program.
-      mesh: devices; None for one device.
-      in_specs: specs of each argument.
-      out_specs: specs of the result.
-      donate: numbers of the arguments whose memory the results take over.
-    """
-    if mesh is None or mesh.size == 1:
-        return jax.jit(function, donate_argnums=donate)
-    # Nothing is differentiated, so there is nothing for check_vma to check.
-    mapped = jax.shard_map(
-        function,
-        mesh=mesh,
-        axis_names=manual_axes(mesh),
-        check_vma=False,
-        in_specs=in_specs,
-        out_specs=out_specs,
-    )
-    return jax.jit(mapped, donate_argnums=donate)
-
-
 @functools.lru_cache
 def prefill_program(
     model: Decoder, stacked: bool, mesh: Mesh | None, owned: bool = False
@@ -312,7 +253,7 @@ def prefill_program(
       `(params, factors, Packed) -> (logits [groups, rows, vocab], cache)`.
     """
     specs = Specs.of(model, stacked)
-    return _split_rows(
+    return split_rows(
         functools.partial(_prefill, model, stacked),
         mesh,
         in_specs=(specs.whole, specs.factors(owned), specs.packed),
@@ -334,7 +275,7 @@ def extend_program(model: Decoder, mesh: Mesh | None) -> Callable:
       donated.
     """
     specs = Specs.of(model, stacked=False)
-    return _split_rows(
+    return split_rows(
         functools.partial(_extend, model),
         mesh,
         in_specs=(specs.whole, specs.whole, specs.rows, specs.rows, specs.rows, specs.cache),
@@ -345,7 +286,13 @@ def extend_program(model: Decoder, mesh: Mesh | None) -> Callable:
 
 @functools.lru_cache
 def decode_program(
-    model: Decoder, sampling: Sampling, stacked: bool, mesh: Mesh | None, *, owned: bool = False
+    model: Decoder,
+    sampling: Sampling,
+    stacked: bool,
+    mesh: Mesh | None,
+    *,
+    owned: bool = False,
+    steered: bool = False,
 ) -> Callable:
     """Returns the program that decodes until the cache is full or all answers are done.
 
@@ -355,6 +302,7 @@ def decode_program(
       stacked: whether the LoRA factors have a leading axis of adapters, each a group of answers.
       mesh: devices that split the rows; None for one device.
       owned: whether the factors are an `Owned`, whose owner is int32 `[rows, 1]`.
+      steered: whether the state has a `Steering`, whose end ends it too.
 
     Returns:
       `(params, factors, State, prompt_len [rows], step, keys [groups, rows], stop_ids) -> State`,
@@ -362,11 +310,13 @@ def decode_program(
       state is donated.
     """
     specs = Specs.of(model, stacked)
-    whole = specs.whole
-    return _split_rows(
+    whole, state = specs.whole, specs.state
+    if steered:
+        state = state._replace(steering=Steering(specs.groups, specs.groups, end=whole))
+    return split_rows(
         functools.partial(_decode, model, sampling, stacked),
         mesh,
-        in_specs=(whole, specs.factors(owned), specs.state, specs.rows, whole, specs.groups, whole),
-        out_specs=specs.state,
+        in_specs=(whole, specs.factors(owned), state, specs.rows, whole, specs.groups, whole),
+        out_specs=state,
         donate=(2,),
     )

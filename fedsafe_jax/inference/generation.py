@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.inference import decoding
+from fedsafe_jax.inference.decoding_state import State
 from fedsafe_jax.inference.prompt_packing import (
     Packed,
     cache_length,
@@ -188,7 +189,7 @@ class Engine:
         self.platform = model.config.platform
         self._stacked, self._params, self._factors = bool(num_adapters), params, factors
         self._decoding_params = decoding.decoding_params(model.config, params, mesh)
-        self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
+        self.stops = jnp.asarray(stop_ids, jnp.int32)
 
     def batches(
         self, prompts: Sequence[Sequence[int]], rows_for: Callable[[int], int] | None = None
@@ -270,7 +271,7 @@ class Engine:
         prompt_len: np.ndarray,
         keys: jax.Array,
         owners: np.ndarray | None = None,
-    ) -> Iterator[decoding.State]:
+    ) -> Iterator[State]:
         """Decodes answers, and yields them with their first token and whenever the cache is full.
 
         Args:
@@ -289,12 +290,12 @@ class Engine:
         factors, owned = self._factors, owners is not None
         factors = Owned(factors, owners[:, None]) if owned else factors
         decode = decoding.decode_program(
-            self.model, sampling, self._stacked, self.mesh, owned=owned
+            self.model, sampling, self._stacked, mesh=self.mesh, owned=owned
         )
         token, out, done = decoding.start(
-            sampling, max_new_tokens, logits, prompt_len, keys, self._stop_ids
+            sampling, max_new_tokens, logits, prompt_len, keys, self.stops
         )
-        state, step = decoding.State(token, out, done, cache), 1
+        state, step = State(token, out, done, cache=cache), 1
         yield state
         while step < max_new_tokens and not state.done.all():
             used = written + step - 1
@@ -309,13 +310,30 @@ class Engine:
                 prompt_len,
                 step,
                 keys,
-                self._stop_ids,
+                self.stops,
             )
             step += slots - used
             yield state
 
+    def steer(
+        self, sampling: Sampling, state: State, prompt_len: np.ndarray, step: int, keys: jax.Array
+    ) -> State:
+        """Decodes answers of a search, for one adapter, up to the end that their steering names.
 
-def last(pieces: Iterator[decoding.State]) -> decoding.State:
+        Args:
+          sampling: how tokens are drawn.
+          state: the answers, with a `Steering`; its cache has the room. Its memory is overwritten.
+          prompt_len: int32 `[rows]`, tokens of each prompt.
+          step: tokens that each answer has.
+          keys: PRNG keys `[1, rows]`.
+        """
+        decode = decoding.decode_program(self.model, sampling, False, mesh=self.mesh, steered=True)
+        return decode(
+            self._decoding_params, self._factors, state, prompt_len, step, keys, self.stops
+        )
+
+
+def last(pieces: Iterator[State]) -> State:
     """Decodes to the end: returns the last of the states that `Engine.pieces` yields."""
     return collections.deque(pieces, maxlen=1).pop()
 

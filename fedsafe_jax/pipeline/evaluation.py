@@ -3,7 +3,8 @@
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -21,7 +22,9 @@ from fedsafe_jax.evals.task import (
     load_items,
     select,
     subset,
+    under_guards,
 )
+from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec, guard_model
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.runtime import multihost
@@ -55,7 +58,13 @@ def chosen_sets(config: ConfigDict) -> dict[str, EvalSet]:
     Raises:
       TaskError: see `evals.task.select`.
     """
-    return select(config.eval.tasks, tasks())
+    return under_guards(select(config.eval.tasks, tasks()), guard_spec(config).label)
+
+
+def guard_spec(config: ConfigDict) -> GuardSpec:
+    """Returns the guards that a config names."""
+    c = config.eval
+    return GuardSpec(c.decoding, c.guard, c.guardian, c.critic)
 
 
 def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalSet]:
@@ -96,19 +105,35 @@ def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOpt
       config: config of the run.
       base: the base model, for judges of preference.
     """
-    c = config.eval
+    c, tools, spec = config.eval, judge_tools(config), guard_spec(config)
     return EvalOptions(
         max_new_tokens=c.max_new_tokens,
         max_length=c.max_length,
         batch_size=c.batch_size,
-        judges=judges.make(c.judges, judge_tools(config)),
+        judges=judges.make(c.judges, tools),
         base=base,
         temperature=c.temperature,
         samples=c.samples,
         system=c.system,
         prefix=c.prefix,
         encoder=c.encoder,
+        guarded=guarding(spec, tools.load_model) if spec.label else None,
     )
+
+
+def guarding(spec: GuardSpec, load_model: Callable[[str], LanguageModel]) -> Callable:
+    """Returns what puts a model under guards, which are loaded when the first one is.
+
+    Args:
+      spec: the guards.
+      load_model: loads a language model by path or Hub id.
+    """
+
+    @functools.cache
+    def loaded() -> Guards:
+        return spec.load(load_model)
+
+    return lambda lm: guard_model(lm, loaded())
 
 
 def evaluate(
@@ -153,7 +178,7 @@ def _outcome(
     key = {"task": task.name, "version": task.version, "prompts": answers.hash_of(one.items)}
     rows = multihost.first(lambda: kept.read(name, key))
     if not multihost.broadcast_bool(rows is not None):
-        rows = task.ask(lm, one.items, options)
+        rows = _ask(lm, one, options)
         multihost.first(lambda: kept.write(name, key, rows))
 
     def scored() -> dict:
@@ -168,7 +193,21 @@ def _outcome(
             logging.warning("task '%s': judge '%s' failed on %d answers", name, spec, count)
         return task.score(judged, options)
 
+    if one.under and rows:
+        outcome["guards"] = rows[0]["guards"]
     return outcome | (multihost.first(scored) or {})
+
+
+def _ask(lm: LanguageModel, one: EvalSet, options: EvalOptions) -> Rows:
+    """Returns the rows of a set; the first one also says what guards did, and in how long."""
+    if not one.under:
+        return one.task.ask(lm, one.items, options)
+    guarded, began = options.guarded(lm), time.monotonic()
+    rows = one.task.ask(guarded, one.items, options)
+    if rows:
+        counts = guarded.record.take()._asdict()
+        rows[0] = rows[0] | {"guards": counts | {"seconds": time.monotonic() - began}}
+    return rows
 
 
 def summarise(
@@ -181,8 +220,15 @@ def summarise(
     """
     return {
         name: one.task.summarise([outcome[name] for outcome in outcomes], options)
+        | _guards_of([outcome[name] for outcome in outcomes])
         for name, one in sets.items()
     }
+
+
+def _guards_of(outcomes: Sequence[dict]) -> dict:
+    """Returns what guards did over all seeds, {} without any."""
+    known = [outcome["guards"] for outcome in outcomes if "guards" in outcome]
+    return {"guards": {name: sum(one[name] for one in known) for name in known[0]}} if known else {}
 
 
 def measured_judges(

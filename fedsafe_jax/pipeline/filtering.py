@@ -14,15 +14,12 @@ from ml_collections import ConfigDict
 from fedsafe_jax.cai import forms
 from fedsafe_jax.cai.constitution import Constitution
 from fedsafe_jax.cai.revise import Rules, Threads, revise
-from fedsafe_jax.data import chat_template
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import Tools
-from fedsafe_jax.filters import cache, quality, rewriting, store
+from fedsafe_jax.filters import cache, quality, requests, rewriting, store
 from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, NewAnswer, WriteAnswers, apply
 from fedsafe_jax.filters.decision import AT_BOUND, flag
-from fedsafe_jax.filters.guard import GuardFilter
-from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
 from fedsafe_jax.filters.kinds import (
     FILTER_KINDS,
     Filter,
@@ -32,7 +29,7 @@ from fedsafe_jax.filters.kinds import (
 )
 from fedsafe_jax.filters.pairs import Refuses, hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
-from fedsafe_jax.inference import generation
+from fedsafe_jax.guarding import guardian
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.inference.pretrained import load_pretrained
@@ -191,7 +188,7 @@ def build_filter(
 
     Args:
       section: the config's `filter`.
-      pairs: labelled pairs; `hard_negatives` are added.
+      pairs: labelled pairs; `hard_negatives` are added, unless it reads requests alone.
       tokenizer: tokenizer of a classifier from scratch.
       seed: seed of the training.
       load_model: loads a guard's language model, see `guard_loader`.
@@ -218,8 +215,11 @@ def build_filter(
         lora=lora.LoraConfig(section.lora_rank, 2.0 * section.lora_rank, tuple(targets)),
     )
     refuses = judges.refuses(section.judge, Tools(load_model))
+    make = FILTER_KINDS[section.kind].make
+    if section.get("reads", requests.PAIR) == requests.REQUEST:
+        return make(requests.of_pairs(pairs, refuses), spec._replace(answered=pairs))
     pairs = [*pairs, *hard_negatives(pairs, section.hard_negatives, seed, refuses)]
-    return FILTER_KINDS[section.kind].make(pairs, spec)
+    return make(pairs, spec)
 
 
 def training_options(section: ConfigDict) -> TrainingOptions:
@@ -328,20 +328,22 @@ def answer_writer(
     it anew without harm, see `filters.rewriting`.
     """
     if FILTER_KINDS[config.filter.kind].writes_answers:
-        write = functools.partial(guardian_replies, verdicts.make_filter())
+        write = functools.partial(guardian.replies, verdicts.make_filter())
         return lambda pairs: [NewAnswer(text) for text in write(pairs)]
     base = dataclasses.replace(inputs.lm, adapter=None)
     max_new_tokens = config.cai.max_new_tokens
     refuses = judges.refuses(config.filter.judge, judge_tools(config))
     if config.filter.rewrite == rewriting.DEBIAS:
+        safety_filter = verdicts.make_filter()
         return functools.partial(
-            debias_answers,
+            rewriting.new_answers,
             base,
-            verdicts.make_filter(),
-            threshold=verdicts.threshold,
             instruction=rewriting.load_instruction(config.filter.instruction),
-            max_new_tokens=max_new_tokens,
+            # What is accepted is trained on, which must be the same everywhere.
+            risk=lambda pairs: multihost.broadcast(safety_filter.score(pairs)),
             refuses=refuses,
+            threshold=verdicts.threshold,
+            max_new_tokens=max_new_tokens,
         )
     revise_all = functools.partial(
         revise_answers,
@@ -352,65 +354,6 @@ def answer_writer(
         refuses=refuses,
     )
     return lambda pairs: [NewAnswer(text) for text in revise_all(pairs)]
-
-
-def debias_answers(
-    lm: LanguageModel,
-    safety_filter: Filter,
-    pairs: Sequence[Example],
-    threshold: float,
-    instruction: str,
-    max_new_tokens: int,
-    refuses: Refuses,
-) -> list[NewAnswer]:
-    """Rewrites the pairs' answers by a model; what the filter or a rule rejects has no text.
-
-    Args:
-      lm: model that rewrites.
-      safety_filter: filter that flagged the pairs, by which new answers are accepted.
-      pairs: pairs whose answers are rewritten, all of them flagged.
-      threshold: P(unsafe) from which an answer is flagged.
-      instruction: what the model is asked, see `rewriting`.
-      max_new_tokens: most tokens of a new answer.
-      refuses: judge of refusal, which rejects refusals.
-    """
-    written = rewriting.rewrite(
-        lm,
-        pairs,
-        instruction,
-        # What is accepted is trained on, which must be the same everywhere.
-        risk=lambda scored: multihost.broadcast(safety_filter.score(scored)),
-        refuses=refuses,
-        threshold=threshold,
-        max_new_tokens=max_new_tokens,
-    )
-    return [NewAnswer("" if one.reason else one.text, one.reason) for one in written]
-
-
-def guardian_replies(
-    guardian: GuardFilter, pairs: Sequence[Example], max_new_tokens: int = 64
-) -> list[str]:
-    """Generates a guardian's answers; "" where an answer does not end in time.
-
-    The verdict "unsafe" is put in front, since a guardian answers behind its verdict.
-    """
-    tokenizer = guardian.tokenizer
-    lead = [verdict_ids(tokenizer)[1]]
-    lead += tokenizer("\n", add_special_tokens=False)["input_ids"]
-    rows = render_pairs(tokenizer, pairs, guardian.max_length, guardian.template)
-    (answers,) = generation.generate_ids(
-        guardian.model,
-        guardian.params,
-        guardian.factors,
-        prompts=[[*row, *lead] for row in rows],
-        stop_ids=chat_template.of(tokenizer).stop_ids,
-        max_new_tokens=max_new_tokens,
-        mesh=guardian.model.config.mesh,
-    )
-    return [
-        tokenizer.decode(ids, skip_special_tokens=True).strip() if finished else ""
-        for ids, finished in zip(answers.ids, answers.finished, strict=True)
-    ]
 
 
 def revise_answers(

@@ -98,6 +98,8 @@ def summarise(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions() | {"tasks": task_versions},
     }
+    if guards := evaluation.guard_spec(config).label:
+        results["guards"] = guards
     if private := rounds.privacy_of(config):
         results["privacy"] = private
     if filter_quality:

@@ -13,6 +13,7 @@ from fedsafe_jax.report import (
     clients,
     curves,
     differences,
+    guards,
     judges,
     safety_filter,
     settings,
@@ -25,7 +26,19 @@ from fedsafe_jax.runtime import run_files
 
 TITLE = "Federated fine-tuning, safety filter and Constitutional AI"
 # Each has `sections(run) -> [Section]`, empty where the run has nothing to show of it.
-PARTS = (arms, differences, curves, clients, safety_filter, cai, judges, answers, timing, settings)
+PARTS = (
+    arms,
+    differences,
+    guards,
+    curves,
+    clients,
+    safety_filter,
+    cai,
+    judges,
+    answers,
+    timing,
+    settings,
+)
 
 
 def write(

@@ -8,7 +8,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from fedsafe_jax.evals.task import Column, EvalSet, Task, select
+from fedsafe_jax.evals.task import Column, EvalSet, Task, select, under_guards
 from fedsafe_jax.evals.tasks import TASKS
 from fedsafe_jax.filters.quality import shown
 
@@ -114,4 +114,5 @@ def print_workdir(workdir: str, tasks: Mapping[str, Task] = TASKS) -> None:
     config, results = (
         json.loads((folder / name).read_text()) for name in ("config.json", "results.json")
     )
-    print_table(results, select(config["eval"]["tasks"], tasks))
+    sets = under_guards(select(config["eval"]["tasks"], tasks), results.get("guards", ""))
+    print_table(results, sets)

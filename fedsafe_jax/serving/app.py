@@ -87,6 +87,11 @@ class _Server:
     async def chat(self, request: Request) -> Response:
         asked = schema.read_chat(await read_content(request, self._limits))
         self._check_model(asked.model)
+        if asked.top is not None and self._models.is_guarded:
+            raise malformed(
+                "'logprobs' tells the model's own tokens; this server answers under guards.",
+                "logprobs",
+            )
         try:
             ids = await anyio.to_thread.run_sync(self._models.render, asked.dialogue)
         except ChatTemplateError as error:
@@ -96,6 +101,11 @@ class _Server:
     async def complete(self, request: Request) -> Response:
         asked = schema.read_completion(await read_content(request, self._limits))
         self._check_model(asked.model)
+        if self._models.is_guarded:
+            raise malformed(
+                "This server answers under guards, which read dialogues; ask /v1/chat/completions.",
+                "prompt",
+            )
         self._check_count(len(asked.prompts) * asked.n, "'prompt' and 'n' ask for", "prompt")
         prompts = await anyio.to_thread.run_sync(self._prompts, asked)
         return await self._answer(request, asked, *prompts)

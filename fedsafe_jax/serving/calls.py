@@ -116,7 +116,7 @@ class Call:
             with contextlib.suppress(RuntimeError):  # the loop may have ended before the thread
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (choice.index, event))
 
-        draw = Draw(ids, asked.max_tokens, asked.seed, place=choice.index)
+        draw = Draw(ids, asked.max_tokens, asked.seed, place=choice.index, dialogue=asked.dialogue)
         top = max(asked.top or 0, 1) if scores else None
         return Job(
             asked.model,

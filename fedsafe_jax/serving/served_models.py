@@ -10,6 +10,7 @@ import numpy as np
 
 from fedsafe_jax import random_streams
 from fedsafe_jax.data import packing
+from fedsafe_jax.data.examples import Messages
 from fedsafe_jax.inference import generation
 from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.inference.prompt_packing import PACKED_TOKENS, pack_prompts
@@ -31,12 +32,14 @@ class Draw(NamedTuple):
       max_tokens: longest answer.
       seed, place: seed of the samples, and the prompt's place in its request: what is drawn is what
         `LanguageModel.generate` draws for the prompt at that place of its list.
+      dialogue: turns of a chat, () of a text.
     """
 
     ids: Sequence[int]
     max_tokens: int
     seed: int
     place: int
+    dialogue: Messages = ()
 
 
 class ServedModels:
@@ -54,6 +57,8 @@ class ServedModels:
     Raises:
       ModelError: an adapter belongs to a base of another shape.
     """
+
+    is_guarded = False  # whether only whole answers to dialogues are given
 
     def __init__(
         self,

@@ -19,7 +19,10 @@ from fedsafe_jax.evals.judges import JudgeError
 from fedsafe_jax.evals.task import TaskError, check_judges, select
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.kinds import FILTER_KINDS
+from fedsafe_jax.filters.requests import READS
 from fedsafe_jax.filters.rewriting import DEBIAS
+from fedsafe_jax.guarding.contract import GuardError
+from fedsafe_jax.guarding.guarded_model import GuardSpec
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
 from fedsafe_jax.validation.federated import validate_federated
@@ -96,6 +99,10 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
             f"eval.samples={c.samples}, eval.temperature=0: greedy answers are all the same; set a "
             "temperature, or eval.samples=1."
         )
+    try:
+        GuardSpec(c.decoding, c.guard, c.guardian, c.critic).check()
+    except (GuardError, JudgeError) as error:
+        raise ConfigError(f"eval: {error}") from None
     try:
         chosen = select(c.tasks, tasks())
         check_judges(chosen, c.judges)
@@ -183,6 +190,8 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
     check_choices(f, "filter.")
     for field in set(f) & {"dtype", "quantization"}:
         check_choice(field, (f[field],), choices()[field])
+    if "reads" in f:
+        check_choice("reads", (f.reads,), READS)
     _check_judge("filter.judge", f.judge)
     _check_sources("filter.sources", f.sources)
     if FILTER_KINDS[f.kind].needs_model and not f.model and not f.load:

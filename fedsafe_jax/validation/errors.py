@@ -35,6 +35,7 @@ def input_errors() -> tuple[type[Exception], ...]:
     from fedsafe_jax.evals.judges.contract import JudgeError
     from fedsafe_jax.evals.task import TaskError
     from fedsafe_jax.filters.protocol import FilterError
+    from fedsafe_jax.guarding.contract import GuardError
     from fedsafe_jax.models.hub import ModelError
     from fedsafe_jax.registry import UnknownNameError
     from fedsafe_jax.runtime.cluster import ClusterError
@@ -48,6 +49,7 @@ def input_errors() -> tuple[type[Exception], ...]:
         ChatTemplateError,
         ClusterError,
         FilterError,
+        GuardError,
         JudgeError,
         ModelError,
         TargetError,

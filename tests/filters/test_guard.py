@@ -15,6 +15,7 @@ from fedsafe_jax.data.refusals import REFUSAL, start_refusal
 from fedsafe_jax.federated.mesh import make_mesh
 from fedsafe_jax.filters import guard, guard_prompts, protocol, quality, training
 from fedsafe_jax.filters.training import TrainingOptions
+from fedsafe_jax.guarding import guardian
 from fedsafe_jax.models import lora, quantize
 from fedsafe_jax.pipeline import filtering
 from fedsafe_jax.validation import validate_filter
@@ -54,7 +55,7 @@ def test_guardian_detects_and_answers(packaged, pairs):
     flagged = found.score(held) >= found.decision.threshold
     assert quality.quality([e.label == "unsafe" for e in held], flagged).accuracy > 85
     unsafe = [e for e in held if e.label == "unsafe"][:20]
-    said = filtering.guardian_replies(found, unsafe)
+    said = guardian.replies(found, unsafe)
     refused = [start_refusal(text) for text in said]
     assert np.mean(refused) > 0.8, said
 

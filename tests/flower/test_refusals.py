@@ -149,6 +149,7 @@ def test_each_error_of_wrong_input_has_a_code_of_its_own():
         "AttackError",
         "ClusterError",
         "EndpointError",
+        "GuardError",
         "PartitionError",
         "TargetError",
     }

@@ -19,6 +19,7 @@ class FakeModels:
 
     names = ["base", "ada"]
     max_length, vocab_size, stop_ids = 64, 256, frozenset([END])
+    is_guarded = False
 
     def __init__(self):
         self.batches, self.gate = [], threading.Event()
