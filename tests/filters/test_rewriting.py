@@ -62,7 +62,14 @@ def refuses(dialogues, answers):
 
 def rewrite(*texts, threshold=0.5, lm=None, instruction=INSTRUCTION):
     pairs = [pair("What are they like?", text, "unsafe") for text in texts]
-    return rewriting.rewrite(lm or Model(), pairs, instruction, risk, refuses, threshold)
+    return rewriting.rewrite(
+        lm or Model(),
+        pairs,
+        instruction=instruction,
+        risk=risk,
+        refuses=refuses,
+        threshold=threshold,
+    )
 
 
 def test_a_text_whose_risk_falls_below_the_threshold_is_accepted():
@@ -121,7 +128,7 @@ def test_all_are_scored_in_one_call_in_their_dialogues():
         return risk(pairs)
 
     pairs = [pair("a?", HARM, "unsafe"), pair("b?", "declined", "unsafe")]
-    rewriting.rewrite(Model(), pairs, INSTRUCTION, scored, refuses, 0.5)
+    rewriting.rewrite(Model(), pairs, INSTRUCTION, risk=scored, refuses=refuses, threshold=0.5)
     assert seen == [[("a?", HARM), ("b?", "declined"), ("a?", "Some of them have been late.")]]
 
 

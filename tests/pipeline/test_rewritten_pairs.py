@@ -1,5 +1,6 @@
 """Clients' flagged pairs under `filter.rewrite`: what is trained on, counted and kept in files."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -51,7 +52,7 @@ class Filter:
 @pytest.fixture
 def inputs():
     config = types.SimpleNamespace(max_length=128, mesh=None)
-    base = Base(config, {}, None, {}, adapter="an adapter")
+    base = Base(config, params={}, tokenizer=None, hf_config={}, adapter="an adapter")
     return types.SimpleNamespace(lm=base, constitution=constitution.load("package:constitution"))
 
 
@@ -105,7 +106,7 @@ def test_revise_is_what_it_was(config, inputs, monkeypatch):
     verdicts = Verdicts(P, 0.5, make_filter=None)
     left = filtering.apply_action(config, inputs, CLIENTS, verdicts, seed=0)
     revised = filtering.revise_answers(
-        Base(inputs.lm.config, {}, None, {}),
+        dataclasses.replace(inputs.lm, adapter=None),
         inputs.constitution,
         CLIENTS[0][1:],
         max_new_tokens=48,
