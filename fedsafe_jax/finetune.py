@@ -1,6 +1,7 @@
 """Federated fine-tuning from Python, without a config: adapters from lists of pairs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from fedsafe_jax.federated.algorithms import ALGORITHMS, Hyperparameters
 from fedsafe_jax.federated.client import LocalTraining, make_optimizer
 from fedsafe_jax.federated.mesh import clients_at_once, make_mesh
 from fedsafe_jax.federated.participation import draw_cohort
-from fedsafe_jax.federated.round_programs import RoundSpec, make_round
+from fedsafe_jax.federated.round_programs import Programs, RoundSpec, make_round
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.models import lora, loss
 from fedsafe_jax.models.decoder import Decoder
@@ -23,15 +24,19 @@ from fedsafe_jax.models.lora import Adapter, LoraConfig
 from fedsafe_jax.random_streams import Purpose
 from fedsafe_jax.registry import look_up
 
+FRESH, ADAPTER = "fresh", "adapter"  # what training starts from
+SHAPE = LoraConfig(rank=8, alpha=16.0, targets=("q_proj", "v_proj"))  # of a fresh adapter
+
 
 def finetune(
     lm: LanguageModel,
     clients: Sequence[Sequence[tuple[str, str]]],
     *,
-    rank: int = 8,
-    alpha: float = 16.0,
-    targets: Sequence[str] | str = ("q_proj", "v_proj"),
-    rank_stabilized: bool = False,
+    start: str = "",
+    rank: int = SHAPE.rank,
+    alpha: float = SHAPE.alpha,
+    targets: Sequence[str] | str = SHAPE.targets,
+    rank_stabilized: bool = SHAPE.rank_stabilized,
     dropout: float = 0.0,
     algorithm: str = "fedavg",
     rounds: int = 5,
@@ -48,10 +53,13 @@ def finetune(
     `fedsafe run` does the whole method, with evaluation, checkpoints and a report.
 
     Args:
-      lm: the frozen base; an adapter on it is not used.
+      lm: the model; its parameters are frozen.
       clients: (prompt, response) pairs of each client.
-      rank, alpha, targets, rank_stabilized: shape of the adapter, as in `lora.LoraConfig`; targets
-        may be "all-linear".
+      start: "fresh": a fresh adapter in the place of one that may be on the model; "adapter": the
+        one that is on it is trained on, with its own shape. It need not be said of a model without
+        an adapter.
+      rank, alpha, targets, rank_stabilized: shape of a fresh adapter, as in `lora.LoraConfig`;
+        targets may be "all-linear".
       dropout: share of the adapter's inputs that is dropped in training, 0 to below 1.
       algorithm: a name in `federated.algorithms.ALGORITHMS`.
       rounds: rounds of training and aggregation.
@@ -70,7 +78,9 @@ def finetune(
     Raises:
       PartitionError: there is no client, a client has no pair that fits into `seq_len`, or what it
         holds are no pairs of texts.
-      ModelError: a number is too small, a target unknown, or the dropout no share below 1.
+      ModelError: a number is too small, a target unknown, or the dropout no share below 1; the
+        model has an adapter, and `start` does not say what becomes of it, or it has none to go on
+        from; or a shape is given that the adapter that is trained on does not have.
       UnknownNameError: there is no such algorithm; the message has the nearest one.
 
     Examples:
@@ -81,6 +91,156 @@ def finetune(
       >>> adapter.config.rank, adapter.base_model
       (2, 'package:model')
     """
+    _check_sizes(rounds=rounds)
+    training = _set_up(
+        lm,
+        clients,
+        start=start,
+        shape=LoraConfig(rank, alpha, targets, rank_stabilized=rank_stabilized, dropout=dropout),
+        algorithm=algorithm,
+        clients_per_round=clients_per_round,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        learning_rate=learning_rate,
+        clients_in_parallel=clients_in_parallel,
+        seed=seed,
+    )
+    state = training.start
+    for t in range(rounds):
+        state, _ = training.round(state, t)
+    return training.adapter(state)
+
+
+def adapters_by_step(
+    lm: LanguageModel,
+    pairs: Sequence[tuple[str, str]],
+    steps: Sequence[int],
+    *,
+    start: str = "",
+    batch_size: int = 8,
+    seq_len: int = 256,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> tuple[list[Adapter], np.ndarray]:
+    """Trains one adapter on one user's pairs, and returns it after several numbers of steps.
+
+    An optimizer lives as long as a client's round. So each number of steps is a training from the
+    start, whose first steps are those of a shorter one: the adapter of `n` steps is that of
+    `finetune` with `rounds=1` and `local_steps=n`, by one compiled program for all of them.
+
+    Args:
+      lm, start, batch_size, seq_len, learning_rate, seed: as in `finetune`; a fresh adapter has the
+        shape that is default there.
+      pairs: (prompt, response) pairs.
+      steps: numbers of steps, at least 1.
+
+    Returns:
+      The adapters in the order of `steps`, and float32 `[max(steps)]`, the loss of each step before
+      it is taken, nats a target token.
+
+    Raises:
+      PartitionError, ModelError: as `finetune`.
+    """
+    for count in steps:
+        _check_sizes(steps=count)
+    training = _set_up(
+        lm,
+        [pairs],
+        start=start,
+        shape=SHAPE,
+        algorithm="fedavg",
+        clients_per_round=None,
+        local_steps=max(steps),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        learning_rate=learning_rate,
+        clients_in_parallel=0,
+        seed=seed,
+    )
+    adapters, losses = [], np.zeros(0, np.float32)
+    for count in steps:
+        state, report = training.round(training.start, 0, most=count)
+        adapters.append(training.adapter(state))
+        losses = max(losses, report.losses[0][:count], key=len)
+    return adapters, losses
+
+
+class _Training(NamedTuple):
+    """A training that is ready: its programs, and what clients hold."""
+
+    lm: LanguageModel
+    programs: Programs
+    start: simulation.FederatedState
+    config: LoraConfig
+    data: list[list[chat.Encoded]]
+    weighting: str
+    clients_per_round: int
+    local_steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    seed: int
+
+    def round(
+        self, state: simulation.FederatedState, t: int, most: int | None = None
+    ) -> tuple[simulation.FederatedState, simulation.RoundReport]:
+        """Takes round `t`; `most` local steps of it, None for all."""
+        cohort = draw_cohort(
+            self.seed,
+            t,
+            [len(encoded) for encoded in self.data],
+            count=self.clients_per_round,
+            local_steps=self.local_steps,
+            weighting=self.weighting,
+        )
+        if most is not None:
+            cohort = cohort._replace(steps=np.minimum(cohort.steps, most))
+        batches = RoundBatches(
+            self.data,
+            self.seed,
+            t,
+            ids=cohort.ids,
+            steps=cohort.steps,
+            local_steps=self.local_steps,
+            batch_size=self.batch_size,
+            seq=self.seq_len,
+            noise=bool(self.config.dropout),
+        )
+        return simulation.run_round(
+            self.programs,
+            state,
+            self.lm.params,
+            batches=batches.chunk,
+            cohort=cohort,
+            rates=[self.learning_rate] * self.local_steps,
+            chunk=simulation.chunk_size(self.clients_per_round, self.programs.mesh),
+            rows=batches.filled,
+            key=random_streams.key(Purpose.FRESH_SLOTS, self.seed, t),
+        )
+
+    def adapter(self, state: simulation.FederatedState) -> Adapter:
+        """Returns the global adapter of a state."""
+        factors = jax.device_get(state.server.adapter)
+        return Adapter(factors, lora.config_of(factors, self.config), self.lm.name)
+
+
+def _set_up(
+    lm: LanguageModel,
+    clients: Sequence[Sequence[tuple[str, str]]],
+    *,
+    start: str,
+    shape: LoraConfig,
+    algorithm: str,
+    clients_per_round: int | None,
+    local_steps: int,
+    batch_size: int,
+    seq_len: int,
+    learning_rate: float,
+    clients_in_parallel: int,
+    seed: int,
+) -> _Training:
+    """Checks the arguments of `finetune`, and makes what its rounds need."""
     entry = look_up(ALGORITHMS, algorithm, "algorithm")
     if entry.personal:
         raise lora.ModelError(
@@ -88,23 +248,23 @@ def finetune(
             "global adapter to return; `fedsafe run` and `fedsafe export --client` have those of "
             "clients."
         )
-    if dropout and "lora_dropout" in entry.refuses:
+    if shape.dropout and "lora_dropout" in entry.refuses:
         raise lora.ModelError(
-            f"dropout={dropout} does not go with algorithm='{algorithm}': "
+            f"dropout={shape.dropout} does not go with algorithm='{algorithm}': "
             f"{entry.refuses['lora_dropout']}."
         )
     _check_sizes(
-        rank=rank,
-        rounds=rounds,
+        rank=shape.rank,
         local_steps=local_steps,
         batch_size=batch_size,
         clients_per_round=1 if clients_per_round is None else clients_per_round,
     )
     _check_pairs(clients, clients_per_round)
-    names = lora.expand_targets(targets)
-    if not 0 <= dropout < 1:
-        raise lora.ModelError(f"dropout={dropout}; expected a share from 0 to below 1.")
-    config = LoraConfig(rank, alpha, names, rank_stabilized=rank_stabilized, dropout=dropout)
+    shape = shape._replace(targets=lora.expand_targets(shape.targets))
+    if not 0 <= shape.dropout < 1:
+        raise lora.ModelError(f"dropout={shape.dropout}; expected a share from 0 to below 1.")
+    trained_on = _trained_on(lm, start, shape)
+    config = (trained_on.config if trained_on else shape)._replace(dropout=shape.dropout)
     data = [
         [chat.encode(lm.tokenizer, (("user", p),), r, seq_len) for p, r in pairs]
         for pairs in clients
@@ -114,52 +274,69 @@ def finetune(
     for i, encoded in enumerate(data):
         if not encoded:
             raise PartitionError(f"client {i} has no pair whose prompt fits into {seq_len} tokens.")
-    model = Decoder(lm.config, config.scale, config.dropout)
-    mesh, count = lm.mesh or make_mesh(jax.devices()[:1]), clients_per_round or len(clients)
+    model, mesh = Decoder(lm.config, config.scale, config.dropout), lm.mesh
+    mesh = mesh or make_mesh(jax.devices()[:1])
     parallel, shared = clients_at_once(mesh, clients_in_parallel)
     training = LocalTraining(
         loss.PackedLoss(model), make_optimizer(), mesh=shared, platform=model.config.platform
     )
-    method = entry.make(training, len(clients), Hyperparameters())
     spec = RoundSpec(
-        method,
+        entry.make(training, len(clients), Hyperparameters()),
         aggregation.make("mean"),
         normalize_steps=entry.normalize_steps,
         product_weights=entry.weighting == "product_norm",
     )
     programs = make_round(spec, mesh, parallel)
-    factors = lora.init(random_streams.key(Purpose.ADAPTER, seed), lm.config, config)
-    state = simulation.initial_state(programs, factors, len(clients))
-    sizes, rates = [len(encoded) for encoded in data], [learning_rate] * local_steps
-    chunk = simulation.chunk_size(count, mesh)
-    for t in range(rounds):
-        cohort = draw_cohort(
-            seed, t, sizes, count=count, local_steps=local_steps, weighting=entry.weighting
+    if trained_on:
+        factors = trained_on.factors
+    else:
+        factors = lora.init(random_streams.key(Purpose.ADAPTER, seed), lm.config, config)
+    return _Training(
+        lm,
+        programs,
+        simulation.initial_state(programs, factors, len(clients)),
+        config=config,
+        data=data,
+        weighting=entry.weighting,
+        clients_per_round=clients_per_round or len(clients),
+        local_steps=local_steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+
+
+def _trained_on(lm: LanguageModel, start: str, given: LoraConfig) -> Adapter | None:
+    """Returns the adapter that training goes on from; None where it begins with a fresh one.
+
+    Args:
+      lm: the model.
+      start: as in `finetune`.
+      given: the shape that was asked for, or the default one.
+    """
+    if start not in ("", FRESH, ADAPTER):
+        raise ModelError(f"start={start!r}: expected '{FRESH}' or '{ADAPTER}'.")
+    if lm.adapter is None and start == ADAPTER:
+        raise ModelError(f"start='{ADAPTER}': there is no adapter on the model; leave it out.")
+    if lm.adapter is not None and not start:
+        raise ModelError(
+            f"start: there is an adapter on the model; say '{ADAPTER}' to train it on, or "
+            f"'{FRESH}' for a fresh one in its place."
         )
-        batches = RoundBatches(
-            data,
-            seed,
-            t,
-            ids=cohort.ids,
-            steps=cohort.steps,
-            local_steps=local_steps,
-            batch_size=batch_size,
-            seq=seq_len,
-            noise=bool(dropout),
-        )
-        state, _ = simulation.run_round(
-            programs,
-            state,
-            lm.params,
-            batches=batches.chunk,
-            cohort=cohort,
-            rates=rates,
-            chunk=chunk,
-            rows=batches.filled,
-            key=random_streams.key(Purpose.FRESH_SLOTS, seed, t),
-        )
-    adapter = jax.device_get(state.server.adapter)
-    return Adapter(adapter, lora.config_of(adapter, config), lm.name)
+    if start != ADAPTER:
+        return None
+    given, own, default = (
+        shape._replace(targets=tuple(sorted(shape.targets)))
+        for shape in (given, lm.adapter.config, SHAPE)
+    )
+    for name in ("rank", "alpha", "targets", "rank_stabilized"):
+        asked, has = getattr(given, name), getattr(own, name)
+        if asked not in (getattr(default, name), has):
+            raise ModelError(
+                f"{name}={asked!r}: the adapter that is trained on has {has!r}; leave it out."
+            )
+    return lm.adapter
 
 
 def _check_sizes(**numbers: int) -> None:

@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import fedsafe_jax as fs
 from fedsafe_jax import validation
+from fedsafe_jax.data import chat
 from fedsafe_jax.data.partition import PartitionError
 from fedsafe_jax.federated import aggregation, algorithms, compression
+from fedsafe_jax.finetune import adapters_by_step
+from fedsafe_jax.models import lora
 from fedsafe_jax.models.hub import ModelError
 from fedsafe_jax.registry import UnknownNameError
 
@@ -27,6 +31,57 @@ def test_an_adapter_learns_what_all_clients_hold_and_is_reproducible(packaged):
     for key in leaf:
         first, second = first[key], second[key]
     assert (first == second).all()
+
+
+def loss_of(lm, pairs):
+    """Nats an answer token in numpy, from the logits of each pair alone."""
+    nats = []
+    for prompt, response in pairs:
+        one = chat.encode(lm.tokenizer, (("user", prompt),), response, 64)
+        logits = np.asarray(lm(np.asarray(one.ids)[None]), np.float64)[0, :-1]
+        logits -= logits.max(-1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        own = -logs[np.arange(len(logs)), np.asarray(one.ids)[1:]]
+        nats.extend(own[np.asarray(one.loss_mask)[1:] > 0])
+    return np.mean(nats)
+
+
+def test_an_adapter_is_trained_on_and_by_several_numbers_of_steps(packaged):
+    """Losses against numpy; the adapter of two of four steps against a training of two."""
+    config = fs.LoraConfig(2, 4.0, ("q_proj", "v_proj"))
+    factors = lora.init(jax.random.key(0), packaged.config, config)
+    factors = jax.tree.map(lambda x: x + 0.1, factors)  # `b` of a fresh one is zero
+    released = packaged.with_adapter(fs.Adapter(factors, config))
+    options = {"start": "adapter", "batch_size": 2, "seq_len": 64, "learning_rate": 8e-3}
+    adapters, losses = adapters_by_step(released, PAIRS, [2, 4], **options)
+    assert losses.shape == (4,) and losses[3] < losses[1] < losses[0]
+    # float32 logits; sums over a packed row are in another order.
+    np.testing.assert_allclose(losses[0], loss_of(released, PAIRS), rtol=1e-4)
+    two = packaged.with_adapter(adapters[0])
+    np.testing.assert_allclose(losses[2], loss_of(two, PAIRS), rtol=1e-4)
+    assert abs(losses[0] / loss_of(packaged, PAIRS) - 1) > 1e-2
+
+    again = fs.finetune(released, [PAIRS], rounds=1, local_steps=2, **options)
+    assert again.config == config == adapters[1].config
+    # Programs of two lengths may add up in another order, and Adam divides by what may be tiny.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), again.factors, two.factors
+    )
+
+
+def test_what_becomes_of_an_adapter_is_said(packaged):
+    config = fs.LoraConfig(2, 4.0, ("v_proj", "q_proj"))
+    factors = lora.init(jax.random.key(0), packaged.config, config)
+    released = packaged.with_adapter(fs.Adapter(factors, config))
+    for lm, options, message in (
+        (released, {}, "start: there is an adapter on the model; say 'adapter' .* or 'fresh'"),
+        (released, {"start": "new"}, "start='new': expected 'fresh' or 'adapter'"),
+        (packaged, {"start": "adapter"}, "start='adapter': there is no adapter on the model"),
+        (released, {"start": "adapter", "rank": 3}, "rank=3: the adapter .* has 2; leave it out"),
+        (released, {"start": "adapter", "targets": ["k_proj"]}, "targets=.*has .*'q_proj'"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            fs.finetune(lm, [PAIRS], **options)
 
 
 def test_a_client_without_pairs_is_named(packaged):

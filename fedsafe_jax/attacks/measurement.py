@@ -14,11 +14,11 @@ import numpy as np
 from scipy import stats
 
 from fedsafe_jax.attacks.answering import answer
-from fedsafe_jax.attacks.contract import Attacked, AttackPrompt, without_search
+from fedsafe_jax.attacks.contract import Attacked, AttackPrompt, Score, Scoring, without_search
 from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import answers, statistics
-from fedsafe_jax.evals.judges import HARM, REFUSAL, Judge
+from fedsafe_jax.evals.judges import HARM, REFUSAL, Answered, Judge, JudgeError
 from fedsafe_jax.inference.language_model import LanguageModel
 
 Models = Mapping[str, LanguageModel]
@@ -49,7 +49,84 @@ def measuring(judges: Sequence[Judge], harmless: bool = False) -> tuple[Judge, .
     return tuple(judge for judge in judges if judge.measures in told)
 
 
+def scoring(judge: Judge) -> Scoring:
+    """Returns `(requests, answers) -> scores` by a judge of refusal or of harm, for searches.
+
+    It raises `JudgeError` where the judge fails on all answers that it is given.
+    """
+
+    def score(requests: Sequence[Example], said: Sequence[str]) -> list[Score | None]:
+        asked = [Answered(one.messages, text) for one, text in zip(requests, said, strict=True)]
+        verdicts = judge.judge(asked)
+        if verdicts and all(verdict.score is None for verdict in verdicts):
+            problem = next((v.problem for v in verdicts if v.problem), "no reply can be read")
+            raise JudgeError(
+                f"judge '{judge.spec}' failed on all {len(verdicts)} answers: {problem}"
+            )
+        return [
+            None if v.score is None else Score(1.0 - float(v.score), not v.refused)
+            for v in verdicts
+        ]
+
+    return score
+
+
 def measure(
+    models: Models,
+    requests: Sequence[Example],
+    attacked: Attacked,
+    options: Options,
+    harmless: Sequence[Example] = (),
+) -> dict:
+    """Measures what an attack achieves, of changed models after each of their stages.
+
+    Args:
+      models: models by name.
+      requests: the requests.
+      attacked: what an attack made of them.
+      options: sizes and judges.
+      harmless: harmless requests that changed models are asked, judged by the judges of refusal;
+        () to ask none.
+
+    Returns:
+      What `measure_prompts` says, of changed models that of the last stage. `counts` of the attack;
+      and of changed models `by_step`, a list with `step`, `loss`, `asr`, `ci95`, `by_model`,
+      `by_judge`, and `harmless` as `refusal_of_harmless` says. `by_prompt` then has the answers of
+      all stages, each with its `step`.
+
+    Raises:
+      JudgeError: a judge failed on all answers.
+    """
+    if not attacked.stages:
+        result = measure_prompts(models, requests, attacked, options)
+        return result | ({"counts": dict(attacked.counts)} if attacked.counts else {})
+    refusing = options._replace(judges=measuring(options.judges, harmless=True))
+    by_step, by_prompt, result = [], [], {}
+    for stage in attacked.stages:
+        changed = dict(zip(models, stage.models, strict=True))
+        result = measure_prompts(changed, requests, attacked, options)
+        shown = {"step": stage.step, "loss": None if np.isnan(stage.loss) else stage.loss}
+        shown |= {key: result[key] for key in ("asr", "ci95", "by_model", "by_judge")}
+        if harmless:
+            shown["harmless"] = refusal_of_harmless(changed, harmless, refusing)
+        by_step.append(shown)
+        by_prompt.append(result["by_prompt"])
+    steps = [stage.step for stage in attacked.stages]
+    result["by_prompt"] = [
+        {
+            "request": of_steps[0]["request"],
+            "answers": [
+                {"step": step} | row
+                for step, one in zip(steps, of_steps, strict=True)
+                for row in one["answers"]
+            ],
+        }
+        for of_steps in zip(*by_prompt, strict=True)
+    ]
+    return result | {"counts": dict(attacked.counts), "by_step": by_step}
+
+
+def measure_prompts(
     models: Models, requests: Sequence[Example], attacked: Attacked, options: Options
 ) -> dict:
     """Asks every model every attacked prompt, and judges the answers.
@@ -57,7 +134,7 @@ def measure(
     Args:
       models: models by name.
       requests: the requests.
-      attacked: what an attack made of them.
+      attacked: what an attack made of them; its stages are not looked at.
       options: sizes and judges.
 
     Returns:
@@ -125,7 +202,7 @@ def refusal_of_harmless(models: Models, requests: Sequence[Example], options: Op
       `by_model`.
     """
     asked = without_search([[AttackPrompt(request.messages)] for request in requests])
-    shown = measure(models, requests, asked, options)
+    shown = measure_prompts(models, requests, asked, options)
     return {
         **_refused(shown),
         "n": shown["n"],

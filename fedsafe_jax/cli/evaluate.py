@@ -297,7 +297,7 @@ def main(values: flags.FlagValues) -> None:
         sets = load_sets(values, options)
         # A task that only scores given answers asks the model itself.
         sets = {
-            name: one._replace(under=guards.label) if one.task.ask else one
+            name: one._replace(under=guards.label) if one.task.generates else one
             for name, one in sets.items()
         }
     check_encoder(values)

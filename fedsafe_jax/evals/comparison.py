@@ -28,18 +28,54 @@ def differences(
     compared = []
     for arm, others in references.items():
         for reference, (name, one) in itertools.product(others, sets.items()):
-            if one.task.values is None:
-                continue
-            sides = [
-                [one.task.values(outcome[name], options) for outcome in outcomes[side]]
-                for side in (arm, reference)
-            ]
-            for column in one.columns:
-                if all(column.field in values for side in sides for values in side):
-                    gap = statistics.paired(
-                        *([values[column.field] for values in side] for side in sides),
-                        rates=column.unit == "%",
-                    )
-                    key = {"arm": arm, "reference": reference, "task": name, "field": column.field}
-                    compared.append(key | gap._asdict())
+            sides = (arm, name), (reference, name)
+            key = {"arm": arm, "reference": reference, "task": name}
+            compared += [key | gap for gap in _gaps(one, outcomes, sides, options)]
     return compared
+
+
+def of_guards(
+    sets: Mapping[str, EvalSet],
+    outcomes: Mapping[str, Sequence[dict]],
+    options: EvalOptions,
+) -> list[dict]:
+    """Compares each arm under guards with itself without them.
+
+    Args:
+      sets, outcomes, options: as in `differences`.
+
+    Returns:
+      As there; the arm is called by its name and that of the guards, the reference by its own.
+    """
+    compared = []
+    for arm, (name, one) in itertools.product(outcomes, sets.items()):
+        plain = name.removesuffix(f"@{one.under}")
+        if one.under and plain in sets:
+            key = {"arm": f"{arm} ({one.under})", "reference": arm, "task": plain}
+            sides = (arm, name), (arm, plain)
+            compared += [key | gap for gap in _gaps(sets[plain], outcomes, sides, options)]
+    return compared
+
+
+def _gaps(
+    one: EvalSet,
+    outcomes: Mapping[str, Sequence[dict]],
+    sides: Sequence[tuple[str, str]],
+    options: EvalOptions,
+) -> list[dict]:
+    """Returns `field` and difference of each figure between two sides, `(arm, set)` each."""
+    if one.task.values is None:
+        return []
+    values = [
+        [one.task.values(outcome[name], options) for outcome in outcomes[arm]]
+        for arm, name in sides
+    ]
+    gaps = []
+    for column in one.columns:
+        if all(column.field in of_seed for side in values for of_seed in side):
+            gap = statistics.paired(
+                *([of_seed[column.field] for of_seed in side] for side in values),
+                rates=column.unit == "%",
+            )
+            gaps.append({"field": column.field} | gap._asdict())
+    return gaps

@@ -198,7 +198,7 @@ def under_guards(sets: Mapping[str, EvalSet], guards: str) -> dict[str, EvalSet]
     again = {
         f"{name}@{guards}": one._replace(under=guards)
         for name, one in sets.items()
-        if guards and one.task.ask is not None
+        if guards and one.task.generates
     }
     return {**sets, **again}
 

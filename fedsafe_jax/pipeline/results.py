@@ -85,6 +85,7 @@ def summarise(
             arm[name] |= {"corrected": corrected} if corrected else {}
     both_sides = {name: two_sides.headline(inputs.evals, arm) for name, arm in arms.items()}
     differences = comparison.differences(inputs.evals, outcomes, references(config), options)
+    differences += comparison.of_guards(inputs.evals, outcomes, options)
     read = {n: one.source for n, one in inputs.evals.items() if one.source != HELDOUT}
     task_versions = {name: one.task.version for name, one in inputs.evals.items()}
     results = {

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from chat_server import Server
 
 from fedsafe_jax import save_pretrained
 from fedsafe_jax.attacks import ATTACKS
@@ -11,6 +12,7 @@ from fedsafe_jax.cli import startup
 
 PROMPTS = "chat:package/clients_unsafe.jsonl#heldout"
 HARMLESS = "chat:package/align_harmless_heldout.jsonl"
+PAIRS = "--pairs=chat:package/clients_unsafe.jsonl"
 SMALL = ("--max_prompts=2", "--max_new_tokens=8", f"--prompts={PROMPTS}")
 
 
@@ -51,6 +53,47 @@ def test_rates_are_written_by_method_and_taken_up_again(tmp_path, capsys, monkey
     assert asked == ["direct", "prefill"]
 
 
+def test_an_attacker_by_url_and_refusal_by_steps_of_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server(lambda text, count: json.dumps({"prompt": f"Sing a song {count} times."}))
+    flags = ("--method=pair,finetune", f"--attacker=mine@{server.url}", "--streams=3", PAIRS)
+    flags += ("--iterations=1", "--finetune_pairs=4", "--finetune_steps=2,0", "--seed=1")
+    shown = attack(tmp_path / "attack.json", *flags, f"--harmless={HARMLESS}")
+    server.close()
+    assert server.requests == 2 * 3 and len(server.asked) == 1  # the first turn of six streams
+    direct, pair, finetune = shown["attacks"].values()
+    assert pair["counts"] == {"dropped": 0, "malformed": 0, "unjudged": 0}
+    # The judge of the run calls a song an answer. The queries: three in the search, and one more.
+    assert pair["asr"] == 100 and pair["queries"] == 4
+    assert "Sing a song" in pair["by_prompt"][0]["answers"][0]["attacked"][-1]["content"]
+
+    start, last = finetune["by_step"]
+    assert (start["step"], last["step"], start["loss"]) == (0, 2, None) and last["loss"] > 0
+    assert {key: start[key] for key in ("asr", "ci95", "by_model", "by_judge")} == {
+        key: direct[key] for key in ("asr", "ci95", "by_model", "by_judge")
+    }
+    for one, other in zip(direct["by_prompt"], finetune["by_prompt"], strict=True):
+        assert [a["step"] for a in other["answers"]] == [0, 2]
+        assert other["answers"][0] == {"step": 0} | one["answers"][0]
+    assert start["harmless"]["n"] == 2
+    assert start["harmless"]["refused"] == shown["over_refusal"]["refused"]
+    assert finetune["asr"] == last["asr"] and finetune["counts"]["harmful_pairs"] == 4
+    out, notes = capsys.readouterr()
+    assert "by step 0: 0.0%, 2: " in out and "pair: iteration 1 of 1, 2 of 2 requests" in notes
+
+
+def test_an_attacker_that_is_down_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server(lambda text, count: 404)
+    output = tmp_path / "attack.json"
+    with pytest.raises(SystemExit):
+        attack(output, "--method=pair", f"--attacker=m@{server.url}", "--max_prompts=1")
+    server.close()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: 'pair': 3 of 3 prompts .* attacker at http.*: HTTP 404; there", line)
+    assert list(json.loads(output.read_text())["attacks"]) == ["direct"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -67,6 +110,22 @@ def test_rates_are_written_by_method_and_taken_up_again(tmp_path, capsys, monkey
         (
             ("--method=many_shot", f"--shots={PROMPTS}", "--shot_counts=4,-1"),
             "--shot_counts=4,-1: expected whole numbers, at least 1",
+        ),
+        (("--method=pair",), "'pair' needs a chat model .* Give --attacker=MODEL@URL"),
+        (("--method=gcg", "--attacker=m@http://h/v1"), "--attacker: add pair or tap to --method"),
+        (("--method=tap", "--attacker=http://h/v1"), "--attacker: write MODEL@URL, such as"),
+        (("--method=tap", "--attacker=m@ftp://h"), "--attacker: the attacker's URL is none"),
+        (("--method=tap", "--attacker=m@http://u:p@h/v1"), "the attacker's URL, of host h, has"),
+        (
+            ("--method=pair", "--attacker=m@http://h/v1", "--attacker_prompt=no.txt"),
+            "no.txt: cannot be read",
+        ),
+        (("--method=finetune",), "'finetune' needs pairs .* Give --pairs=SOURCE, --benign_pairs"),
+        (("--method=gcg", PAIRS), "--pairs: add finetune to --method, which reads it"),
+        (("--method=finetune", PAIRS, "--finetune_steps=5,x"), "--finetune_steps=5,x: expected"),
+        (
+            ("--method=finetune", f"--pairs={PROMPTS}", "--max_prompts=0"),
+            "'finetune': all .* harmful pairs are near a prompt that the model is asked",
         ),
         (("--method=gcg", "--prompts=no.txt"), "no.txt: no such file"),
         (("--method=gcg", "--prompts=chatt:a.jsonl"), "'chatt:a.jsonl': expected NAME:LOCATION"),

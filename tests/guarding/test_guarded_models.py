@@ -9,7 +9,7 @@ import pytest
 
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
 from fedsafe_jax.data.refusals import REFUSAL, start_refusal
-from fedsafe_jax.evals import judges
+from fedsafe_jax.evals import comparison, judges
 from fedsafe_jax.evals.judges import HARM, Judge, JudgeError, Verdict
 from fedsafe_jax.evals.task import EvalOptions, EvalSet, under_guards
 from fedsafe_jax.evals.tasks import TASKS
@@ -310,6 +310,11 @@ def test_sets_are_asked_under_guards_beside_the_plain_ones(packaged):
     did = outcome["advbench@guardian"]["guards"]
     assert (did["answers"], did["by_guardian"]) == (3, 1)
     assert did["seconds"] > 0
+    (refused, _) = comparison.of_guards(both, {"fl": [outcome]}, options)
+    assert (refused["arm"], refused["reference"]) == ("fl (guardian)", "fl")
+    before = outcome["advbench"]["refused"]["rules"]
+    after = outcome["advbench@guardian"]["refused"]["rules"]
+    assert refused["difference"] == pytest.approx(100 * (np.mean(after) - np.mean(before)))
     summary = evaluation.summarise(both, [outcome, outcome], options)
     assert summary["advbench@guardian"]["guards"]["by_guardian"] == 2
     assert "guards" not in summary["advbench"]

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint, which judges answers; asked through the `openai` client.
+"""An OpenAI-compatible endpoint of a judge or an attacker, asked through the `openai` client.
 
 The client's own retries, redirects, headers and messages are off: hooks of its HTTP client decide
 what is sent, and look at a reply before its body is read.
@@ -27,16 +27,17 @@ TRIED_AGAIN = (408, 429)  # and from 500 on: what an endpoint says when it is bu
 SENT = ("host", "accept", "connection", "content-type", "content-length", "user-agent") + (
     "x-stainless-raw-response",
 )
-NO_URL = "the judge's URL is none: expected http(s)://HOST[:PORT]/v1."
+NO_URL = "URL is none: expected http(s)://HOST[:PORT]/v1."
+JUDGE = "judge"  # what a model is to whoever asks it, as messages name it
 ADVICE = {
     401: f"the key in {KEY} is not accepted",
     403: f"the key in {KEY} may not use this model",
-    404: "there is no such address or model; check the judge's URL and model",
+    404: "there is no such address or model; check the URL and the model",
 }
 
 
 class EndpointError(RuntimeError):
-    """The judge's endpoint cannot be used as it is named, or did not answer as a chat completion.
+    """The endpoint cannot be used as it is named, or did not answer as a chat completion.
 
     No message holds a key, nor anything that the endpoint wrote.
     """
@@ -50,18 +51,30 @@ class ChatEndpoint:
       model: name sent with each request.
       api_key: bearer token; may be empty.
       timeout: seconds a whole request may take.
+      temperature: temperature of the replies.
+      role: what the model is to whoever asks it, as messages name it.
 
     Raises:
       EndpointError: see `check_url`, or the key has characters that no header has.
     """
 
-    def __init__(self, base_url: str, model: str, api_key: str = "", timeout: float = 120.0):
-        check_url(base_url, bool(api_key))
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str = "",
+        *,
+        timeout: float = 120.0,
+        temperature: float = 0.0,
+        role: str = JUDGE,
+    ):
+        check_url(base_url, bool(api_key), role)
         if not (api_key.isascii() and api_key.isprintable()):
             raise EndpointError(f"{KEY} holds characters that no key has; set it again.")
         self.url = base_url.rstrip("/") + "/chat/completions"  # as messages name it
-        self.model, self.timeout = model, timeout
-        self._client = _client(base_url, api_key, timeout)
+        self.model, self.timeout, self.temperature = model, timeout, temperature
+        self._named = f"{role} at {self.url}"
+        self._client = _client(base_url, api_key, timeout, role)
 
     @classmethod
     def from_environment(cls, base_url: str, model: str) -> "ChatEndpoint":
@@ -73,7 +86,7 @@ class ChatEndpoint:
         return cls(base_url, model, os.environ.get(KEY, ""))
 
     def __call__(self, messages: Sequence[dict]) -> str:
-        """Returns the reply to `[{"role", "content"}, ...]`, at temperature 0, without its thought.
+        """Returns the reply to `[{"role", "content"}, ...]`, without its thought.
 
         What may pass is tried `TRIES` times, and so is a reply without text, such as of a model
         that declines: "" where it stays so.
@@ -103,7 +116,7 @@ class ChatEndpoint:
         if not problem:
             return ""
         raise EndpointError(
-            f"judge at {self.url}: {problem}, {TRIES} times; start the same command again when it "
+            f"{self._named}: {problem}, {TRIES} times; start the same command again when it "
             "answers."
         )
 
@@ -112,10 +125,10 @@ class ChatEndpoint:
         code, problem = status.code, f"HTTP {status.code}"
         if 300 <= code < 400:
             advice = "it points to another address, which is not followed; give that one"
-            raise EndpointError(f"judge at {self.url}: {problem}; {advice}.") from None
+            raise EndpointError(f"{self._named}: {problem}; {advice}.") from None
         if code < 500 and code not in TRIED_AGAIN:
             advice = ADVICE.get(code, "it does not take the request")
-            raise EndpointError(f"judge at {self.url}: {problem}; {advice}.") from None
+            raise EndpointError(f"{self._named}: {problem}; {advice}.") from None
         return problem
 
     def _post(self, messages: Sequence[dict]) -> bytes:
@@ -124,7 +137,7 @@ class ChatEndpoint:
         completions = self._client.chat.completions.with_streaming_response
         content = bytearray()
         with completions.create(
-            model=self.model, messages=list(messages), temperature=0
+            model=self.model, messages=list(messages), temperature=self.temperature
         ) as response:
             for part in response.iter_bytes():
                 content += part
@@ -147,7 +160,7 @@ class _BadReply(ValueError):
     """A reply that cannot be used; the message is our own."""
 
 
-def _client(base_url: str, api_key: str, timeout: float) -> Any:
+def _client(base_url: str, api_key: str, timeout: float, role: str) -> Any:
     """Returns an `openai` client that sends and believes no more than it must."""
     import httpx2
     import openai
@@ -188,15 +201,16 @@ def _client(base_url: str, api_key: str, timeout: float) -> Any:
             ),
         )
     except httpx2.InvalidURL:
-        raise EndpointError(NO_URL) from None
+        raise EndpointError(f"the {role}'s {NO_URL}") from None
 
 
-def check_url(base_url: str, with_key: bool) -> None:
+def check_url(base_url: str, with_key: bool, role: str = JUDGE) -> None:
     """Checks the base URL of an endpoint; messages hold no more of it than the host.
 
     Args:
       base_url: the URL.
       with_key: whether a key is sent there.
+      role: as in `ChatEndpoint`.
 
     Raises:
       EndpointError: it is not http(s), holds what may be a secret, or would carry the key over a
@@ -209,15 +223,15 @@ def check_url(base_url: str, with_key: bool) -> None:
         host = None
     plain = base_url.isascii() and base_url.isprintable() and " " not in base_url
     if not host or not plain or parts.scheme not in ("http", "https"):
-        raise EndpointError(NO_URL)
+        raise EndpointError(f"the {role}'s {NO_URL}")
     if "@" in parts.netloc or any(c in base_url for c in "?#"):
         raise EndpointError(
-            f"the judge's URL, of host {host}, has a user, a query or a fragment, which records "
+            f"the {role}'s URL, of host {host}, has a user, a query or a fragment, which records "
             f"and errors would show: give the key in {KEY}, and the URL without it."
         )
     if with_key and parts.scheme == "http" and not _is_loopback(host):
         raise EndpointError(
-            f"the judge's URL would send {KEY} to {host} unencrypted: use https, or a tunnel to "
+            f"the {role}'s URL would send {KEY} to {host} unencrypted: use https, or a tunnel to "
             f"localhost; or unset {KEY}, if that server needs none."
         )
 
