@@ -171,6 +171,11 @@ def default_config() -> ml_collections.ConfigDict:
     c.filter.precision_floor = 0.9  # least precision where the target is recall
     # what happens to a flagged pair; replace: by a refusal, rewrite: by a new answer
     c.filter.action = "drop"
+    # rewrite: how the base model writes it; revise: by critique and revision, kept if it refuses;
+    # debias: anew without bias or harm, kept where the filter passes it and it does not refuse
+    c.filter.rewrite = "revise"
+    # debias: text file of what the model is asked, with {text} once; "" for the packaged wording
+    c.filter.instruction = ""
     # recall of a simulated filter; the paper's fine-tuned Llama Guard 3
     c.filter.simulated_recall = 0.737
     c.filter.simulated_precision = 0.567  # precision of a simulated filter, from the same table
@@ -246,6 +251,9 @@ def default_config() -> ml_collections.ConfigDict:
     # judges are measured on them, and rates corrected; () takes the counts that are packaged.
     c.eval.labels = ()
     c.eval.judge_cache = ""  # folder of the replies of chat judges, by content; "" to keep none
+    # folder of a sentence encoder such as MiniLM, for cosines of texts and their rewritings; "" for
+    # none
+    c.eval.encoder = ""
     c.eval.judge_concurrent = 8  # answers that a chat judge is asked about at once
     c.eval.temperature = 0.0  # temperature of the answers; 0 for greedy
     c.eval.samples = 1  # answers to each prompt

@@ -25,7 +25,7 @@ from fedsafe_jax.cli.prompts import read_prompts, repeats
 from fedsafe_jax.config import default_config
 from fedsafe_jax.data import template_check
 from fedsafe_jax.data.examples import Example
-from fedsafe_jax.evals import answers, judges, two_sides
+from fedsafe_jax.evals import answers, judges, sentence_vectors, two_sides
 from fedsafe_jax.evals.task import (
     HELDOUT,
     EvalOptions,
@@ -77,6 +77,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Model that judges of preference, and tasks such as divergence, compare with.",
         **here,
     )
+    text("encoder", "", "Sentence encoder's folder, for tasks such as rewrite.", **here)
     flags.DEFINE_float("temperature", 0.0, "Temperature; 0: greedy.", lower_bound=0.0, **here)
     whole("samples", 1, "Answers to each prompt.", lower_bound=1, **here)
     export_flags.define(values)
@@ -111,7 +112,23 @@ def options_of(values: flags.FlagValues) -> EvalOptions:
         samples=values.samples,
         system=values.system,
         prefix=values.prefix,
+        encoder=values.encoder,
     )
+
+
+def check_encoder(values: flags.FlagValues) -> None:
+    """Checks that `--encoder` is a sentence encoder, and that a task reads it.
+
+    Raises:
+      UsageError: no task of `--tasks` does.
+      ModelError: the folder holds no encoder that is supported.
+    """
+    if not values.encoder:
+        return
+    readers = [name for name, task in tasks().items() if task.reads_encoder]
+    if values.prompts or not {entry.partition("=")[0] for entry in values.tasks} & set(readers):
+        raise UsageError(f"--encoder: add one of {', '.join(readers)} to --tasks.")
+    sentence_vectors.check(values.encoder)
 
 
 def load_sets(values: flags.FlagValues, options: EvalOptions) -> dict[str, EvalSet]:
@@ -283,6 +300,7 @@ def main(values: flags.FlagValues) -> None:
             name: one._replace(under=guards.label) if one.task.generates else one
             for name, one in sets.items()
         }
+    check_encoder(values)
     use_cores(values.batch_size)
 
     def work():

@@ -134,10 +134,21 @@ def by_item(rows: Sequence[dict], spec: str, field: str) -> list:
 
     A single bool stays one.
     """
+    said = [row["verdicts"].get(spec) for row in rows]
+    return mean_by_item(rows, [None if verdict is None else verdict[field] for verdict in said])
+
+
+def mean_by_item(rows: Sequence[dict], values: Sequence) -> list:
+    """Returns the mean of the values of each item's rows, None where no row has one; a single value
+    stays what it is.
+
+    Args:
+      rows: rows, of which `item` is read.
+      values: a value for each row, None for none.
+    """
     items: dict[int, list] = {}
-    for row in rows:
-        said = row["verdicts"].get(spec)
-        items.setdefault(row["item"], []).append(None if said is None else said[field])
+    for row, value in zip(rows, values, strict=True):
+        items.setdefault(row["item"], []).append(value)
     return [_mean(items[i]) for i in sorted(items)]
 
 

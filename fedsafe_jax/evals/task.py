@@ -89,6 +89,7 @@ class EvalOptions(NamedTuple):
       samples: answers to each prompt.
       system: system prompt of dialogues that have none; "" for none.
       prefix: text that every answer begins with, as an attacker would force it; "" for none.
+      encoder: folder of a sentence encoder, for tasks that `reads_encoder`; "" for none.
       guarded: puts a model under guards, for the sets that are asked so; None without.
     """
 
@@ -101,6 +102,7 @@ class EvalOptions(NamedTuple):
     samples: int = 1
     system: str = ""
     prefix: str = ""
+    encoder: str = ""
     guarded: Callable[[Any], Any] | None = None
 
     def judges_of(self, task: "Task") -> tuple[Judge, ...]:
@@ -136,6 +138,7 @@ class Task(NamedTuple):
         `two_sides` shows.
       reads_base: whether `run` compares with a base: that of the options, or the model without its
         adapter.
+      reads_encoder: whether texts are compared by the encoder of the options, where there is one.
     """
 
     name: str
@@ -154,6 +157,7 @@ class Task(NamedTuple):
     optional: bool = False
     beside: tuple[str, ...] = ()
     reads_base: bool = False
+    reads_encoder: bool = False
 
     @property
     def generates(self) -> bool:

@@ -8,6 +8,7 @@ from fedsafe_jax.filters.actions import (
     Action,
     FilterCounts,
     FilteredPairs,
+    NewAnswer,
     Treated,
     apply,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "FilterCounts",
     "FilterError",
     "FilteredPairs",
+    "NewAnswer",
     "SafetyFilter",
     "Treated",
     "answer_risk",

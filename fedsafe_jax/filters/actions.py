@@ -1,5 +1,6 @@
 """Actions: what a client does with the pairs that its filter flags."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,18 @@ class FilterCounts(NamedTuple):
     unsafe_flagged: int
 
 
+class NewAnswer(NamedTuple):
+    """A new answer to a flagged pair.
+
+    Attributes:
+      text: the answer; "" where none is of use.
+      rejected: why what was written is of no use; "" where it is of use, or nothing says why.
+    """
+
+    text: str
+    rejected: str = ""
+
+
 class FilteredPairs(NamedTuple):
     """One client's pairs after filtering.
 
@@ -39,6 +52,7 @@ class FilteredPairs(NamedTuple):
       flagged: bool `[n]`, verdict on each pair given.
       counts: see `FilterCounts`.
       by_category: flagged and all pairs of each category, `{name: (flagged, all)}`.
+      rejected: new answers that were not taken, `{reason: number}`; {} where nothing says why.
     """
 
     examples: list[Example]
@@ -46,6 +60,7 @@ class FilteredPairs(NamedTuple):
     flagged: np.ndarray
     counts: FilterCounts
     by_category: dict[str, tuple[int, int]]
+    rejected: dict[str, int]
 
 
 class Treated(NamedTuple):
@@ -106,6 +121,9 @@ def weight(example: Example, p_unsafe: float, answer: str = "") -> Treated:
     return Treated(example, 1.0 - p_unsafe, "weighted")
 
 
+WriteAnswers = Callable[[list[Example]], list[NewAnswer]]  # of flagged pairs
+
+
 class Action(NamedTuple):
     """What is done with flagged pairs, and with the pairs that pass.
 
@@ -135,7 +153,7 @@ def apply(
     examples: Sequence[Example],
     probability: np.ndarray,
     threshold: float,
-    write_answers: Callable[[list[Example]], list[str]] | None = None,
+    write_answers: WriteAnswers | None = None,
 ) -> FilteredPairs:
     """Flags the pairs from `threshold` on, and applies an action.
 
@@ -153,12 +171,12 @@ def apply(
     chosen = ACTIONS[action]
     probability = np.asarray(probability, np.float32)
     flagged = flag(probability, threshold)
-    answers: dict[int, str] = {}
+    answers: dict[int, NewAnswer] = {}
     if chosen.needs_answers and flagged.any():
         places = np.flatnonzero(flagged).tolist()
         answers = dict(zip(places, write_answers([examples[i] for i in places]), strict=True))
     treated = [
-        chosen.flagged(example, float(p), answers.get(i, ""))
+        chosen.flagged(example, float(p), answers[i].text if i in answers else "")
         if flagged[i]
         else chosen.passed(example, float(p))
         for i, (example, p) in enumerate(zip(examples, probability, strict=True))
@@ -170,6 +188,7 @@ def apply(
         flagged,
         counts=_count(examples, flagged, treated),
         by_category=_by_category(examples, flagged),
+        rejected=dict(collections.Counter(a.rejected for a in answers.values() if a.rejected)),
     )
 
 

@@ -118,6 +118,8 @@ class Site:
             scored = filtering.score_pairs(config, self.inputs, pairs, self.seed, scores)
             (filtered,) = apply_action(config, self.inputs, [pairs], scored, self.seed)
             pairs, weights, self.counts = filtered.examples, filtered.weights, filtered.counts
+            if said := filtering.describe_rejected([filtered.rejected]):
+                note(f"client {settings.client}: {said}")
         else:
             weights = None
             self.counts = FilterCounts(

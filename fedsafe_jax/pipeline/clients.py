@@ -1,5 +1,6 @@
 """The clients of one seed: their roles, and the pairs they train on, encoded."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,6 +78,7 @@ class Clients:
     Attributes:
       plain, filtered: encoded pairs by client; `filtered` is None without a filter.
       counts: `FilterCounts` by client.
+      rejected: why new answers were not taken, `{reason: number}` by client; None where not known.
       categories: `{category: (flagged, all)}` over all clients.
       quality, reliability, auroc: quality of the verdicts, as labels are known in simulation; None
         without a filter.
@@ -89,6 +91,7 @@ class Clients:
     plain: Sequence[Sequence[Encoded]] | None
     filtered: Sequence[Sequence[Encoded]] | None = None
     counts: Sequence[FilterCounts] | dict[int, FilterCounts] | None = None
+    rejected: Sequence[dict[str, int]] | None = None
     categories: dict | None = None
     quality: FilterQuality | None = None
     reliability: Reliability | None = None
@@ -102,20 +105,32 @@ class Clients:
         """Returns `(dialogues, answers) -> P(unsafe)` by the seed's filter, and its threshold."""
         return answer_risk(self.make_filter()), self.threshold
 
-    def filtered_of(self, ids: Iterable[int]) -> dict[str, int]:
-        """Returns the fields of `FilterCounts`, summed over the clients of these ids."""
+    def filtered_of(self, ids: Iterable[int]) -> dict:
+        """Returns the fields of `FilterCounts`, summed over the clients of these ids; `rejected`
+        counts, by reason, new answers that were not taken, where some were not."""
+        ids = list(ids)
         counts = [self.counts[i] for i in ids]
-        return {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
+        summed = {k: sum(getattr(c, k) for c in counts) for k in FilterCounts._fields}
+        return summed | self._rejected_of(ids)
+
+    def _rejected_of(self, ids: Iterable[int]) -> dict[str, dict[str, int]]:
+        mine = (collections.Counter(self.rejected[i]) for i in ids if self.rejected)
+        total = sum(mine, collections.Counter())
+        return {"rejected": dict(total.most_common())} if total else {}
 
     def filter_record(self) -> dict:
         """Returns what `results.json` keeps of the filter of a seed."""
-        return self.quality._asdict() | {
-            "auroc": self.auroc,
-            "threshold": self.threshold,
-            "calibration_at_bound": self.at_bound,
-            "reliability": self.reliability._asdict(),
-            "categories": self.categories,
-        }
+        return (
+            self.quality._asdict()
+            | {
+                "auroc": self.auroc,
+                "threshold": self.threshold,
+                "calibration_at_bound": self.at_bound,
+                "reliability": self.reliability._asdict(),
+                "categories": self.categories,
+            }
+            | self._rejected_of(range(len(self.rejected or ())))
+        )
 
 
 def build(config: ConfigDict, inputs: RunInputs, seed: int, progress: Progress) -> Clients:

@@ -179,6 +179,7 @@ def describe(config: ConfigDict) -> str:
     total = base + max(per_adapter * 4 * (4 * parallel + 2) + activations, guard)
     loaded = [
         *(config.model, config.filter.model, config.filter.encoder, config.filter.load),
+        *(config.filter.instruction, config.eval.encoder),
         *(*config.safe_sources, *unsafe_sources(config), *config.heldout_sources),
         *config.cai.records,
         *(config.cai.constitution, config.cai.few_shot_file),

@@ -134,6 +134,7 @@ def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOpt
         samples=c.samples,
         system=c.system,
         prefix=c.prefix,
+        encoder=c.encoder,
         guarded=guarding(spec, tools.load_model) if spec.label else None,
     )
 

@@ -1,8 +1,9 @@
 """Filtering of the clients' pairs: makes the filter, scores the pairs, applies the action."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from fedsafe_jax.cai.revise import Rules, Threads, revise
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import Tools
-from fedsafe_jax.filters import cache, quality, requests, store
-from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
+from fedsafe_jax.filters import cache, quality, requests, rewriting, store
+from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, NewAnswer, WriteAnswers, apply
 from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.kinds import (
     FILTER_KINDS,
@@ -86,12 +87,13 @@ def filter_clients(
     progress.note(f"seed {seed}: {describe(config.filter, len(inputs.filter_pairs))}")
     everything = [e for examples in pairs for e in examples]
     verdicts = score_pairs(config, inputs, everything, seed, workdir / "filter_scores")
-    filtered, counts, categories, lost = [], [], {}, 0
+    filtered, counts, categories, rejected, lost = [], [], {}, [], 0
     for left in apply_action(config, inputs, pairs, verdicts, seed):
         encoded, missing = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
         filtered.append(encoded)
         lost += missing
         counts.append(left.counts)
+        rejected.append(left.rejected)
         for name, (flagged, seen) in left.by_category.items():
             before = categories.get(name, (0, 0))
             categories[name] = (before[0] + flagged, before[1] + seen)
@@ -101,6 +103,8 @@ def filter_clients(
         f"filter: recall {quality.shown(measured.recall)}%, precision "
         f"{quality.shown(measured.precision)}%, threshold {verdicts.threshold:.2f}"
     )
+    if said := describe_rejected(rejected):
+        progress.note(f"seed {seed}: {said}")
     for line in describe_encoding([e for own in filtered for e in own], lost, "filtered pairs"):
         progress.note(f"seed {seed}: {line}")
     if verdicts.at_bound:
@@ -113,6 +117,7 @@ def filter_clients(
         clients,
         filtered=filtered,
         counts=counts,
+        rejected=rejected,
         categories=categories,
         quality=measured,
         reliability=quality.reliability(unsafe, verdicts.probability),
@@ -135,6 +140,17 @@ def describe(section: ConfigDict, num_pairs: int) -> str:
     if section.load or section.unsafe_labels:
         return f"loading the safety filter {section.load or section.encoder}"
     return f"training the safety filter on {num_pairs} pairs"
+
+
+def describe_rejected(rejected: Sequence[Mapping[str, int]]) -> str:
+    """Says why new answers were not taken, "" where nothing says why, for the terminal.
+
+    Args:
+      rejected: `FilteredPairs.rejected` by client.
+    """
+    total = sum(map(collections.Counter, rejected), collections.Counter())
+    reasons = ", ".join(f"{n} {name}" for name, n in total.most_common())
+    return f"new answers to flagged pairs that were not taken: {reasons}" if reasons else ""
 
 
 def guard_loader(config: ConfigDict, mesh: Mesh | None) -> LoadModel:
@@ -271,7 +287,8 @@ def _fingerprint(config: ConfigDict, inputs: RunInputs, seed: int) -> str:
     else:
         source = [(cache.pair_hash(p), p.label) for p in inputs.filter_pairs]
     # Raw scores are stored, so what is decided from them later may change.
-    fields = {k: v for k, v in section.to_dict().items() if k not in ("action", "threshold")}
+    later = ("action", "threshold", "rewrite", "instruction")
+    fields = {k: v for k, v in section.to_dict().items() if k not in later}
     return cache.content_hash(fields, seed, config.dtype, config.quantization, source)
 
 
@@ -303,18 +320,32 @@ def apply_action(
 
 def answer_writer(
     config: ConfigDict, inputs: RunInputs, verdicts: Verdicts, seed: int
-) -> Callable[[list[Example]], list[str]]:
+) -> WriteAnswers:
     """Returns the function that writes new answers for flagged pairs.
 
-    A guardian writes them itself; else the frozen base model criticises and revises the answer of
-    each pair, as in Constitutional AI.
+    A guardian writes them itself. Else the frozen base model criticises and revises the answer of
+    each pair towards a refusal, as in Constitutional AI, or with `filter.rewrite="debias"` writes
+    it anew without harm, see `filters.rewriting`.
     """
     if FILTER_KINDS[config.filter.kind].writes_answers:
-        return functools.partial(guardian.replies, verdicts.make_filter())
+        write = functools.partial(guardian.replies, verdicts.make_filter())
+        return lambda pairs: [NewAnswer(text) for text in write(pairs)]
     base = dataclasses.replace(inputs.lm, adapter=None)
     max_new_tokens = config.cai.max_new_tokens
     refuses = judges.refuses(config.filter.judge, judge_tools(config))
-    return functools.partial(
+    if config.filter.rewrite == rewriting.DEBIAS:
+        safety_filter = verdicts.make_filter()
+        return functools.partial(
+            rewriting.new_answers,
+            base,
+            instruction=rewriting.load_instruction(config.filter.instruction),
+            # What is accepted is trained on, which must be the same everywhere.
+            risk=lambda pairs: multihost.broadcast(safety_filter.score(pairs)),
+            refuses=refuses,
+            threshold=verdicts.threshold,
+            max_new_tokens=max_new_tokens,
+        )
+    revise_all = functools.partial(
         revise_answers,
         base,
         inputs.constitution,
@@ -322,6 +353,7 @@ def answer_writer(
         seed=seed,
         refuses=refuses,
     )
+    return lambda pairs: [NewAnswer(text) for text in revise_all(pairs)]
 
 
 def revise_answers(

@@ -14,8 +14,10 @@ from fedsafe_jax.data import chat, chat_template, partition, template_check
 from fedsafe_jax.data.chat_template import ChatTemplateError
 from fedsafe_jax.data.examples import Example, SourceError
 from fedsafe_jax.data.poisoning import POISONS
+from fedsafe_jax.evals import sentence_vectors
 from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.federated import mesh, participation
+from fedsafe_jax.filters import rewriting
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.store import check_folders
 from fedsafe_jax.inference.language_model import LanguageModel
@@ -101,6 +103,9 @@ def load_inputs(config: ConfigDict, roles: Sequence[str] = SIMULATION) -> RunInp
             clients[seed], asked[seed] = deal(config, pools["safe"], pools["unsafe"], seed)
     if any_filter(config):
         check_folders(config.filter.load, config.filter.encoder)
+        rewriting.load_instruction(config.filter.instruction)
+    if config.eval.encoder:
+        sentence_vectors.check(config.eval.encoder)
     if FILTER_KINDS[config.filter.kind].needs_model and not config.filter.load:
         hub.read_config(model_folder(config.filter.model), config.dtype)  # wrong before compute
     principles = _load_constitution(config.cai)

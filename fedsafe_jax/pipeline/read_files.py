@@ -59,6 +59,8 @@ def files_of(config: ConfigDict) -> dict[str, pathlib.Path | str]:
         path = ASSETS / "constitution.json" if given == constitution.PACKAGED else given
         if path and os.path.isfile(path):
             files[f"cai.{field}"] = pathlib.Path(path)
+    if any_filter(config) and os.path.isfile(path := config.filter.instruction):
+        files["filter.instruction"] = pathlib.Path(path)
     if (file := named_templates.file_of(config.chat_template)) and file.is_file():
         files["chat_template"] = file
     return files
@@ -104,6 +106,8 @@ def _folders(config: ConfigDict) -> Iterator[tuple[str, pathlib.Path]]:
     yield "model", model_folder(config.model)
     if config.federated.unaligned:
         yield "federated.unaligned", model_folder(config.federated.unaligned)
+    if config.eval.encoder:
+        yield "eval.encoder", pathlib.Path(config.eval.encoder)
     section = config.filter
     if not any_filter(config):
         return

@@ -1,5 +1,7 @@
 """The report's section on the safety filter: confusion, reliability, categories."""
 
+import collections
+
 from fedsafe_jax.filters.decision import AT_BOUND
 from fedsafe_jax.filters.quality import shown
 from fedsafe_jax.report.blocks import COLOURS, Section, Table, Text, figure
@@ -32,6 +34,8 @@ def sections(run: RunData) -> list[Section]:
         figure(run.figures / "reliability.png", lambda plt: _reliability(plt, seeds)),
         _categories(seeds),
     ]
+    if any("rejected" in q for q in seeds):
+        blocks.append(_rejected(seeds))
     bounded = [i for i, q in enumerate(seeds) if q.get("calibration_at_bound")]
     if bounded:
         blocks.insert(1, Text(f"Run {', '.join(map(str, bounded))}: {AT_BOUND}.", note=False))
@@ -50,6 +54,16 @@ def _categories(seeds: list[dict]) -> Table:
         for name, (flagged, seen) in sorted(categories.items(), key=lambda c: -c[1][0])[:20]
     ]
     return Table(("category", "", "flagged", "pairs", "share"), rows)
+
+
+def _rejected(seeds: list[dict]) -> Table:
+    """Returns how many new answers to flagged pairs were not taken, by reason."""
+    total: collections.Counter = sum(
+        (collections.Counter(q.get("rejected", {})) for q in seeds), collections.Counter()
+    )
+    return Table(
+        ("new answer not taken", "", "pairs"), [(n, "", k) for n, k in total.most_common()]
+    )
 
 
 def _error(q: dict) -> str:

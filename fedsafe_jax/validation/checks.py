@@ -17,8 +17,10 @@ from fedsafe_jax.data.readers import EVALUATION_ONLY
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import JudgeError
 from fedsafe_jax.evals.task import TaskError, check_judges, select
+from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.requests import READS
+from fedsafe_jax.filters.rewriting import DEBIAS
 from fedsafe_jax.guarding.contract import GuardError
 from fedsafe_jax.guarding.guarded_model import GuardSpec
 from fedsafe_jax.pipeline.arms import any_filter
@@ -102,9 +104,13 @@ def _validate_eval(c: ml_collections.ConfigDict) -> None:
     except (GuardError, JudgeError) as error:
         raise ConfigError(f"eval: {error}") from None
     try:
-        check_judges(select(c.tasks, tasks()), c.judges)
+        chosen = select(c.tasks, tasks())
+        check_judges(chosen, c.judges)
     except TaskError as error:
         raise ConfigError(f"eval.tasks: {error}") from None
+    if c.encoder and not any(one.task.reads_encoder for one in chosen.values()):
+        readers = ", ".join(name for name, task in tasks().items() if task.reads_encoder)
+        raise ConfigError(f"eval.encoder: no task of eval.tasks reads it; add some of {readers}.")
 
 
 def _validate_chat(c: ml_collections.ConfigDict) -> None:
@@ -194,3 +200,29 @@ def validate_filter(f: ml_collections.ConfigDict) -> None:
         )
     if f.unsafe_labels and not f.encoder:
         raise ConfigError("filter.unsafe_labels: they are labels of filter.encoder; give it.")
+    if f.instruction and f.rewrite != DEBIAS:
+        raise ConfigError(
+            f"filter.instruction='{f.instruction}': filter.rewrite='{f.rewrite}' asks for nothing "
+            f"of it; set filter.rewrite='{DEBIAS}', or leave the instruction out."
+        )
+    if f.rewrite == DEBIAS:
+        _validate_debias(f)
+
+
+def _validate_debias(f: ml_collections.ConfigDict) -> None:
+    """Checks that there are answers to rewrite, and a filter that accepts them."""
+    field, kind = f"filter.rewrite='{DEBIAS}'", FILTER_KINDS[f.kind]
+    if not ACTIONS[f.action].needs_answers:
+        raise ConfigError(
+            f"{field}: filter.action='{f.action}' writes no answers; use filter.action='rewrite'."
+        )
+    if kind.writes_answers:
+        raise ConfigError(
+            f"{field}: filter.kind='{f.kind}' writes its own answers, and the base model none; use "
+            "'guard' or 'classifier', or leave filter.rewrite at its default."
+        )
+    if kind.make is None:
+        raise ConfigError(
+            f"{field}: filter.kind='{f.kind}' scores no new answer, so that none is accepted; use "
+            "'classifier' or 'guard'."
+        )

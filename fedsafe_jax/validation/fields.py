@@ -22,6 +22,7 @@ from fedsafe_jax.federated.schedules import DECAYS
 from fedsafe_jax.filters.actions import ACTIONS
 from fedsafe_jax.filters.decision import TARGETS
 from fedsafe_jax.filters.kinds import FILTER_KINDS
+from fedsafe_jax.filters.rewriting import WAYS
 from fedsafe_jax.models.attention import BACKENDS
 from fedsafe_jax.models.quantize import KINDS as QUANTIZATIONS
 from fedsafe_jax.pipeline.arms import ARMS
@@ -54,6 +55,7 @@ def choices() -> dict[str, Collection[str]]:
         "federated.compression": COMPRESSIONS,
         "filter.kind": FILTER_KINDS,
         "filter.action": ACTIONS,
+        "filter.rewrite": WAYS,
         "filter.target": TARGETS,
         "cai.reviser": ("global", "base"),
         "cai.revise": ("all", "wrong"),

@@ -16,6 +16,7 @@ EXAMPLES = [
 
 
 P = np.array([0.1, 0.9, 0.6], np.float32)
+NEW = [actions.NewAnswer("better"), actions.NewAnswer(" ", "refusal")]
 
 
 def test_actions():
@@ -26,12 +27,11 @@ def test_actions():
     assert [e.response for e in found.examples] == ["fine", REFUSAL, REFUSAL]
     assert found.counts.rewritten == 2 and found.counts.kept == 1
     asked = []
-    found = actions.apply(
-        "rewrite", EXAMPLES, P, 0.5, lambda some: asked.extend(some) or ["better", " "]
-    )
+    found = actions.apply("rewrite", EXAMPLES, P, 0.5, lambda some: asked.extend(some) or NEW)
     assert [e.prompt for e in asked] == ["b", "c"]
     assert [e.response for e in found.examples] == ["fine", "better"]
     assert (found.counts.rewritten, found.counts.dropped) == (1, 1)
+    assert found.rejected == {"refusal": 1}
     found = actions.apply("mask", EXAMPLES, P, 0.5)
     np.testing.assert_array_equal(found.weights, [1, 0, 0])
     found = actions.apply("weight", EXAMPLES, P, 0.5)

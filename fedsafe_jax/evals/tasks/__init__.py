@@ -17,6 +17,7 @@ from fedsafe_jax.evals.tasks.or_bench import OR_BENCH, OR_BENCH_TOXIC
 from fedsafe_jax.evals.tasks.prefilled import PREFILLED
 from fedsafe_jax.evals.tasks.reference import EXERCISES, TOKEN_F1
 from fedsafe_jax.evals.tasks.refusal import ADVBENCH, OVER_REFUSAL
+from fedsafe_jax.evals.tasks.rewrite import REWRITE
 from fedsafe_jax.evals.tasks.s_eval import S_EVAL, S_EVAL_ATTACK
 from fedsafe_jax.evals.tasks.safety_prompts import SAFETY_PROMPTS
 from fedsafe_jax.evals.tasks.safetybench import SAFETYBENCH, SAFETYBENCH_FIVE_SHOT
@@ -60,5 +61,6 @@ TASKS: dict[str, Task] = {
         IFEVAL,
         PREFILLED,
         DIVERGENCE,
+        REWRITE,
     )
 }
