@@ -35,7 +35,6 @@ WORDS = {
     "optimizer": "an optax alias, read as a literal",
     "lora_targets": "projections of the decoder",
     "attack.trigger": "a text behind a request",
-    "eval.decoding": "a name with numbers",
     "filter.unsafe_labels": "labels of an encoder",
     "cai.refusal_word": "a word",
 }
