@@ -169,7 +169,9 @@ class GuardedModel(LanguageModel):
             self._take_over(dialogues, warden.flags(dialogues, [""] * len(dialogues)), answers)
         left = [i for i, answer in enumerate(answers) if answer is None]
         decoded = self._decoded(
-            *([each[i] for i in left] for each in (rows, dialogues, begun)),
+            [rows[i] for i in left],
+            [dialogues[i] for i in left],
+            [begun[i] for i in left],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
