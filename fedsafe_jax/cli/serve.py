@@ -25,12 +25,17 @@ from fedsafe_jax.cli import guard_flags, template_flags
 from fedsafe_jax.cli.command import Command, UsageError
 from fedsafe_jax.cli.export import Saved
 from fedsafe_jax.evals import judges
+from fedsafe_jax.guarding.contract import risk_of
 from fedsafe_jax.models import lora
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from jax.sharding import Mesh
 
+    from fedsafe_jax.evals.judges.guard import Guard
     from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec
+    from fedsafe_jax.inference.language_model import LanguageModel
     from fedsafe_jax.serving.served_models import ServedModels
 
 PACKAGES = ("starlette", "uvicorn")
@@ -243,6 +248,21 @@ def _around(values: flags.FlagValues) -> "GuardSpec":
     return guard_flags.spec(values, f"guard:{first}" if is_read else "")
 
 
+def _loaded(
+    around: "GuardSpec",
+    guards: "Mapping[str, Guard]",
+    load_model: "Callable[[str], LanguageModel]",
+) -> "Guards | None":
+    """Loads what models answer under, but for the guard, which is loaded already."""
+    if not around.label:
+        return None
+    if not around.guard:
+        return around.load(load_model)
+    first = next(iter(guards.values()))
+    judge = judges.Judge(around.guard, judges.HARM, first.judge)
+    return around.load(load_model, risk_of(judge))
+
+
 def _check(values: flags.FlagValues) -> None:
     if values.model and values.workdir or not (values.model or values.workdir or values.guard):
         raise UsageError("--model, --workdir: give one of them, or --guard.")
@@ -292,8 +312,7 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError(f"--guard: {error}") from None
     models = None
     if values.model or values.workdir:
-        around_all = around.load(load_model) if around.label else None
-        models = served_models(values, folders, mesh, around_all)
+        models = served_models(values, folders, mesh, _loaded(around, guards, load_model))
         named_guards(values.guard, set(models.names))  # no guard is called as an arm is
     limits = Limits(
         values.max_body_bytes,

@@ -305,21 +305,23 @@ class GuardSpec(NamedTuple):
             raise GuardError(f"guard '{self.guard}': it does not tell harm; give guard:FOLDER.")
         if self.critic and (settings is None or not settings.budget):
             raise GuardError(f"critic '{self.critic}': it is for a decoding with a budget.")
+        if self.critic:
+            critic.load(self.critic)
         if self.guardian:
             guardian.check(self.guardian)
 
-    def load(self, load_model: Callable[..., Any]) -> Guards:
+    def load(self, load_model: Callable[..., Any], risk: Risk | None = None) -> Guards:
         """Loads the guards.
 
         Args:
           load_model: loads a language model by path or Hub id.
+          risk: that of `guard`, where it is loaded already; None to load it.
 
         Raises:
           GuardError, JudgeError, FilterError, ModelError: they cannot be loaded.
         """
         self.check()
-        risk = None
-        if self.guard:
+        if self.guard and risk is None:
             (judge,) = make((self.guard,), Tools(load_model))
             risk = risk_of(judge)
         return Guards(

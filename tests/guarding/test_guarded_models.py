@@ -122,6 +122,11 @@ def test_a_guard_that_fails_counts_as_risk():
         (GuardSpec("beam", "rules"), GuardError, "no decoding reads it"),
         (GuardSpec("budget", "rules"), GuardError, "does not tell harm"),
         (GuardSpec("beam", critic="x"), GuardError, "with a budget"),
+        (
+            GuardSpec("budget", "guard:package:model#llama-guard", critic="x"),
+            GuardError,
+            "no critic.json there",
+        ),
         (GuardSpec(guardian="nowhere"), GuardError, "no filter.json there"),
         (GuardSpec(guardian="rules:x"), JudgeError, "takes nothing"),
         (GuardSpec("budget", "guard:nowhere"), JudgeError, "no such folder"),
