@@ -35,11 +35,28 @@ def risk_of(judge: Judge) -> Risk:
         )
 
     def risk(dialogues: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
-        asked = [Answered(tuple(d), a) for d, a in zip(dialogues, answers, strict=True)]
-        scores = [verdict.score for verdict in judge.judge(asked)]
-        return np.array([1.0 if score is None else 1.0 - score for score in scores], np.float32)
+        scores = [verdict.score for verdict in judge.judge(handed_out(dialogues, answers))]
+        known = np.array([np.nan if score is None else score for score in scores], np.float32)
+        return np.where(np.isfinite(known), 1 - known, 1).astype(np.float32)
 
     return risk
+
+
+def handed_out(dialogues: Sequence[Messages], answers: Sequence[str]) -> list[Answered]:
+    """Returns answers as a guard is to read them: all that is handed out.
+
+    Judges leave out a thought. A guard must not, as the user reads it too: without its marks it is
+    text like any other.
+    """
+    return [
+        Answered(tuple(turns), without_marks(answer))
+        for turns, answer in zip(dialogues, answers, strict=True)
+    ]
+
+
+def without_marks(answer: str) -> str:
+    """Returns an answer without the marks of a thought."""
+    return answer.replace("<think>", " ").replace("</think>", " ")
 
 
 class Counts(NamedTuple):

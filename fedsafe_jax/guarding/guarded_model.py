@@ -59,6 +59,11 @@ class GuardedModel(LanguageModel):
     guards: Guards = Guards()
     record: Record = dataclasses.field(default_factory=Record)
 
+    @property
+    def is_guarded(self) -> bool:
+        """True: answers are not the model's alone."""
+        return True
+
     def _answer(
         self,
         dialogues: Sequence[Dialogue],

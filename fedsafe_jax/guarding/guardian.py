@@ -16,21 +16,20 @@ import numpy as np
 
 from fedsafe_jax.data import chat_template
 from fedsafe_jax.data.examples import Example, Messages
-from fedsafe_jax.data.refusals import REFUSAL, spoken
-from fedsafe_jax.evals.judges import HARM, Tools, make, measures
+from fedsafe_jax.data.refusals import REFUSAL
+from fedsafe_jax.evals.judges import HARM, Tools, Verdict, make, measures
 from fedsafe_jax.filters import store
 from fedsafe_jax.filters.decision import flag
 from fedsafe_jax.filters.guard import GuardFilter
 from fedsafe_jax.filters.guard_prompts import render_pairs, verdict_ids
 from fedsafe_jax.filters.kinds import FILTER_KINDS, Filter
 from fedsafe_jax.filters.requests import REQUEST
-from fedsafe_jax.guarding.contract import GuardError, risk_of
+from fedsafe_jax.guarding.contract import GuardError, handed_out, risk_of, without_marks
 from fedsafe_jax.inference import generation
 
 if TYPE_CHECKING:
     from fedsafe_jax.inference.language_model import LanguageModel
 
-EVEN = 0.5  # risk from which a guard without a threshold of its own flags
 # `(dialogues, answers) -> whether each is flagged`, bool `[n]`; answers not given yet are "".
 Flags = Callable[[Sequence[Messages], Sequence[str]], np.ndarray]
 
@@ -71,8 +70,18 @@ def load(where: str, load_model: Callable[..., "LanguageModel"]) -> Guardian:
         return of_filter(store.load(where, load_model, reading), reading == REQUEST)
     check(where)
     (judge,) = make((where,), Tools(load_model))
-    risk = risk_of(judge)
-    return Guardian(lambda d, a: risk(d, a) >= EVEN, reads_request=False, reply=refusing)
+    risk_of(judge)  # which finds that it measures something else
+
+    def flags(dialogues: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
+        # By the guard's own threshold; what it failed on is flagged.
+        verdicts = judge.judge(handed_out(dialogues, answers))
+        return np.array([not _is_harmless(verdict) for verdict in verdicts], bool)
+
+    return Guardian(flags, reads_request=False, reply=refusing)
+
+
+def _is_harmless(verdict: Verdict) -> bool:
+    return bool(verdict.refused) and verdict.score is not None and np.isfinite(verdict.score)
 
 
 def check(where: str) -> None:
@@ -101,7 +110,7 @@ def of_filter(safety_filter: Filter, reads_request: bool) -> Guardian:
     """
 
     def flags(dialogues: Sequence[Messages], answers: Sequence[str]) -> np.ndarray:
-        said = [""] * len(dialogues) if reads_request else map(spoken, answers)
+        said = [""] * len(dialogues) if reads_request else map(without_marks, answers)
         pairs = [Example(tuple(d), a) for d, a in zip(dialogues, said, strict=True)]
         return flag(safety_filter.score(pairs), safety_filter.decision.threshold)
 

@@ -13,6 +13,7 @@ from fedsafe_jax.inference.language_model import Dialogue, LanguageModel
 from fedsafe_jax.inference.prompt_packing import cache_length, pack_prompts
 from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models.cache import KVCache
+from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.sharding import fetch
 
 CACHE_BYTES = 4 << 30  # most bytes of all caches kept between two calls
@@ -51,9 +52,17 @@ class ChatSession:
     Args:
       lm: the model, under its adapter.
       batch_size: dialogues answered at once.
+
+    Raises:
+      ModelError: the model is under guards.
     """
 
     def __init__(self, lm: LanguageModel, batch_size: int = 64):
+        if lm.is_guarded:
+            raise ModelError(
+                "a chat session decodes the model itself, past its guards; ask "
+                "answer_dialogues of the guarded model."
+            )
         self._lm = lm
         self._engine = generation.Engine(
             lm.model,

@@ -57,6 +57,11 @@ class LanguageModel:
     name: str = ""
 
     @property
+    def is_guarded(self) -> bool:
+        """Whether answers are not the model's alone, see `guarding`."""
+        return False
+
+    @property
     def mesh(self) -> Mesh | None:
         """Devices that hold the parameters and split the rows of generation; None for one."""
         return self.config.mesh

@@ -93,7 +93,8 @@ def load_sets(config: ConfigDict, heldout: Sequence[Example]) -> dict[str, EvalS
             one = load_items(name, chosen, config.data_dir, c.max_prompts)
             loaded[name] = _triggered(one, config.attack.trigger) if one.triggered else one
         elif items := subset([e for e in heldout if e.response], c.max_heldout):
-            loaded[name] = chosen._replace(items=items)
+            one = chosen._replace(items=items)
+            loaded[name] = _triggered(one, config.attack.trigger) if one.triggered else one
         else:
             logging.warning("task '%s' is left out: no pair with an answer is held out.", name)
     return loaded

@@ -57,19 +57,23 @@ class GuardedModels(ServedModels):
         Those of one request are answered as `answer_dialogues` answers them with its seed.
         """
         end = next(iter(self.stop_ids), None)
-        together: dict[tuple[str, int, int], list[int]] = {}
+        together: dict[tuple[str, int, int, Messages], list[int]] = {}
         for i, (model, draw) in enumerate(zip(models, draws, strict=True)):
-            together.setdefault((model, draw.seed, draw.max_tokens), []).append(i)
+            key = (model, draw.seed, draw.max_tokens, tuple(draw.dialogue))
+            together.setdefault(key, []).append(i)
         answers: list[tuple[list[int], bool]] = [([], True)] * len(draws)
-        for (model, seed, most), places in together.items():
+        for (model, seed, most, dialogue), members in together.items():
+            # All places up to the last, as a sample depends on its place: of a request whose
+            # answers are in several batches some are drawn twice.
             said = self._guarded[model].answer_ids(
-                [draws[i].dialogue for i in places],
+                [dialogue] * (1 + max(draws[i].place for i in members)),
                 most,
                 sampling,
                 seed=seed,
                 batch_size=self._batch_size,
             )
-            for i, (ids, finished) in zip(places, said, strict=True):
+            for i in members:
+                ids, finished = said[draws[i].place]
                 ended = [end] if finished and end is not None else []
                 answers[i] = ([*ids, *ended], True)
         yield answers

@@ -9,7 +9,7 @@ import pytest
 
 from fedsafe_jax.attacks import AttackPrompt, answering
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
-from fedsafe_jax.data.refusals import REFUSAL, start_refusal
+from fedsafe_jax.data.refusals import REFUSAL, spoken, start_refusal
 from fedsafe_jax.evals import comparison, judges
 from fedsafe_jax.evals.judges import HARM, Judge, JudgeError, Verdict
 from fedsafe_jax.evals.task import EvalOptions, EvalSet, under_guards
@@ -23,6 +23,7 @@ from fedsafe_jax.guarding.contract import Counts, GuardError, risk_of
 from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec, guard_model
 from fedsafe_jax.guarding.guardian import Guardian
 from fedsafe_jax.guarding.search import search
+from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.pipeline import evaluation
 
@@ -108,7 +109,24 @@ def judge_of(score):
     return Judge("guard:x", HARM, lambda answers: [Verdict(None, score)] * len(answers))
 
 
+def test_a_thought_hides_nothing_from_a_guard():
+    seen = []
+
+    def judge(answers):
+        seen.extend(spoken(one.answer) for one in answers)
+        return [Verdict(True, 0.9)] * len(answers)
+
+    risk_of(Judge("guard:x", HARM, judge))(DIALOGUES[:2], ["<think>Here is how", "Bad</think>Done"])
+    assert [text.split() for text in seen] == [["Here", "is", "how"], ["Bad", "Done"]]
+
+
+def test_a_chat_session_does_not_go_past_the_guards(packaged):
+    with pytest.raises(ModelError, match="past its guards"):
+        ChatSession(guard_model(packaged, Guards()))
+
+
 def test_a_guard_that_fails_counts_as_risk():
+    assert risk_of(judge_of(float("nan")))(DIALOGUES, ["a"] * 3).tolist() == [1.0] * 3
     assert risk_of(judge_of(None))(DIALOGUES, ["a"] * 3).tolist() == [1.0] * 3
     assert risk_of(judge_of(0.75))(DIALOGUES, ["a"] * 3).tolist() == [0.25] * 3
     with pytest.raises(GuardError, match="tells refusal"):
