@@ -156,6 +156,9 @@ def test_a_backdoor_s_trigger_is_asked_beside_the_plain_requests():
     assert asked == [f"{item.dialogue} zxq" for item in plain.items]
     assert ("advbench@trigger", "over_refusal@trigger") in two_sides.pairs(sets)
     assert len(two_sides.pairs(sets)) == 2
+    config.eval.tasks = ("over_refusal=heldout",)
+    held = evaluation.load_sets(config, [Example((("user", "hello"),), "Hi.")])
+    assert held["over_refusal@trigger"].items[0].dialogue == "hello zxq"
     config.attack.trigger = " "
     with pytest.raises(ConfigError, match="attack.trigger=' ': a backdoor needs"):
         validate(config)

@@ -11,10 +11,12 @@ from fedsafe_jax.data.refusals import REFUSAL
 from fedsafe_jax.guarding import decodings, guardian
 from fedsafe_jax.guarding.guarded_model import Guards, guard_model
 from fedsafe_jax.guarding.guardian import Guardian
+from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.serving.admission import Limits
 from fedsafe_jax.serving.app import make_app
 from fedsafe_jax.serving.batching import Batcher
 from fedsafe_jax.serving.guarded_models import GuardedModels
+from fedsafe_jax.serving.served_models import Draw
 
 pytestmark = pytest.mark.anyio
 
@@ -79,6 +81,21 @@ async def test_samples_of_one_request_are_those_of_the_guarded_model(packaged):
         asked = chat("Hello!", n=2, temperature=1.0, seed=5, max_tokens=8)
         reply = (await server.post("chat/completions", asked)).json()
     assert [one["message"]["content"] for one in reply["choices"]] == expected
+
+
+def test_a_sample_is_that_of_its_place_whatever_is_answered_beside_it(packaged):
+    """The second answer of one request, in a batch with another request of the same seed."""
+    lm = guard_model(packaged, DOOR)
+    dialogues = [(("user", text),) for text in ("Hello!", "What is two plus two?")]
+    expected, _ = lm.answer_dialogues(dialogues[:1] * 2, 8, temperature=1.0, seed=5)
+    other, _ = lm.answer_dialogues(dialogues[1:], 8, temperature=1.0, seed=5)
+    models = GuardedModels(packaged, "m", {}, lambda one: guard_model(one, DOOR))
+    draws = [
+        Draw((), 8, 5, place=1, dialogue=dialogues[0]),
+        Draw((), 8, 5, place=0, dialogue=dialogues[1]),
+    ]
+    (answers,) = models.generate(["m", "m"], Sampling(1.0), draws)
+    assert [packaged.text(ids) for ids, _ in answers] == [expected[1], other[0]]
 
 
 @pytest.mark.parametrize(
