@@ -24,8 +24,8 @@ class Search(NamedTuple):
       gamma: discount of the budget a token: what is left grows by `1 / gamma`.
       penalty: nats of reward that a nat of cost counts for.
       retries: how often a block is drawn again where no candidate is within the budget.
-      frequency: what each occurrence of a token in the candidates that failed, a candidate, takes
-        off its logit when a block is drawn again.
+      frequency: by how much a block that is drawn again lowers the logit of a token, for each time
+        that a failed candidate has it, on average over the candidates.
     """
 
     candidates: int = 8
@@ -55,7 +55,7 @@ DECODINGS: dict[str, Search] = {
     # The model's own answer, until a guard that reads along says stop.
     "stop": Search(candidates=1, keep=1, block=8, temperature=0.0, budget=HALF),
 }
-# The least value of each field, and whether more than that is asked for.
+# The least value of each field.
 _LEAST = {
     "candidates": 1,
     "keep": 1,
