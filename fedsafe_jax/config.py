@@ -169,7 +169,8 @@ def default_config() -> ml_collections.ConfigDict:
     # what the chosen threshold maximises: f1, or recall above precision_floor
     c.filter.target = "f1"
     c.filter.precision_floor = 0.9  # least precision where the target is recall
-    # what happens to a flagged pair; replace: by a refusal, rewrite: by a new answer
+    # what happens to a flagged pair; replace: by a refusal, rewrite: by a new answer, turn: the
+    # answer turns into a refusal on its way (DeRTa)
     c.filter.action = "drop"
     # rewrite: how the base model writes it; revise: by critique and revision, kept if it refuses;
     # debias: anew without bias or harm, kept where the filter passes it and it does not refuse
@@ -224,7 +225,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.beta = 0.1  # beta of dpo, ipo and kto
     # reference of dpo, ipo, kto and kl: the base, or global: the model of the round's start
     c.cai.reference = "base"
-    c.cai.refusal_word = " Sorry"  # derta: word whose first token harmful answers turn to
+    # cai.loss=derta, filter.action=turn: word whose first token harmful answers turn to
+    c.cai.refusal_word = " Sorry"
     c.cai.max_new_tokens = 48  # longest answer, critique or revision, in tokens
     c.cai.temperature = 0.0  # temperature of the first answers; 0 for greedy
 

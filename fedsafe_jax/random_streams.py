@@ -64,6 +64,7 @@ class Purpose(enum.IntEnum):
     POISON = 38  # the pairs that a malicious client changes (client)
     CRITIC_START = 39  # a critic's first weights
     CRITIC_DRAWS = 40  # a critic's training: its split, its order and its budgets (epoch)
+    TURNS = 41  # where a harmful answer turns to a refusal; the seed is the pair's hash
 
 
 def _sequence(purpose: Purpose, seed: int, where: tuple[int, ...]) -> np.random.SeedSequence:

@@ -81,12 +81,14 @@ def prefixed(
 
 
 def transition(
-    tokenizer: "PreTrainedTokenizerBase", triple: Triple, rng: np.random.Generator, max_length: int
+    tokenizer: "PreTrainedTokenizerBase",
+    triple: Triple,
+    rng: np.random.Generator,
+    refusal: int,
+    max_length: int,
 ) -> Encoded | None:
-    """Encodes the harmful answer; a random twentieth of its positions, at least one, is learned.
-
-    The target at these positions is the refusal token, which `batch` puts there.
-    """
+    """Encodes the harmful answer; a random twentieth of its positions, at least one, learns
+    `refusal`, see `refusal_token`."""
     whole = chat.encode(tokenizer, triple.turns, triple.harmful, max_length)
     if whole is None:
         return None
@@ -94,7 +96,38 @@ def transition(
     kept = rng.choice(places, size=-(-len(places) // POSITIONS_PER_TRANSITION), replace=False)
     learned = np.zeros(len(whole.ids), bool)
     learned[kept] = True
-    return Encoded(whole.ids, learned)
+    return whole._replace(loss_mask=learned, target=refusal)
+
+
+def both_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    triple: Triple,
+    rng: np.random.Generator,
+    refusal: int,
+    max_length: int,
+    bare: bool,
+) -> list[Encoded]:
+    """Encodes the safe answer behind words of the harmful one, and the way from the latter.
+
+    Args:
+      tokenizer: a fast tokenizer (it gives offsets) with a chat template.
+      triple: the request and its answers.
+      rng: generator of the number of words, and of positions.
+      refusal: refusal token, see `refusal_token`.
+      max_length: most tokens of a row.
+      bare: whether the safe answer stands alone, as for every third request upstream.
+
+    Returns:
+      The rows of which something is left to learn within `max_length`, at most two.
+    """
+    words = len(triple.harmful.split())
+    # Upstream draws 1 to len - 2.
+    length = 0 if bare or words <= 2 else int(rng.integers(1, words - 1))
+    rows = (
+        prefixed(tokenizer, triple, length, max_length),
+        transition(tokenizer, triple, rng, refusal=refusal, max_length=max_length),
+    )
+    return [row for row in rows if row is not None]
 
 
 def batch(
@@ -120,23 +153,17 @@ def batch(
       Packed rows whose mask is on at the learned positions and whose targets there are the safe
       answer's tokens, or `refusal` along harmful answers.
     """
-    encoded, is_transition = [], []
-    for number, triple in zip(numbers, triples, strict=False):
-        words = len(triple.harmful.split())
-        # Upstream draws 1 to len - 2 and leaves every third row without a prefix.
-        length = int(rng.integers(1, words - 1)) if number % ROWS_PER_BARE_ROW and words > 2 else 0
-        for row, turns in (
-            (prefixed(tokenizer, triple, length, seq), False),
-            (transition(tokenizer, triple, rng, seq), True),
-        ):
-            if row is not None:
-                encoded.append(row)
-                is_transition.append(turns)
+    encoded = [
+        row
+        for number, triple in zip(numbers, triples, strict=False)
+        for row in both_rows(
+            tokenizer,
+            triple,
+            rng,
+            refusal=refusal,
+            max_length=seq,
+            bare=number % ROWS_PER_BARE_ROW == 0,
+        )
+    ]
     rows = assign_rows([len(e.ids) for e in encoded], seq)
-    out = fill(encoded, rows, max(len(rows), 1), seq)
-    for r, members in enumerate(rows):
-        for segment, index in enumerate(members, 1):
-            if is_transition[index]:
-                learned = (out.segment_ids[r] == segment) & (out.mask[r] > 0)
-                out.targets[r, learned] = refusal
-    return out
+    return fill(encoded, rows, max(len(rows), 1), seq)

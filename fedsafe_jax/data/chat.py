@@ -33,6 +33,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray  # int32 [length]
     loss_mask: np.ndarray  # bool [length]: the token is a training target
     notes: tuple[str, ...] = ()  # what had to be done to it: MERGED, CONTROL, CUT
+    target: int | None = None  # the token that all targets learn; None for the text's own
 
 
 class Prompt(NamedTuple):

@@ -24,6 +24,8 @@ class Example(NamedTuple):
     # Further groups that the request is in, (kind, name), such as ("attack", "goal_hijacking").
     groups: tuple[tuple[str, str], ...] = ()
     ended: bool = True  # whether the answer is whole; where it was cut, no end of it is learned
+    # A harmful answer that `response` turns back from, see `cai.derta`; "" where there is none.
+    turned: str = ""
 
     @property
     def prompt(self) -> str:

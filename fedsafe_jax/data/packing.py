@@ -12,7 +12,7 @@ class Batch(NamedTuple):
     """Packed rows; every field has the shape `[..., rows, seq]`."""
 
     tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32, the next token of the same example
+    targets: np.ndarray  # int32, the next token of the same example, or what it learns instead
     mask: np.ndarray  # float32, weight of the target in the loss, 0 where it is not learned
     segment_ids: np.ndarray  # int32, 0 is padding, examples count from 1 in each row
     positions: np.ndarray  # int32, from 0 in each example
@@ -71,10 +71,12 @@ def fill(examples: Sequence[Encoded], rows: Sequence[Sequence[int]], count: int,
     for r, members in enumerate(rows):
         start = 0
         for segment, index in enumerate(members, 1):
-            ids, loss_mask = examples[index][:2]
+            ids, loss_mask, _, target = examples[index]
             end = start + len(ids)
             batch.tokens[r, start:end] = ids
-            batch.targets[r, start : end - 1] = ids[1:]
+            batch.targets[r, start : end - 1] = (
+                ids[1:] if target is None else np.where(loss_mask[1:] > 0, target, ids[1:])
+            )
             batch.mask[r, start : end - 1] = loss_mask[1:]
             batch.segment_ids[r, start:end] = segment
             batch.positions[r, start:end] = np.arange(len(ids))

@@ -17,7 +17,7 @@ class FilterCounts(NamedTuple):
     Attributes:
       kept: pairs that the filter did not flag.
       dropped, rewritten, masked, weighted: flagged pairs, by what was done with them; an answer
-        replaced by a refusal counts as rewritten.
+        replaced by a refusal, or turning into one, counts as rewritten.
       unsafe_kept, unsafe_flagged: pairs labelled unsafe; labels are known in simulation only.
     """
 
@@ -109,6 +109,16 @@ def replace(example: Example, p_unsafe: float, answer: str = "") -> Treated:
     return rewrite(example, p_unsafe, REFUSAL)
 
 
+def turn(example: Example, p_unsafe: float, answer: str = "") -> Treated:
+    """Lets the answer turn into a refusal on its way: DeRTa's two rows, see `cai.derta`.
+
+    They share the pair's weight. An empty answer is replaced, as nothing leads away from it.
+    """
+    replaced = replace(example, p_unsafe, answer)
+    turned = replaced.example._replace(turned=example.response.strip())
+    return replaced._replace(example=turned)
+
+
 def mask(example: Example, p_unsafe: float, answer: str = "") -> Treated:
     """Keeps the dialogue without learning its answer."""
     del p_unsafe, answer
@@ -131,17 +141,20 @@ class Action(NamedTuple):
       flagged: `(example, P(unsafe), new answer) -> Treated`, for a flagged pair.
       passed: the same for a pair that is not flagged.
       needs_answers: whether flagged pairs get a new answer from a model.
+      reads: fields of the config's `cai` that decide what it does.
     """
 
     flagged: Callable[[Example, float, str], Treated]
     passed: Callable[[Example, float], Treated] = keep
     needs_answers: bool = False
+    reads: tuple[str, ...] = ()
 
 
 ACTIONS = {
     "drop": Action(drop),
     "replace": Action(replace),
-    "rewrite": Action(rewrite, needs_answers=True),
+    "rewrite": Action(rewrite, needs_answers=True, reads=("constitution", "max_new_tokens")),
+    "turn": Action(turn, reads=("refusal_word",)),
     "mask": Action(mask),
     # The loss scales with P(safe) continuously: the threshold decides what is counted, no more.
     "weight": Action(weight, passed=weight),

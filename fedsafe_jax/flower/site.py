@@ -125,7 +125,13 @@ class Site:
             self.counts = FilterCounts(
                 **dict.fromkeys(FilterCounts._fields, 0) | {"kept": len(pairs)}
             )
-        self.encoded, lost = encode(self.inputs.lm.tokenizer, pairs, config.seq_len, weights)
+        self.encoded, lost = encode(
+            self.inputs.lm.tokenizer,
+            pairs,
+            config.seq_len,
+            weights,
+            refusal_word=config.cai.refusal_word,
+        )
         for line in describe_encoding(self.encoded, lost, "pairs"):
             note(f"client {settings.client}: {line}")
         note(f"client {settings.client}: {len(self.encoded)} pairs to train on")

@@ -37,9 +37,7 @@ OPERATORS_OWN = (
     "safe_sources", "unsafe_sources", "data_dir", "harmful_share", "partition", "dirichlet_alpha",
     "examples_per_client", "size_sigma", "attack",
 )  # fmt: skip
-# Fields that a site reads of the server's own sections: what revised answers need, and which
-# prompts must not be trained on.
-SENT_OF_CAI = ("constitution", "max_new_tokens")
+# Fields that a site reads of the server's own section: which prompts must not be trained on.
 SENT_OF_EVAL = ("tasks", "max_prompts", "max_heldout")
 # Stand for the server's judges: tasks that a chat model rates are valid, and no site can ask it.
 JUDGES_AT_SERVER = ("rules", "chat:at-the-server@https://judge.invalid#mt_bench")
@@ -128,9 +126,8 @@ def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
     del whole["eval"]["judges"]  # may hold a password: not even hashed
     federation = content_hash(whole)
     sent = {k: v for k, v in whole.items() if k not in OPERATORS_OWN}
-    # Only an action that has answers revised asks for principles.
-    revised = ACTIONS[config.filter.action].needs_answers
-    sent["cai"] = {k: v for k, v in whole["cai"].items() if revised and k in SENT_OF_CAI}
+    # Principles, say, travel only to where flagged answers are revised.
+    sent["cai"] = {k: whole["cai"][k] for k in ACTIONS[config.filter.action].reads}
     # Safe LoRA is the server's step, on models that lie there.
     sent["federated"] = {k: v for k, v in whole["federated"].items() if k != "unaligned"}
     sent["eval"] = {k: v for k, v in whole["eval"].items() if k in SENT_OF_EVAL}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from fedsafe_jax.cai import derta
 from fedsafe_jax.data import chat, dialogue_notes
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.data.chat_template import ChatTemplateError
@@ -15,9 +16,11 @@ from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.data.shares import possible_sizes
 from fedsafe_jax.federated import participation
 from fedsafe_jax.filters.actions import FilterCounts
+from fedsafe_jax.filters.cache import content_hash
 from fedsafe_jax.filters.protocol import answer_risk
 from fedsafe_jax.filters.quality import FilterQuality, Reliability
 from fedsafe_jax.pipeline.inputs import RunInputs, packaged_beside_own, refused
+from fedsafe_jax.random_streams import Purpose, generator
 from fedsafe_jax.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -194,14 +197,19 @@ def encode(
     examples: Sequence[Example],
     seq_len: int,
     weights: Sequence[float] | None = None,
+    refusal_word: str = "",
 ) -> tuple[list[Encoded], int]:
     """Encodes (prompt, response) dialogues.
+
+    A response that turns back from a harmful answer becomes DeRTa's two rows, which share its
+    weight. What is drawn of these depends on the pair alone: the same words in every round.
 
     Args:
       tokenizer: Hugging Face tokenizer with a chat template.
       examples: the dialogues.
       seq_len: most tokens of a dialogue.
       weights: factor on the loss of each dialogue; None for 1.
+      refusal_word: `cai.refusal_word`, for responses that turn back.
 
     Returns:
       `(encoded, lost)`: a dialogue whose template alone fills `seq_len` has no target, and is lost.
@@ -211,17 +219,38 @@ def encode(
     """
     if weights is None:
         weights = [1.0] * len(examples)
-    encoded = []
+    encoded, lost = [], 0
     for example, weight in zip(examples, weights, strict=True):
         try:
-            one = chat.encode(tokenizer, example.messages, example.response, seq_len)
+            rows = _encode_one(tokenizer, example, seq_len, refusal_word)
         except ChatTemplateError as error:
             raise refused(example, error, "client") from error
-        if one is not None and weight != 1:
-            one = one._replace(loss_mask=one.loss_mask * np.float32(weight))
-        encoded.append(one)
-    kept = [one for one in encoded if one is not None]
-    return kept, len(encoded) - len(kept)
+        lost += not rows
+        share = np.float32(weight / max(len(rows), 1))
+        encoded += [
+            row if share == 1 else row._replace(loss_mask=row.loss_mask * share) for row in rows
+        ]
+    return encoded, lost
+
+
+def _encode_one(
+    tokenizer: "PreTrainedTokenizerBase", example: Example, seq_len: int, refusal_word: str
+) -> list[Encoded]:
+    if example.turned:
+        triple = derta.Triple(
+            example.prompt, example.turned, example.response, messages=example.messages
+        )
+        rng = generator(Purpose.TURNS, int(content_hash(example.messages, example.turned), 16))
+        return derta.both_rows(
+            tokenizer,
+            triple,
+            rng,
+            refusal=derta.refusal_token(tokenizer, refusal_word),
+            max_length=seq_len,
+            bare=not rng.integers(derta.ROWS_PER_BARE_ROW),
+        )
+    one = chat.encode(tokenizer, example.messages, example.response, seq_len)
+    return [] if one is None else [one]
 
 
 def describe_encoding(encoded: Sequence[Encoded], lost: int, what: str) -> list[str]:

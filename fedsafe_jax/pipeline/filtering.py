@@ -89,7 +89,13 @@ def filter_clients(
     verdicts = score_pairs(config, inputs, everything, seed, workdir / "filter_scores")
     filtered, counts, categories, rejected, lost = [], [], {}, [], 0
     for left in apply_action(config, inputs, pairs, verdicts, seed):
-        encoded, missing = encode(inputs.lm.tokenizer, left.examples, config.seq_len, left.weights)
+        encoded, missing = encode(
+            inputs.lm.tokenizer,
+            left.examples,
+            config.seq_len,
+            left.weights,
+            refusal_word=config.cai.refusal_word,
+        )
         filtered.append(encoded)
         lost += missing
         counts.append(left.counts)

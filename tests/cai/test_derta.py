@@ -69,7 +69,7 @@ def test_derta_rows_in_the_forms_of_the_upstream_data(packaged):
     ending = same.ids[same.loss_mask][-1]  # the end of the turn is learned as well
     assert behind.ids[behind.loss_mask][-1] == ending
     long = triple._replace(harmful="one two three four " * 25)
-    turn = derta.transition(tokenizer, long, np.random.default_rng(0), 256)
+    turn = derta.transition(tokenizer, long, np.random.default_rng(0), refusal=7, max_length=256)
     whole = chat.encode(tokenizer, (("user", long.prompt),), long.harmful, 256)
     assert turn.loss_mask.sum() == -(-whole.loss_mask.sum() // 20)  # a twentieth, rounded up
     assert np.all(whole.loss_mask[turn.loss_mask])
@@ -100,7 +100,8 @@ def test_prefixes_are_uniform_and_none_for_a_third(packaged):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(derta, "prefixed", spy)
-        patch.setattr(derta, "transition", lambda *a: Encoded(np.ones(4, np.int32), np.ones(4)))
+        ones = Encoded(np.ones(4, np.int32), np.ones(4))
+        patch.setattr(derta, "transition", lambda *a, **k: ones)
         derta.batch(
             packaged.tokenizer, triples, range(300), refusal=1, seq=64, rng=np.random.default_rng(0)
         )

@@ -32,6 +32,12 @@ def test_actions():
     assert [e.response for e in found.examples] == ["fine", "better"]
     assert (found.counts.rewritten, found.counts.dropped) == (1, 1)
     assert found.rejected == {"refusal": 1}
+    found = actions.apply("turn", EXAMPLES, P, 0.5)
+    turned = [(e.response, e.turned) for e in found.examples]
+    assert turned == [("fine", ""), (REFUSAL, "harm"), (REFUSAL, "also fine")]
+    assert found.counts.rewritten == 2 and found.weights.tolist() == [1, 1, 1]
+    (said_nothing,) = actions.apply("turn", [pair("d", " ", "unsafe")], P[1:2], 0.5).examples
+    assert (said_nothing.response, said_nothing.turned) == (REFUSAL, "")
     found = actions.apply("mask", EXAMPLES, P, 0.5)
     np.testing.assert_array_equal(found.weights, [1, 0, 0])
     found = actions.apply("weight", EXAMPLES, P, 0.5)

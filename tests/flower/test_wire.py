@@ -44,7 +44,12 @@ def test_configs_travel_without_what_is_the_servers_alone():
 def test_principles_travel_where_answers_are_revised():
     config = default_config()
     config.cai.constitution, config.filter.action = "principles.json", "rewrite"
-    assert wire.config_of(wire.config_record(config)).cai.constitution == "principles.json"
+    config.cai.refusal_word = " No"
+    sent = wire.config_of(wire.config_record(config)).cai
+    assert (sent.constitution, sent.refusal_word) == ("principles.json", " Sorry")
+    config.filter.action = "turn"
+    sent = wire.config_of(wire.config_record(config)).cai
+    assert (sent.constitution, sent.refusal_word) == ("package:constitution", " No")
 
 
 def test_a_federation_is_known_by_everything_but_its_judge():
