@@ -6,7 +6,7 @@ from fedsafe_jax.cli.command import UsageError
 from fedsafe_jax.evals.judges import JudgeError
 from fedsafe_jax.guarding.contract import GuardError
 from fedsafe_jax.guarding.decodings import DECODINGS, parse
-from fedsafe_jax.guarding.guarded_model import GuardSpec
+from fedsafe_jax.guarding.spec import GuardSpec
 
 
 def define(values: flags.FlagValues) -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from fedsafe_jax.evals.judges.guard import Guard
-    from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec
+    from fedsafe_jax.guarding.guarded_model import Guards
+    from fedsafe_jax.guarding.spec import GuardSpec
     from fedsafe_jax.inference.language_model import LanguageModel
     from fedsafe_jax.serving.served_models import ServedModels
 

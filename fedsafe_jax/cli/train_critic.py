@@ -14,7 +14,7 @@ from fedsafe_jax.cli.command import Command, UsageError, check_folder
 from fedsafe_jax.evals.judges import JudgeError
 from fedsafe_jax.guarding import decodings
 from fedsafe_jax.guarding.contract import GuardError
-from fedsafe_jax.guarding.guarded_model import GuardSpec
+from fedsafe_jax.guarding.spec import GuardSpec
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -91,6 +91,7 @@ class EvalOptions(NamedTuple):
       prefix: text that every answer begins with, as an attacker would force it; "" for none.
       encoder: folder of a sentence encoder, for tasks that `reads_encoder`; "" for none.
       guarded: puts a model under guards, for the sets that are asked so; None without.
+      guarded_by: gives a hash of the guards, by which answers that were kept are known again.
     """
 
     max_new_tokens: int = 64
@@ -104,6 +105,7 @@ class EvalOptions(NamedTuple):
     prefix: str = ""
     encoder: str = ""
     guarded: Callable[[Any], Any] | None = None
+    guarded_by: Callable[[], str] = str  # which gives ""
 
     def judges_of(self, task: "Task") -> tuple[Judge, ...]:
         """Returns the judges that measure what a task asks, the headline's first."""

@@ -1,15 +1,13 @@
 """Language models under guards: what asks them sees another model, whose weights are the same."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedsafe_jax.data.refusals import REFUSAL
-from fedsafe_jax.evals.judges import HARM, Tools, make, measures
-from fedsafe_jax.guarding import critic, decodings, guardian
-from fedsafe_jax.guarding.contract import Counts, GuardError, Record, Reward, Risk, risk_of
+from fedsafe_jax.guarding.contract import Counts, GuardError, Record, Reward, Risk
 from fedsafe_jax.guarding.critic import Critic
 from fedsafe_jax.guarding.decodings import Search
 from fedsafe_jax.guarding.guardian import Guardian
@@ -64,32 +62,18 @@ class GuardedModel(LanguageModel):
         """True: answers are not the model's alone."""
         return True
 
-    def _answer(
+    def _answer_rows(
         self,
+        rows: Sequence[Sequence[int]],
         dialogues: Sequence[Dialogue],
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 64,
-        truncate: bool = False,
-        begin: str = "",
-        num_adapters: int = 0,
+        begun: Sequence[int],
+        *,
+        num_adapters: int,
+        **how: Any,
     ) -> list[tuple[list[str], np.ndarray]]:
         if num_adapters:
             raise ModelError("a model under guards answers under one adapter at a time.")
-        begun = self._ids(begin) if begin else []
-        said = self._guarded(
-            [[*p, *begun] for p in self.render(dialogues, max_new_tokens + len(begun), truncate)],
-            dialogues,
-            [begun] * len(dialogues),
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(float(temperature), top_k, top_p, min_p),
-            seed=seed,
-            batch_size=batch_size,
-        )
+        said = self._guarded(rows, dialogues, [begun] * len(dialogues), **how)
         texts = [self.text([*begun, *one.ids] if one.own else one.ids) for one in said]
         return [(texts, np.array([one.finished for one in said], bool))]
 
@@ -266,72 +250,3 @@ def guard_model(lm: LanguageModel, guards: Guards) -> GuardedModel:
         guards.critic.of(lm)  # which finds that it is another model's
     fields = {f.name: getattr(lm, f.name) for f in dataclasses.fields(LanguageModel)}
     return GuardedModel(**fields, guards=guards)
-
-
-class GuardSpec(NamedTuple):
-    """Guards as a config or a command line names them.
-
-    Attributes:
-      decoding: see `decodings.parse`; "" for plain decoding.
-      guard: spec of the judge of harm whose risk the decoding reads; "" for none.
-      guardian: see `guardian.load`; "" for none.
-      critic: folder of a critic, see `critic.load`; "" for none.
-    """
-
-    decoding: str = ""
-    guard: str = ""
-    guardian: str = ""
-    critic: str = ""
-
-    @property
-    def label(self) -> str:
-        """What the guards are called in results, such as "budget+guardian"; "" for none."""
-        name = self.decoding.partition(":")[0]
-        return "+".join(filter(None, (name, "guardian" if self.guardian else "")))
-
-    def check(self) -> None:
-        """Finds what `load` would refuse, before anything is loaded.
-
-        Raises:
-          GuardError, JudgeError: naming what is wrong.
-        """
-        settings = decodings.parse(self.decoding) if self.decoding else None
-        if settings is not None and settings.reads_risk and not self.guard:
-            raise GuardError(
-                f"decoding '{self.decoding}' reads the risk of answers: name a guard, such as "
-                "guard:FOLDER."
-            )
-        if self.guard and (settings is None or not settings.reads_risk):
-            raise GuardError(
-                f"guard '{self.guard}': no decoding reads it; give decoding=budget, or one with a "
-                "budget or a penalty."
-            )
-        if self.guard and measures(self.guard) != HARM:
-            raise GuardError(f"guard '{self.guard}': it does not tell harm; give guard:FOLDER.")
-        if self.critic and (settings is None or not settings.budget):
-            raise GuardError(f"critic '{self.critic}': it is for a decoding with a budget.")
-        if self.critic:
-            critic.load(self.critic)
-        if self.guardian:
-            guardian.check(self.guardian)
-
-    def load(self, load_model: Callable[..., Any], risk: Risk | None = None) -> Guards:
-        """Loads the guards.
-
-        Args:
-          load_model: loads a language model by path or Hub id.
-          risk: that of `guard`, where it is loaded already; None to load it.
-
-        Raises:
-          GuardError, JudgeError, FilterError, ModelError: they cannot be loaded.
-        """
-        self.check()
-        if self.guard and risk is None:
-            (judge,) = make((self.guard,), Tools(load_model))
-            risk = risk_of(judge)
-        return Guards(
-            decoding=decodings.parse(self.decoding) if self.decoding else None,
-            risk=risk,
-            critic=critic.load(self.critic) if self.critic else None,
-            guardian=guardian.load(self.guardian, load_model) if self.guardian else None,
-        )

@@ -221,10 +221,35 @@ class LanguageModel:
         """Answers as `answer_dialogues`, under each of `num_adapters` (0: one) adapters."""
         begun = self.tokenizer(begin, add_special_tokens=False)["input_ids"] if begin else []
         prompts = self.render(dialogues, max_new_tokens + len(begun), truncate)
-        generated = self._generate(
+        return self._answer_rows(
             [[*prompt, *begun] for prompt in prompts],
+            dialogues,
+            begun,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(float(temperature), top_k, top_p, min_p),
+            seed=seed,
+            batch_size=batch_size,
+            num_adapters=num_adapters,
+        )
+
+    def _answer_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        dialogues: Sequence[Dialogue],
+        begun: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        num_adapters: int,
+    ) -> list[tuple[list[str], np.ndarray]]:
+        """Answers rendered dialogues whose answers all begin with `begun`; see `continue_rows`."""
+        del dialogues
+        generated = self._generate(
+            rows,
             max_new_tokens,
-            Sampling(float(temperature), top_k, top_p, min_p),
+            sampling,
             seed=seed,
             batch_size=batch_size,
             num_adapters=num_adapters,

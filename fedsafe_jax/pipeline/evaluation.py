@@ -26,7 +26,8 @@ from fedsafe_jax.evals.task import (
     subset,
     under_guards,
 )
-from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec, guard_model
+from fedsafe_jax.guarding.guarded_model import Guards, guard_model
+from fedsafe_jax.guarding.spec import GuardSpec
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.runtime import multihost
@@ -137,6 +138,7 @@ def options_of(config: ConfigDict, base: LanguageModel | None = None) -> EvalOpt
         prefix=c.prefix,
         encoder=c.encoder,
         guarded=guarding(spec, tools.load_model) if spec.label else None,
+        guarded_by=functools.cache(lambda: spec.fingerprint),
     )
 
 
@@ -195,6 +197,8 @@ def _outcome(
     if task.ask is None or (task.optional and not judged_by):
         return outcome
     key = {"task": task.name, "version": task.version, "prompts": answers.hash_of(one.items)}
+    if one.under:
+        key["guarded_by"] = options.guarded_by()
     rows = multihost.first(lambda: kept.read(name, key))
     if not multihost.broadcast_bool(rows is not None):
         rows = _ask(lm, one, options)

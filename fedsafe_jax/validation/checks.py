@@ -22,7 +22,7 @@ from fedsafe_jax.filters.kinds import FILTER_KINDS
 from fedsafe_jax.filters.requests import READS
 from fedsafe_jax.filters.rewriting import DEBIAS
 from fedsafe_jax.guarding.contract import GuardError
-from fedsafe_jax.guarding.guarded_model import GuardSpec
+from fedsafe_jax.guarding.spec import GuardSpec
 from fedsafe_jax.pipeline.arms import any_filter
 from fedsafe_jax.pipeline.evaluation import tasks
 from fedsafe_jax.validation.federated import validate_federated

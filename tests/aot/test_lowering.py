@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from lowered import (
     MODEL,
@@ -23,7 +24,10 @@ from fedsafe_jax.aot.program import PROJECTION_NAMES
 from fedsafe_jax.aot.programs import constitutional, federated, generation
 from fedsafe_jax.cli.compile import PROGRAMS
 from fedsafe_jax.federated.aggregation import AGGREGATORS
+from fedsafe_jax.guarding import blocks
 from fedsafe_jax.inference import decoding
+from fedsafe_jax.inference.decoding_state import Steering
+from fedsafe_jax.inference.sampling import Sampling
 from fedsafe_jax.models import row_queue
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.models.known import KNOWN
@@ -221,6 +225,37 @@ def test_the_prefill_of_several_adapters_lowers(accelerators, platform, count, m
     ]
     # The rows of all adapters in one call.
     assert {x[0] for x in called[1]} == {3 * x[0] for x in called[0]}
+
+
+@pytest.mark.parametrize("platform, count, model_parallel", LAYOUTS)
+def test_the_blocks_of_a_search_lower(accelerators, platform, count, model_parallel):
+    """A steered block is the plain decoding's products; rows are copied where they lie."""
+    run = run_on(platform, count, config(model_parallel=model_parallel))
+    decode = next(program for program in generation(run) if program.name == "decode")
+    base, factors, state, lengths, step, keys, stops = decode.arguments
+    split = state.token.sharding
+
+    def of(dtype, *shape, like):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=like)
+
+    vocab = run.shape.vocab_size
+    steering = Steering(
+        of(np.float32, *state.token.shape, vocab, like=split),
+        of(np.float32, *state.token.shape, like=split),
+        end=of(np.int32, like=step.sharding),
+    )
+    arguments = (base, factors, state._replace(steering=steering), lengths, step, keys, stops)
+    function = decoding.decode_program(
+        run.model, Sampling(1.0), False, mesh=decode.mesh, steered=True
+    )
+    block = text_of(decode._replace(function=function, arguments=arguments), platform)
+    plain = text_of(decode, platform)
+    assert base_products(block)[1] == base_products(plain)[1]
+    assert COMMUNICATION.findall(block) == COMMUNICATION.findall(plain)
+    copy = decode._replace(
+        function=blocks.take_program(run.model, decode.mesh), arguments=(state.cache, lengths)
+    )
+    assert not COMMUNICATION.search(text_of(copy, platform))
 
 
 WINDOWS = {"windowed_layers": (0, 1), "window": 96}

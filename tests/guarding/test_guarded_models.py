@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from fedsafe_jax.attacks import AttackPrompt, answering
 from fedsafe_jax.data.examples import SAFE, UNSAFE, Example
@@ -20,12 +21,14 @@ from fedsafe_jax.filters.protocol import FilterError
 from fedsafe_jax.filters.training import TrainingOptions
 from fedsafe_jax.guarding import critic, decodings, guardian, trajectories
 from fedsafe_jax.guarding.contract import Counts, GuardError, risk_of
-from fedsafe_jax.guarding.guarded_model import Guards, GuardSpec, guard_model
+from fedsafe_jax.guarding.guarded_model import Guards, guard_model
 from fedsafe_jax.guarding.guardian import Guardian
 from fedsafe_jax.guarding.search import search
+from fedsafe_jax.guarding.spec import GuardSpec
 from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.models.decoder_config import ModelError
 from fedsafe_jax.pipeline import evaluation
+from fedsafe_jax.pipeline.answer_files import AnswerFiles
 
 PROMPTS = ["Hello!", "What is two plus two?", "Name a colour."]
 DIALOGUES = [(("user", p),) for p in PROMPTS]
@@ -342,6 +345,36 @@ def test_sets_are_asked_under_guards_beside_the_plain_ones(packaged):
     summary = evaluation.summarise(both, [outcome, outcome], options)
     assert summary["advbench@guardian"]["guards"]["by_guardian"] == 2
     assert "guards" not in summary["advbench"]
+
+
+def test_answers_of_other_guards_are_not_taken_for_those_of_these(packaged, tmp_path):
+    for folder in ("guard", "critic", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights").write_text("1")
+    spec = GuardSpec("budget", f"guard:{tmp_path / 'guard'}#llama-guard", "", tmp_path / "critic")
+    before = spec.fingerprint
+    (tmp_path / "elsewhere" / "weights").write_text("2")
+    assert spec.fingerprint == before != spec._replace(decoding="budget:budget=2").fingerprint
+    (tmp_path / "critic" / "weights").write_text("2")  # trained again, in the same folder
+    second = spec.fingerprint
+    (tmp_path / "guard" / "weights").write_text("2")
+    assert len({before, second, spec.fingerprint}) == 3
+
+    sets = {"advbench": EvalSet(TASKS["advbench"], "here", [Example(DIALOGUES[2], "")])}
+    both, kept = under_guards(sets, "guardian"), AnswerFiles(epath.Path(tmp_path / "kept"))
+    warden = Guardian(of_colours, reads_request=True, reply=guardian.refusing)
+    asked = []
+
+    def guarded(lm):
+        asked.append(1)
+        return guard_model(lm, Guards(guardian=warden))
+
+    options = EvalOptions(4, guarded=guarded)
+    for by, times in (("one", 1), ("one", 1), ("another", 2)):
+        outcome = evaluation.evaluate(
+            packaged, both, options._replace(guarded_by=lambda by=by: by), kept
+        )
+        assert len(asked) == times and outcome["advbench@guardian"]["guards"]["answers"] == 1
 
 
 def test_search_by_hand_equals_the_guarded_model(packaged):
