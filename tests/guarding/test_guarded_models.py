@@ -351,7 +351,8 @@ def test_answers_of_other_guards_are_not_taken_for_those_of_these(packaged, tmp_
     for folder in ("guard", "critic", "elsewhere"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "weights").write_text("1")
-    spec = GuardSpec("budget", f"guard:{tmp_path / 'guard'}#llama-guard", "", tmp_path / "critic")
+    guard, by_state = f"guard:{tmp_path / 'guard'}#llama-guard", str(tmp_path / "critic")
+    spec = GuardSpec("budget", guard=guard, critic=by_state)
     before = spec.fingerprint
     (tmp_path / "elsewhere" / "weights").write_text("2")
     assert spec.fingerprint == before != spec._replace(decoding="budget:budget=2").fingerprint
