@@ -41,6 +41,7 @@ def test_wrong_use_prints_the_usage(arguments):
     assert done.returncode == 2 and done.stderr.startswith("usage: local_multiprocess.sh")
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_adapter_of_one(tmp_path, monkeypatch):
     # The programs that users run fuse; without that, rounding differs more between the two.
     fused = ENVIRONMENT["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")

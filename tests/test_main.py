@@ -148,6 +148,7 @@ def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path):
     assert losses(tmp_path) == losses(finished[0])  # to the bit
 
 
+@pytest.mark.slow
 def test_several_seeds_and_algorithms_make_one_table(tmp_path):
     done = run(
         tmp_path,

@@ -110,6 +110,7 @@ def test_a_failed_install_is_one_line_of_pip(first_cell, tmp_path):
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_shows_something(tmp_path, monkeypatch):
     source = ROOT / "launch/colab_demo.ipynb"
     notebook = nbformat.read(source, as_version=4)

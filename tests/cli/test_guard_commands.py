@@ -63,6 +63,7 @@ def test_a_door_of_the_command_line(door, prompts, tmp_path, capsys):
     assert "2 answers under guards: 1 by the guardian" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_critic_is_trained_and_guides(prompts, tmp_path, capsys):
     guard, folder = "guard:package:model#llama-guard", tmp_path / "critic"
     decoding = "--decoding=budget:candidates=2,keep=1,block=4,budget=5"

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from etils import epath
 
 from fedsafe_jax.runtime.owner import owned
@@ -42,6 +43,7 @@ def test_the_first_of_two_hosts_evaluates(tmp_path):
     assert second[0] == "" and "devices:" not in second[1]
 
 
+@pytest.mark.slow
 def test_two_hosts_have_a_workdir_together_and_are_refused_together(tmp_path):
     command = (
         "run", "--config=configs/demo.py", f"--workdir={tmp_path}", "--config.arms=('base',)",

@@ -94,7 +94,8 @@ def test_epsilon_that_is_not_known_is_refused(changes, message):
         validate(c)
 
 
-@pytest.mark.parametrize("bands", [pytest.param(1, marks=pytest.mark.slow), BANDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", [1, BANDS])
 def test_an_audit_finds_less_than_is_claimed_and_more_without_noise(bands):
     """A client's update is looked for in what runs with it and runs without it release.
 

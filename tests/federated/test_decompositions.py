@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from fedsafe_jax.federated import decompositions
 
@@ -46,6 +47,7 @@ def test_stacked_or_mapped_they_are_the_same():
     np.testing.assert_allclose(decompositions.det(x), np.linalg.det(np.asarray(x)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_at_once_end():
     """In a process of its own, which can be ended; `jnp.linalg` itself did not on two cores."""
     done = subprocess.run(

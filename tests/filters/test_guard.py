@@ -45,6 +45,7 @@ def test_guard_reads_the_verdict_and_learns_it(packaged, pairs):
     assert quality.quality([e.label == "unsafe" for e in held], flagged).accuracy > 85
 
 
+@pytest.mark.slow
 def test_guardian_detects_and_answers(packaged, pairs):
     replies = guard.safe_replies(pairs, REFUSAL)
     options = TrainingOptions(epochs=5, batch_size=16, learning_rate=3e-3)

@@ -142,6 +142,7 @@ def test_sites_give_the_adapter_of_the_simulation(simulated, federated):
     assert "fl+filter+cai" in (federated / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_federation_continues_with_the_state_that_its_sites_had(
     federated, folder, tmp_path, monkeypatch
 ):

@@ -50,6 +50,7 @@ def test_a_run_reports_who_took_part(tmp_path):
     assert max(good) < max(bad)
 
 
+@pytest.mark.slow
 def test_a_client_that_the_filter_empties_is_counted_and_the_run_goes_on(tmp_path):
     run(
         tmp_path,

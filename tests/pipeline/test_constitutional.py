@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from commands import NO_ANSWERS, rows, run
 
 
+@pytest.mark.slow
 def test_mixed_data_reuse_the_rounds_before_under_both_checks(tmp_path):
     run(
         tmp_path,

@@ -7,7 +7,7 @@ import time
 
 from commands import NO_ANSWERS, Run, comparable, run
 
-KILLS = int(os.environ.get("FEDSAFE_KILLS", "4"))
+KILLS = int(os.environ.get("FEDSAFE_KILLS", "2"))
 ROUNDS = KILLS + 4
 
 LONG = (
