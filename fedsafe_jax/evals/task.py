@@ -5,6 +5,7 @@ A task is one file that makes a `Task` and puts it on the registry of its room, 
 loop, `results.json`, the table, figures, report, model card, dry run and `fedsafe evaluate`.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -176,6 +177,7 @@ class EvalSet(NamedTuple):
       items: the items; () before they are loaded.
       under: the guards that the model is under, such as "budget"; "" for the model itself.
       triggered: whether each request ends with the trigger of a backdoor.
+      told_apart: what its titles say besides, where another set of the run has the same ones; "".
     """
 
     task: Task
@@ -183,11 +185,13 @@ class EvalSet(NamedTuple):
     items: Sequence = ()
     under: str = ""
     triggered: bool = False
+    told_apart: str = ""
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """The task's columns, under the titles that this source and the guards deserve."""
-        special = ", ".join(filter(None, ("trigger" if self.triggered else "", self.under)))
+        said = (self.told_apart, "trigger" if self.triggered else "", self.under)
+        special = ", ".join(filter(None, said))
         columns, behind = self.task.columns, f" ({special})" if special else ""
         if self.source == self.task.source:
             columns = tuple(c._replace(title=c.own_title or c.title) for c in columns)
@@ -257,7 +261,11 @@ def select(entries: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, EvalS
                 f"'{one.task.name}' is never shown without '{best}'; add '{best}', or "
                 f"'{best}=SOURCE'{also}."
             )
-    return chosen
+    titles = collections.Counter(one.columns[0].title for one in chosen.values())
+    return {
+        name: one._replace(told_apart=name) if titles[one.columns[0].title] > 1 else one
+        for name, one in chosen.items()
+    }
 
 
 def _check(name: str, task: Task) -> None:

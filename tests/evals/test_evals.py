@@ -201,6 +201,11 @@ def test_tasks_are_chosen_by_name_and_source():
     assert sets["hhh"].source == TASKS["hhh"].source and sets["hhh_2"].source == "other.jsonl"
     # Only AdvBench's own file may be called AdvBench.
     assert sets["advbench"].columns[0].header == "harmful refused % \u2191"
+    # Two sets of harmless requests that are not those of a benchmark are told apart.
+    both = select(("over_refusal", "xstest_safe=chat:x.jsonl", "over_refusal=y"), TASKS)
+    assert [one.columns[0].title for one in both.values()] == [
+        f"harmless refused ({name})" for name in ("over_refusal", "xstest_safe", "over_refusal_2")
+    ]
     own = select(("advbench", "over_refusal"), TASKS)["advbench"]
     assert own.columns[0].header == "AdvBench refused % \u2191"
 
