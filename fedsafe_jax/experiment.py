@@ -34,8 +34,9 @@ from fedsafe_jax.pipeline import (
 )
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
-from fedsafe_jax.pipeline.federation import SIMULATED, Federation
+from fedsafe_jax.pipeline.federation import SIMULATED, Federation, learned_from
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.pipeline.ledger_lines import ArmLines
 from fedsafe_jax.pipeline.own_answers import OwnAnswers
 from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
@@ -214,6 +215,8 @@ class ArmRun:
             return outcome or {}, self._final_factors(outcome)
         factors = self.train()
         outcome = self.evaluate(factors)
+        rounds_done = self.config.rounds if self.planned.arm.trains else 0
+        multihost.first(lambda: self._lines.add_outcome(rounds_done, outcome))
         self._files.write_outcome(outcome)
         return outcome, factors
 
@@ -231,15 +234,18 @@ class ArmRun:
         state, done = self._restored(saved)
         _ = self.secret  # drawn before there is a checkpoint that needs it
         self._files.updates.keep(saved.rounds())
+        self._lines.go_on(done, self._hash(state))
         self.progress.resumed(done)
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, stage, t)
+                adapter, held = self._hash(new), learned_from(config, self.planned.arm, row)
                 if self.owner is not None:
                     self.owner.check()
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.
+                    row = self._lines.add_round(row, cai_records, held, adapter)
                     self._files.record(row, cai_records)
                     self.progress.round_done(row)
                     state, done = new, t + 1
@@ -284,9 +290,8 @@ class ArmRun:
             state = self._with_adapter(state, adapter)
             timer.mark("safe_lora")
         if self.planned.arm.filter:
-            ids = row["clients"] + row["no_data"]
-            everyone = self.planned.arm.training == "centralised"
-            row["filter"] = self.clients.filtered_of(range(config.num_clients) if everyone else ids)
+            ids = learned_from(config, self.planned.arm, row)
+            row["filter"] = self.clients.filtered_of(ids)
         records = []
         if stage is not None:
             # Constitutional AI on the aggregated model.
@@ -351,6 +356,15 @@ class ArmRun:
             mine=self._files.is_mine,
             seed=self.seed,
         )
+
+    @functools.cached_property
+    def _lines(self) -> ArmLines:
+        """The arm's lines of the ledger."""
+        return ArmLines(self.config, self.clients, self._files)
+
+    def _hash(self, state: FederatedState) -> str:
+        """Returns the hash of the adapter that is evaluated after a round; in all processes."""
+        return adapter_hash(multihost.local(self._evaluated(state), self.inputs.mesh))
 
     @property
     def _files(self) -> ArmFiles:

@@ -64,6 +64,7 @@ STEPS = (
     "round_setup",
     "rounds",
     "federation",
+    "ledger_lines",
     "refusal_probe",
     "own_answers",
     "revision_rows",

@@ -20,8 +20,11 @@ __all__ = [
     "StorageError",
     "WorkdirError",
     "arm_folder",
+    "cai_name",
     "check_config",
     "claim_workdir",
+    "file_name",
+    "outcome_file",
     "read_config",
     "read_lines",
     "replace_lines",
@@ -31,6 +34,22 @@ __all__ = [
 
 NO_FIELDS: Mapping[str, type] = types.MappingProxyType({})
 OF_A_ROUND: Mapping[str, type] = types.MappingProxyType({"arm": str, "seed": int, "round": int})
+
+
+def file_name(arm: str) -> str:
+    """Returns the id of an arm as the name of a file or folder."""
+    return arm.replace("/", "_")
+
+
+def outcome_file(workdir: epath.Path, arm: str, seed: int) -> epath.Path:
+    """Returns the file of the outcomes of one arm and seed.
+
+    Args:
+      workdir: folder of the run.
+      arm: `arms.PlannedArm.folder`.
+      seed: the seed.
+    """
+    return workdir / "arms" / f"{arm}_seed{seed}.json"
 
 
 def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Path:
@@ -43,6 +62,11 @@ def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Pat
       seed: the seed.
     """
     return workdir / kind / arm / f"seed{seed}"
+
+
+def cai_name(round_number: int) -> str:
+    """Returns the name of the file of a round's records of CAI, below `cai/`."""
+    return f"round_{round_number:03d}.jsonl"
 
 
 def write_json(path: epath.Path, content: Any) -> None:
