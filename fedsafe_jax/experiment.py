@@ -27,6 +27,7 @@ from fedsafe_jax.pipeline import (
     constitutional,
     evaluation,
     export,
+    replay,
     results,
     round_setup,
     rounds,
@@ -82,7 +83,7 @@ def run(
     folder = epath.Path(workdir)
     multihost.first(lambda: own_folder.claim_workdir(folder))
     config = config.copy_and_resolve_references()
-    config.date = run_date.date_of(folder, config.date)
+    config.date = run_date.date_of(epath.Path(config.federated.replay or folder), config.date)
     # Before the model loads: whether the folder can be written to, and no other run does.
     multihost.first(lambda: run_files.check_config(folder, config.to_dict()))
     with owned(folder) as owner:
@@ -103,6 +104,8 @@ def _run(
     started = time.monotonic()
     progress = Progress(total_rounds(config))
     begun = was_begun(config, workdir, progress)
+    if config.federated.replay and not begun:
+        multihost.first(lambda: replay.check(config))
     inputs = inputs or load_inputs(config)
     if begun:
         progress.note(f"continuing the run in {workdir}")
@@ -232,6 +235,8 @@ class ArmRun:
         config, stage = self.config, self._constitutional_stage()
         saved = checkpoint.RoundCheckpoints(self._files.checkpoints, config.checkpoint_keep)
         state, done = self._restored(saved)
+        if config.federated.replay and not done:
+            state, done = self._taken_over(saved, state)
         _ = self.secret  # drawn before there is a checkpoint that needs it
         self._files.updates.keep(saved.rounds())
         self._lines.go_on(done, self._hash(state))
@@ -240,13 +245,14 @@ class ArmRun:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, stage, t)
                 adapter, held = self._hash(new), learned_from(config, self.planned.arm, row)
+                cai_rows = self._files.record_rows(t, cai_records)
                 if self.owner is not None:
                     self.owner.check()
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.
-                    row = self._lines.add_round(row, cai_records, held, adapter)
-                    self._files.record(row, cai_records)
+                    row = self._lines.add_round(row, cai_rows, held, adapter)
+                    self._files.record(row, cai_rows)
                     self.progress.round_done(row)
                     state, done = new, t + 1
                     if self._is_checkpoint(done):
@@ -379,6 +385,19 @@ class ArmRun:
         state, done = saved.restore(first)
         server = simulation.replicate(state.server, self.inputs.mesh)
         return state._replace(server=server), done
+
+    def _taken_over(
+        self, saved: checkpoint.RoundCheckpoints, state: FederatedState
+    ) -> tuple[FederatedState, int]:
+        """Returns the state that a replay begins with, and its rounds, which are saved here too."""
+        state, done = replay.take_over(self.config, self._files, self._lines, state)
+        if done:
+            server = simulation.replicate(state.server, self.inputs.mesh)
+            state = state._replace(server=server)
+            saved.save(done, state)
+        where = f"{self.planned.id} seed {self.seed}: replayed from round {done + 1} on"
+        self.progress.note(f"{where}, {done} taken from {self.config.federated.replay}")
+        return state, done
 
     def _final_factors(self, outcome: dict | None) -> Any:
         """Returns the LoRA factors of a finished arm that is exported, None of another arm.

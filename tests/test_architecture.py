@@ -65,6 +65,7 @@ STEPS = (
     "rounds",
     "federation",
     "ledger_lines",
+    "replay",
     "refusal_probe",
     "own_answers",
     "revision_rows",

@@ -8,11 +8,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax import whole_files
-from fedsafe_jax.cai.revise import Record
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.workdir import ArmFiles
-from fedsafe_jax.runtime import fingerprints, ledger, multihost
+from fedsafe_jax.runtime import fingerprints, ledger, multihost, run_files
 
 
 def pairs_hash(pairs: Sequence[Encoded]) -> str:
@@ -53,13 +52,13 @@ class ArmLines:
         self._adapter = adapter
 
     def add_round(
-        self, row: dict, records: Sequence[Record], learned_from: Sequence[int], adapter: str
+        self, row: dict, cai_rows: list[dict], learned_from: Sequence[int], adapter: str
     ) -> dict:
         """Writes the line of a round.
 
         Args:
           row: the round's row of metrics.
-          records: its records of CAI.
+          cai_rows: rows of its records of CAI.
           learned_from: clients whose pairs it could learn from.
           adapter: hash of the adapter after the round.
 
@@ -71,12 +70,26 @@ class ArmLines:
         entry = self._of_run | {"before": self._adapter, "after": adapter}
         entry["clients"] = {str(client): self._held(client) for client in learned_from}
         entry["metrics"] = ledger.of_json(row)
-        if records:
-            rows = self._files.record_rows(row, records)
-            entry["cai"] = ledger.of_bytes(whole_files.to_json_lines(rows))
+        if cai_rows:
+            entry["cai"] = ledger.of_bytes(whole_files.to_json_lines(cai_rows))
         if updates := self._files.updates.hashes(row["round"] + 1):
             entry["updates"] = updates
         self._adapter = adapter
+        return row | {ledger.KEY: self._ledger.add(row["round"], entry)}
+
+    def repeat(self, row: dict, line: dict) -> dict:
+        """Writes the line of a round that another run has done, and this one takes over.
+
+        Args:
+          row: the round's row of metrics, as it is in this run.
+          line: the line of the other run's ledger.
+
+        Returns:
+          The row, which names the new line.
+        """
+        place = (*run_files.OF_A_ROUND, "previous")
+        entry = {name: value for name, value in line.items() if name not in place}
+        entry |= self._of_run | {"metrics": ledger.of_json(row)}
         return row | {ledger.KEY: self._ledger.add(row["round"], entry)}
 
     def add_outcome(self, rounds: int, outcome: dict) -> None:
@@ -134,5 +147,5 @@ def of_run(config: ConfigDict, workdir: epath.Path) -> dict[str, str]:
       config: config of the run.
       workdir: folder of the run, with its `inputs.json`.
     """
-    inputs = ledger.of_inputs(fingerprints.hashes(workdir))
+    inputs = ledger.of_json(fingerprints.hashes(workdir))
     return {"config": ledger.of_json(config.to_dict()), "inputs": inputs}

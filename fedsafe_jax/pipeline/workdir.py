@@ -132,24 +132,24 @@ class ArmFiles(NamedTuple):
         """Writes the outcomes of an arm that is done."""
         run_files.write_json(self._outcome, outcome)
 
-    def record_rows(self, row: dict, cai_records: Sequence[Record]) -> list[dict]:
-        """Returns a round's records of CAI as rows of its file.
+    def record_rows(self, t: int, cai_records: Sequence[Record]) -> list[dict]:
+        """Returns a round's records of CAI as the rows of their file.
 
         Args:
-          row: the round's row of metrics.
+          t: number of the round, from 0.
           cai_records: its records of CAI.
         """
-        key = {name: row[name] for name in run_files.OF_A_ROUND}
+        key = {"arm": self.planned.id, "seed": self.seed, "round": t}
         return [key | to_row(record) for record in cai_records]
 
-    def record(self, row: dict, cai_records: Sequence[Record]) -> None:
+    def record(self, row: dict, cai_rows: list[dict]) -> None:
         """Writes a round's row of metrics and records of CAI in place of older ones."""
         t = row["round"]
-        if cai_records:
+        if cai_rows:
             run_files.replace_lines(
                 self.workdir / "cai" / run_files.cai_name(t),
                 self.is_mine,
-                self.record_rows(row, cai_records),
+                cai_rows,
                 fields=run_files.OF_A_ROUND,
             )
         run_files.replace_lines(

@@ -33,7 +33,7 @@ def of_bytes(content: bytes) -> str:
 
 
 def of_json(content: Any) -> str:
-    """Returns the SHA-256 of JSON without `CIRCUMSTANCES`, as `whole_files.to_json` writes it."""
+    """Returns the SHA-256 of JSON with sorted names, without `CIRCUMSTANCES`."""
     return of_bytes(whole_files.to_json(_settled(content)))
 
 
@@ -44,7 +44,7 @@ def of_results(results: dict) -> str:
 
 def _settled(content: Any) -> Any:
     if isinstance(content, dict):
-        return {k: _settled(v) for k, v in content.items() if k not in CIRCUMSTANCES}
+        return {k: _settled(v) for k, v in sorted(content.items()) if k not in CIRCUMSTANCES}
     return [_settled(x) for x in content] if isinstance(content, list | tuple) else content
 
 
@@ -69,11 +69,6 @@ def by_arm(rows: Iterable[dict]) -> dict[tuple[str, int], list[dict]]:
     for row in rows:
         chains.setdefault((row["arm"], row["seed"]), []).append(row)
     return chains
-
-
-def of_inputs(hashes: dict[str, str]) -> str:
-    """Returns the hash of the files that a run reads, from that of each by its name."""
-    return of_json(dict(sorted(hashes.items())))
 
 
 def heads(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
@@ -133,6 +128,7 @@ class ArmLedger:
           WorkdirError: the ledger does not lead to that checkpoint.
           StorageError: the storage does not give it.
         """
+        self._previous = ""
         if not multihost.is_primary() or not rounds_done:
             return
         rows = run_files.read_lines(self._path, FIELDS)

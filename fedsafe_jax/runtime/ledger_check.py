@@ -135,7 +135,7 @@ def _of_run(workdir: epath.Path, rows: list[dict]) -> Iterator[str]:
     yield from wrong
     entries = (inputs or {}).items()
     hashes = {k: e["sha256"] for k, e in entries if isinstance(e, dict) and "sha256" in e}
-    here = {"config": ledger.of_json(config or {}), "inputs": ledger.of_inputs(hashes)}
+    here = {"config": ledger.of_json(config or {}), "inputs": ledger.of_json(hashes)}
     for name, file in (("config", "config.json"), ("inputs", fingerprints.NAME)):
         other = [row for row in rows if name in row and row[name] != here[name]]
         if other:

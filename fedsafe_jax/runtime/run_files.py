@@ -21,6 +21,7 @@ __all__ = [
     "WorkdirError",
     "arm_folder",
     "cai_name",
+    "changed_fields",
     "check_config",
     "claim_workdir",
     "file_name",
@@ -182,17 +183,26 @@ def check_config(workdir: epath.Path, config: dict) -> bool:
         ) from None
     if stored is None:
         return False
-    config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
-    old, new = _flat(stored), _flat(config)
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if changed:
-        field = changed[0]
+    if changed := changed_fields(stored, config):
+        field, (old, new) = next(iter(changed.items()))
         raise WorkdirError(
-            f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this "
-            f"command has {new.get(field)!r} ({len(changed)} field(s) differ). "
-            "Choose another --workdir."
+            f"--workdir={workdir} holds a run with {field}={old!r}, this command has {new!r} "
+            f"({len(changed)} field(s) differ). Choose another --workdir."
         )
     return True
+
+
+def changed_fields(stored: dict, config: dict) -> dict[str, tuple]:
+    """Returns `{field: (value in a file, value of a config)}` of all that differ, sorted by name.
+
+    Args:
+      stored: content of a `config.json`.
+      config: all fields, nested.
+    """
+    config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
+    old, new = _flat(stored), _flat(config)
+    names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return {name: (old.get(name), new.get(name)) for name in names}
 
 
 def claim_workdir(workdir: epath.Path, config: dict) -> bool:

@@ -161,6 +161,10 @@ def _validate_exclude(c: ml_collections.ConfigDict, need: int) -> None:
     """Checks that a run without the excluded clients is the replay that it is asked for."""
     f = c.federated
     where = f"federated.exclude={tuple(f.exclude)}"
+    if f.replay and not f.exclude:
+        raise ConfigError(
+            f"federated.replay='{f.replay}' without exclude: a run is replayed without some client."
+        )
     if not f.exclude:
         return
     if len(set(f.exclude)) != len(f.exclude) or max(f.exclude) >= c.num_clients:
