@@ -42,13 +42,13 @@ class Chain(NamedTuple):
 
 def chains(rows: list[dict]) -> list[Chain]:
     """Returns the chains of a ledger's lines, in the order in which they begin."""
-    found_in = []
+    known = []
     for (arm, seed), lines in ledger.by_arm(rows).items():
         of_rounds = [row for row in lines if "metrics" in row]
         outcome = next((row for row in lines if "outcome" in row), {})
         export = next((row for row in lines if "export" in row), {})
-        found_in.append(Chain(arm, seed, of_rounds, outcome, export))
-    return found_in
+        known.append(Chain(arm, seed, rounds=of_rounds, outcome=outcome, export=export))
+    return known
 
 
 def read(workdir: epath.Path) -> tuple[list[dict], list[str]]:

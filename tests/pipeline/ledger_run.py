@@ -20,7 +20,7 @@ def clients_of(last_token=3, flagged=True):
     pairs = [
         [Encoded(np.array([1, 2, t], np.int32), np.array([0, 1, 1], bool))] for t in (9, last_token)
     ]
-    counts = FilterCounts(1, *[0] * 6)
+    counts = FilterCounts(**dict.fromkeys(FilterCounts._fields, 0) | {"kept": 1})
     verdicts = [np.array([False]), np.array([flagged])]
     return Clients(pairs, pairs, [counts, counts], flagged=verdicts, threshold=0.5)
 
