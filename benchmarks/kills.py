@@ -3,7 +3,7 @@
     python benchmarks/kills.py --folder=runs/kills [--kills=100] [--seed=0]
 
 Each chain is one run: killed with SIGKILL, gone on with by the same command, killed at a later
-operation, and so on to its end. Then results.json, metrics.jsonl, outcomes of the arms, what CAI
+operation, and so on to its end. Then results.json, metrics.jsonl, the ledger, outcomes, what CAI
 recorded and every file of the export must be those of a run that nobody disturbed, to the bit, but
 for seconds. A process that ends by itself before its end must say why in one line. `kills.json` in
 the folder is written after each chain; the same command goes on after the last one.
@@ -49,7 +49,7 @@ PHASES = (  # of an operation, by the first part of the name that matches
     ("updates", r"updates"),
     ("checkpoint", r"checkpoints"),
     ("cai", r"cai"),
-    ("records", r"metrics\.jsonl"),
+    ("records", r"metrics\.jsonl|ledger\.jsonl"),
     ("evaluation", r"arms"),
     ("report", r"report\.html|figures|tensorboard"),
     ("results", r"results|table"),
@@ -160,7 +160,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir).as_posix()
         if not path.is_file() or not re.match(
-            r"results\.json|metrics\.jsonl|arms/|cai/|export/|updates/|filter_scores/", name
+            r"results\.json|metrics\.jsonl|ledger\.jsonl|arms/|cai/|export/|updates/|filter_scores/",
+            name,
         ):
             continue
         content = path.read_bytes()

@@ -94,6 +94,11 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.sampling = "uniform"  # how a cohort is drawn
     c.federated.weighting = "auto"  # weights of the clients in the mean; auto: what the paper does
     c.federated.dropout = 0.0  # probability that a sampled client never answers
+    # clients to unlearn: they stay in the draws and their slots empty, so the others draw the same
+    c.federated.exclude = ()
+    # folder of the same run without the exclusion: rounds before the first in which an excluded
+    # client was drawn are taken from it, up to a checkpoint; "" to repeat all of them
+    c.federated.replay = ""
     c.federated.stragglers = 0.0  # probability that a client gets only some of its steps done
     c.federated.client_ranks = ()  # ranks of the clients' adapters, in turn; () for lora_rank
     c.federated.prox_mu = 0.01  # weight of fedprox's proximal term

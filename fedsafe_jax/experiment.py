@@ -27,6 +27,7 @@ from fedsafe_jax.pipeline import (
     constitutional,
     evaluation,
     export,
+    replay,
     results,
     round_setup,
     rounds,
@@ -34,8 +35,9 @@ from fedsafe_jax.pipeline import (
 )
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
 from fedsafe_jax.pipeline.clients import Clients
-from fedsafe_jax.pipeline.federation import SIMULATED, Federation
+from fedsafe_jax.pipeline.federation import SIMULATED, Federation, learned_from
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
+from fedsafe_jax.pipeline.ledger_lines import ArmLines
 from fedsafe_jax.pipeline.own_answers import OwnAnswers
 from fedsafe_jax.pipeline.workdir import HASH, ArmFiles, claim, was_begun
 from fedsafe_jax.random_streams import Purpose
@@ -81,7 +83,7 @@ def run(
     folder = epath.Path(workdir)
     multihost.first(lambda: own_folder.claim_workdir(folder))
     config = config.copy_and_resolve_references()
-    config.date = run_date.date_of(folder, config.date)
+    config.date = run_date.date_of(epath.Path(config.federated.replay or folder), config.date)
     # Before the model loads: whether the folder can be written to, and no other run does.
     multihost.first(lambda: run_files.check_config(folder, config.to_dict()))
     with owned(folder) as owner:
@@ -102,6 +104,8 @@ def _run(
     started = time.monotonic()
     progress = Progress(total_rounds(config))
     begun = was_begun(config, workdir, progress)
+    if config.federated.replay and not begun:
+        multihost.first(lambda: replay.check(config))
     inputs = inputs or load_inputs(config)
     if begun:
         progress.note(f"continuing the run in {workdir}")
@@ -214,6 +218,8 @@ class ArmRun:
             return outcome or {}, self._final_factors(outcome)
         factors = self.train()
         outcome = self.evaluate(factors)
+        rounds_done = self.config.rounds if self.planned.arm.trains else 0
+        multihost.first(lambda: self._lines.add_outcome(rounds_done, outcome))
         self._files.write_outcome(outcome)
         return outcome, factors
 
@@ -229,18 +235,24 @@ class ArmRun:
         config, stage = self.config, self._constitutional_stage()
         saved = checkpoint.RoundCheckpoints(self._files.checkpoints, config.checkpoint_keep)
         state, done = self._restored(saved)
+        if config.federated.replay and not done:
+            state, done = self._taken_over(saved, state)
         _ = self.secret  # drawn before there is a checkpoint that needs it
         self._files.updates.keep(saved.rounds())
+        self._lines.go_on(done, self._hash(state))
         self.progress.resumed(done)
         try:
             for t in range(done, config.rounds):
                 new, row, cai_records = self._round(state, stage, t)
+                adapter, held = self._hash(new), learned_from(config, self.planned.arm, row)
+                cai_rows = self._files.record_rows(t, cai_records)
                 if self.owner is not None:
                     self.owner.check()
                 with preemption.hold():
                     # Recorded before saved: a kill in between repeats the round, and replaces its
                     # lines, instead of losing them.
-                    self._files.record(row, cai_records)
+                    row = self._lines.add_round(row, cai_rows, held, adapter)
+                    self._files.record(row, cai_rows)
                     self.progress.round_done(row)
                     state, done = new, t + 1
                     if self._is_checkpoint(done):
@@ -284,9 +296,8 @@ class ArmRun:
             state = self._with_adapter(state, adapter)
             timer.mark("safe_lora")
         if self.planned.arm.filter:
-            ids = row["clients"] + row["no_data"]
-            everyone = self.planned.arm.training == "centralised"
-            row["filter"] = self.clients.filtered_of(range(config.num_clients) if everyone else ids)
+            ids = learned_from(config, self.planned.arm, row)
+            row["filter"] = self.clients.filtered_of(ids)
         records = []
         if stage is not None:
             # Constitutional AI on the aggregated model.
@@ -352,6 +363,15 @@ class ArmRun:
             seed=self.seed,
         )
 
+    @functools.cached_property
+    def _lines(self) -> ArmLines:
+        """The arm's lines of the ledger."""
+        return ArmLines(self.config, self.clients, self._files)
+
+    def _hash(self, state: FederatedState) -> str:
+        """Returns the hash of the adapter that is evaluated after a round; in all processes."""
+        return adapter_hash(multihost.local(self._evaluated(state), self.inputs.mesh))
+
     @property
     def _files(self) -> ArmFiles:
         return ArmFiles(self.workdir, self.planned, self.seed)
@@ -365,6 +385,19 @@ class ArmRun:
         state, done = saved.restore(first)
         server = simulation.replicate(state.server, self.inputs.mesh)
         return state._replace(server=server), done
+
+    def _taken_over(
+        self, saved: checkpoint.RoundCheckpoints, state: FederatedState
+    ) -> tuple[FederatedState, int]:
+        """Returns the state that a replay begins with, and its rounds, which are saved here too."""
+        state, done = replay.take_over(self.config, self._files, self._lines, state)
+        if done:
+            server = simulation.replicate(state.server, self.inputs.mesh)
+            state = state._replace(server=server)
+            saved.save(done, state)
+        where = f"{self.planned.id} seed {self.seed}: replayed from round {done + 1} on"
+        self.progress.note(f"{where}, {done} taken from {self.config.federated.replay}")
+        return state, done
 
     def _final_factors(self, outcome: dict | None) -> Any:
         """Returns the LoRA factors of a finished arm that is exported, None of another arm.

@@ -64,6 +64,8 @@ STEPS = (
     "round_setup",
     "rounds",
     "federation",
+    "ledger_lines",
+    "replay",
     "refusal_probe",
     "own_answers",
     "revision_rows",

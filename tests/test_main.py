@@ -146,6 +146,9 @@ def test_an_interrupted_run_ends_with_the_same_results(finished, tmp_path):
         return [(r["arm"], r["round"], r["loss"], r["update_norm"]) for r in rows(workdir)]
 
     assert losses(tmp_path) == losses(finished[0])  # to the bit
+    lines = (tmp_path / "ledger.jsonl").read_bytes()
+    assert lines == (finished[0] / "ledger.jsonl").read_bytes() and lines.count(b"\n") == 10
+    startup.start("verify", [str(tmp_path)])  # with Constitutional AI, and a filter
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ COMMANDS = {
     "revise": Entry("revise", "makes answers, critiques and revisions with any model"),
     "export": Entry("export", "writes the adapter or merged model of any arm, round or client"),
     "export-answers": Entry("export_answers", "writes kept answers for inspect_ai or lm_eval"),
+    "verify": Entry("verify", "checks a run's folder against its ledger, a chain of hashes"),
     "serve": Entry("serve", "serves a model and adapters to clients of the OpenAI API"),
     "convert": Entry("convert", "writes a GGUF file as a model folder, or a folder as GGUF"),
     "fetch-data": Entry("fetch_data", "downloads public data sets, with their hashes and licences"),

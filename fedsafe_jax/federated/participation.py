@@ -18,6 +18,7 @@ class Cohort(NamedTuple):
       steps: int32 `[clients]`, local steps that each client gets done.
       dropped_out: ids that were sampled and never answered.
       no_data: ids that were sampled and have nothing to learn: no example, or masked ones alone.
+      unlearned: ids that were sampled and are excluded from the run, whatever they hold.
     """
 
     ids: np.ndarray
@@ -25,6 +26,7 @@ class Cohort(NamedTuple):
     steps: np.ndarray
     dropped_out: tuple[int, ...]
     no_data: tuple[int, ...]
+    unlearned: tuple[int, ...] = ()
 
 
 class Sampling(NamedTuple):
@@ -135,6 +137,7 @@ def draw_cohort(
     dropout: float = 0.0,
     stragglers: float = 0.0,
     groups: int = 1,
+    exclude: Sequence[int] = (),
 ) -> Cohort:
     """Draws a round's cohort.
 
@@ -145,6 +148,8 @@ def draw_cohort(
       dropout: probability that a sampled client never answers.
       stragglers: probability that a client gets only 1 to `local_steps - 1` steps done.
       groups: see `sample_ids`.
+      exclude: ids whose slots stay empty, as when they drop out, so that all others draw what they
+        draw without it: exact unlearning of these clients, by a replay of the run.
     """
     ids, times = sample_ids(
         seed, round_number, sizes, count=count, sampling=sampling, groups=groups
@@ -157,14 +162,17 @@ def draw_cohort(
     slow = rng.random(len(ids)) < stragglers
     fewer = rng.integers(1, max(local_steps, 2), len(ids))
     steps = np.where(slow & (local_steps > 1), fewer, local_steps).astype(np.int32)
-    empty = (held == 0) & ~gone
-    left = ~gone & ~empty
+    unlearned = np.isin(ids, np.asarray(exclude, np.int32))
+    gone &= ~unlearned
+    empty = (held == 0) & ~gone & ~unlearned
+    left = ~gone & ~empty & ~unlearned
     return Cohort(
         ids[left],
         weights[left],
         steps[left],
         dropped_out=tuple(ids[gone].tolist()),
         no_data=tuple(ids[empty].tolist()),
+        unlearned=tuple(ids[unlearned].tolist()),
     )
 
 

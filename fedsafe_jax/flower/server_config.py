@@ -49,6 +49,7 @@ def read_config(run_config: dict) -> ml_collections.ConfigDict:
     for field, value, reason in (
         ("federated.compression", f.compression, "adapters are sent whole"),
         ("federated.client_ranks", f.client_ranks, "all sites train lora_rank"),
+        ("federated.replay", f.replay, "sites repeat all rounds"),
         ("federated.dropout", f.dropout, "sites drop out by themselves"),
         ("attack.clients", config.attack.clients, "attacks are simulated only"),
         (

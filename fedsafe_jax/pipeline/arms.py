@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from fedsafe_jax.runtime import run_files
+
 
 class Arm(NamedTuple):
     """What a model goes through before it is evaluated.
@@ -75,7 +77,7 @@ class PlannedArm(NamedTuple):
     @property
     def folder(self) -> str:
         """The id as the name of a file or folder."""
-        return self.id.replace("/", "_")
+        return run_files.file_name(self.id)
 
 
 def arms_of(config: ConfigDict) -> list[Arm]:

@@ -81,6 +81,7 @@ class Clients:
     Attributes:
       plain, filtered: encoded pairs by client; `filtered` is None without a filter.
       counts: `FilterCounts` by client.
+      flagged: verdicts on the pairs before the filter, bool `[n]` by client; None where not known.
       rejected: why new answers were not taken, `{reason: number}` by client; None where not known.
       categories: `{category: (flagged, all)}` over all clients.
       quality, reliability, auroc: quality of the verdicts, as labels are known in simulation; None
@@ -94,6 +95,7 @@ class Clients:
     plain: Sequence[Sequence[Encoded]] | None
     filtered: Sequence[Sequence[Encoded]] | None = None
     counts: Sequence[FilterCounts] | dict[int, FilterCounts] | None = None
+    flagged: Sequence[np.ndarray] | None = None
     rejected: Sequence[dict[str, int]] | None = None
     categories: dict | None = None
     quality: FilterQuality | None = None

@@ -17,12 +17,12 @@ from fedsafe_jax.inference.pretrained import save_pretrained
 from fedsafe_jax.models import base_model, lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder
-from fedsafe_jax.pipeline import evaluation, rounds
+from fedsafe_jax.pipeline import evaluation, ledger_lines, rounds
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms
 from fedsafe_jax.pipeline.inputs import RunInputs
-from fedsafe_jax.pipeline.workdir import HASH
+from fedsafe_jax.pipeline.workdir import HASH, ArmFiles
 from fedsafe_jax.report import model_card
-from fedsafe_jax.runtime import multihost
+from fedsafe_jax.runtime import fingerprints, multihost
 from fedsafe_jax.whole_files import WorkdirError
 
 NOT_EXPORTED = "nothing whole was exported, and the same command does it again"
@@ -78,7 +78,9 @@ def _write_card(folder: epath.Path, card: str) -> None:
         new.write_text(card, encoding="utf-8")
 
 
-def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str) -> None:
+def export(
+    lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: str
+) -> dict[str, str]:
     """Writes `adapter/` (peft loads it on the base) and `merged/` (transformers loads it).
 
     Where the base spans processes, all of them call this, and the first one writes.
@@ -88,13 +90,18 @@ def export(lm: LanguageModel, adapter: lora.Adapter, folder: epath.Path, card: s
       adapter: adapter to export.
       folder: receives the two folders.
       card: text of the model card, written to both.
+
+    Returns:
+      SHA-256 of each file written, by its name below `folder`; {} in all processes but the first.
     """
     if not multihost.is_primary():
         save_pretrained(lm.with_adapter(adapter), folder / "merged")
-        return
+        return {}
     with local_folder(folder) as written:
         write_adapter(adapter, written / "adapter", card)
         write_merged(lm.with_adapter(adapter), written / "merged", card)
+        files = sorted(path for path in pathlib.Path(written).rglob("*") if path.is_file())
+        return {p.relative_to(written).as_posix(): fingerprints.of_file(p) for p in files}
 
 
 def export_arm(
@@ -165,7 +172,10 @@ def _export_arm(
             harmful_share=_published_share(config, results, list(config.seeds)[0]),
             adapter_sha256=here,
         )
-    export(inputs.lm, adapter, workdir / "export", card)
+    exported = export(inputs.lm, adapter, workdir / "export", card)
+    if exported:
+        files = ArmFiles(workdir, planned, list(config.seeds)[0])
+        ledger_lines.add_export(files, config.rounds, exported)
     return True
 
 

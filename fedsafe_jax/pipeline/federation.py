@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from fedsafe_jax.federated.round_programs import Programs
 from fedsafe_jax.federated.simulation import FederatedState
 from fedsafe_jax.pipeline import clients, filtering, round_setup, rounds
+from fedsafe_jax.pipeline.arms import Arm as ArmOfRun
 from fedsafe_jax.pipeline.arms import PlannedArm, any_filter
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.inputs import RunInputs
@@ -66,11 +67,12 @@ def train_simulated(
     arm_run: Arm, state: FederatedState, members: Clients, t: int
 ) -> tuple[FederatedState, dict]:
     """Trains simulated clients on this machine's devices, see `rounds.run`; a centralised learner
-    is one client with all pairs."""
+    is one client with all pairs, but those of excluded clients."""
     arm = arm_run.planned.arm
     data = members.filtered if arm.filter else members.plain
     if arm.training == "centralised":
-        data = [[pair for pairs in data for pair in pairs]]
+        unlearned = set(arm_run.config.federated.exclude)
+        data = [[pair for i, own in enumerate(data) if i not in unlearned for pair in own]]
     return rounds.run(
         round_setup.arm_config(arm_run.config, arm),
         arm_run.planned.algorithm,
@@ -83,6 +85,19 @@ def train_simulated(
         secret=arm_run.secret,
         keep_update=arm_run.update_writer(state, t),
     )
+
+
+def learned_from(config: ConfigDict, arm: ArmOfRun, row: dict) -> list[int]:
+    """Returns the clients whose pairs a round could learn from.
+
+    Args:
+      config: config of the run.
+      arm: the arm.
+      row: figures of the round.
+    """
+    if arm.training == "centralised":
+        return sorted(set(range(config.num_clients)) - set(config.federated.exclude))
+    return row.get("clients", []) + row.get("no_data", [])
 
 
 SIMULATED = Federation(simulated_clients, train_simulated)

@@ -87,7 +87,7 @@ def filter_clients(
     progress.note(f"seed {seed}: {describe(config.filter, len(inputs.filter_pairs))}")
     everything = [e for examples in pairs for e in examples]
     verdicts = score_pairs(config, inputs, everything, seed, workdir / "filter_scores")
-    filtered, counts, categories, rejected, lost = [], [], {}, [], 0
+    filtered, counts, flagged_of, categories, rejected, lost = [], [], [], {}, [], 0
     for left in apply_action(config, inputs, pairs, verdicts, seed):
         encoded, missing = encode(
             inputs.lm.tokenizer,
@@ -99,6 +99,7 @@ def filter_clients(
         filtered.append(encoded)
         lost += missing
         counts.append(left.counts)
+        flagged_of.append(left.flagged)
         rejected.append(left.rejected)
         for name, (flagged, seen) in left.by_category.items():
             before = categories.get(name, (0, 0))
@@ -123,6 +124,7 @@ def filter_clients(
         clients,
         filtered=filtered,
         counts=counts,
+        flagged=flagged_of,
         rejected=rejected,
         categories=categories,
         quality=measured,

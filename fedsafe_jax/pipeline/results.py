@@ -17,7 +17,7 @@ from fedsafe_jax.pipeline.inputs import RunInputs
 from fedsafe_jax.pipeline.workdir import HASH
 from fedsafe_jax.report import page
 from fedsafe_jax.report.table import print_table
-from fedsafe_jax.runtime import fingerprints, provenance, run_files
+from fedsafe_jax.runtime import fingerprints, ledger, provenance, run_files
 from fedsafe_jax.runtime.libraries import versions
 from fedsafe_jax.runtime.progress import Progress
 
@@ -54,6 +54,8 @@ def write(
     results["inputs"] = {"model": config.model, "sha256": fingerprints.hashes(workdir)}
     results["seconds"] = {"this_process": time.monotonic() - started}
     results["made_by"] = provenance.describe()
+    ends = ledger.heads(ledger.read(workdir))
+    results[ledger.KEY] = {"heads": ends, "results": ledger.of_results(results)}
     run_files.write_json(workdir / "results.json", results)
     page.write(workdir, config.to_dict(), results, outcomes=outcomes, sets=inputs.evals)
     progress.end()

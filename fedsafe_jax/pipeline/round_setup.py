@@ -55,7 +55,7 @@ def arm_config(config: ConfigDict, arm: Arm) -> ConfigDict:
         own.num_clients = own.clients_per_round = 1
         own.local_steps = config.local_steps * config.clients_per_round
     else:
-        for field in ("sampling", "dropout", "client_ranks"):
+        for field in ("sampling", "dropout", "exclude", "client_ranks"):
             own.federated[field] = f[field]
     return own
 

@@ -73,6 +73,7 @@ def draw_cohort(
         dropout=f.dropout,
         stragglers=f.stragglers,
         groups=f.noise_bands,
+        exclude=f.exclude,
     )
 
 
@@ -253,6 +254,8 @@ def figures(
     row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
     if f.dropout:
         row["dropped_out"] = list(cohort.dropped_out)
+    if f.exclude:
+        row["unlearned"] = list(cohort.unlearned)
     if f.stragglers:
         row["steps"] = cohort.steps.tolist()
     if config.attack.clients:

@@ -1,6 +1,6 @@
 """Beginning a run in its workdir, and going on with it; the files of an arm there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -132,15 +132,24 @@ class ArmFiles(NamedTuple):
         """Writes the outcomes of an arm that is done."""
         run_files.write_json(self._outcome, outcome)
 
-    def record(self, row: dict, cai_records: list[Record]) -> None:
+    def record_rows(self, t: int, cai_records: Sequence[Record]) -> list[dict]:
+        """Returns a round's records of CAI as the rows of their file.
+
+        Args:
+          t: number of the round, from 0.
+          cai_records: its records of CAI.
+        """
+        key = {"arm": self.planned.id, "seed": self.seed, "round": t}
+        return [key | to_row(record) for record in cai_records]
+
+    def record(self, row: dict, cai_rows: list[dict]) -> None:
         """Writes a round's row of metrics and records of CAI in place of older ones."""
         t = row["round"]
-        if cai_records:
-            key = {"arm": self.planned.id, "seed": self.seed, "round": t}
+        if cai_rows:
             run_files.replace_lines(
-                self.workdir / "cai" / f"round_{t:03d}.jsonl",
+                self.workdir / "cai" / run_files.cai_name(t),
                 self.is_mine,
-                [key | to_row(r) for r in cai_records],
+                cai_rows,
                 fields=run_files.OF_A_ROUND,
             )
         run_files.replace_lines(
@@ -156,4 +165,4 @@ class ArmFiles(NamedTuple):
 
     @property
     def _outcome(self) -> epath.Path:
-        return self.workdir / "arms" / f"{self.planned.folder}_seed{self.seed}.json"
+        return run_files.outcome_file(self.workdir, self.planned.folder, self.seed)

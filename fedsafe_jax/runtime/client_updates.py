@@ -5,6 +5,7 @@ round began with: factors and update add up to the client's adapter. Files appea
 that is repeated after a kill writes the same bytes again.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -92,6 +93,20 @@ class ClientUpdates:
     def clients(self, rounds_done: int) -> list[int]:
         """Returns the ids of the clients that have an update in a round, in order."""
         return _numbers(self._round(rounds_done), r"client_(\d+)\.safetensors")
+
+    def hashes(self, rounds_done: int) -> dict[str, str]:
+        """Returns the SHA-256 of a round's files: `start`, and each client's by its id.
+
+        Args:
+          rounds_done: number of the round, from 1; {} for one that has no updates.
+        """
+        folder, hashes = self._round(rounds_done), {}
+        names = [f"client_{client}" for client in self.clients(rounds_done)]
+        for name in [START, *names]:
+            content = whole_files.read(folder / f"{name}.safetensors")
+            if content is not None:
+                hashes[name.removeprefix("client_")] = hashlib.sha256(content).hexdigest()
+        return hashes
 
     def keep(self, kept: Collection[int]) -> None:
         """Deletes the rounds before the oldest one that is kept.

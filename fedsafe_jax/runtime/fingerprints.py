@@ -99,7 +99,7 @@ def _entry(file: os.PathLike | str, known: dict) -> dict:
         entry["times"] = [stat.st_mtime_ns, stat.st_ctime_ns]
         if stat.st_size > ALWAYS_READ_BYTES and entry.items() <= known.items():
             return known
-        return {"sha256": _blob(path) or _sha256(path)} | entry
+        return {"sha256": _blob(path) or of_file(path)} | entry
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
@@ -111,6 +111,7 @@ def _blob(path: pathlib.Path) -> str:
     return target.name if named else ""
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+def of_file(path: os.PathLike) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits, read piece by piece."""
+    with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,8 +20,12 @@ __all__ = [
     "StorageError",
     "WorkdirError",
     "arm_folder",
+    "cai_name",
+    "changed_fields",
     "check_config",
     "claim_workdir",
+    "file_name",
+    "outcome_file",
     "read_config",
     "read_lines",
     "replace_lines",
@@ -31,6 +35,22 @@ __all__ = [
 
 NO_FIELDS: Mapping[str, type] = types.MappingProxyType({})
 OF_A_ROUND: Mapping[str, type] = types.MappingProxyType({"arm": str, "seed": int, "round": int})
+
+
+def file_name(arm: str) -> str:
+    """Returns the id of an arm as the name of a file or folder."""
+    return arm.replace("/", "_")
+
+
+def outcome_file(workdir: epath.Path, arm: str, seed: int) -> epath.Path:
+    """Returns the file of the outcomes of one arm and seed.
+
+    Args:
+      workdir: folder of the run.
+      arm: `arms.PlannedArm.folder`.
+      seed: the seed.
+    """
+    return workdir / "arms" / f"{arm}_seed{seed}.json"
 
 
 def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Path:
@@ -43,6 +63,11 @@ def arm_folder(workdir: epath.Path, kind: str, arm: str, seed: int) -> epath.Pat
       seed: the seed.
     """
     return workdir / kind / arm / f"seed{seed}"
+
+
+def cai_name(round_number: int) -> str:
+    """Returns the name of the file of a round's records of CAI, below `cai/`."""
+    return f"round_{round_number:03d}.jsonl"
 
 
 def write_json(path: epath.Path, content: Any) -> None:
@@ -158,17 +183,26 @@ def check_config(workdir: epath.Path, config: dict) -> bool:
         ) from None
     if stored is None:
         return False
-    config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
-    old, new = _flat(stored), _flat(config)
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if changed:
-        field = changed[0]
+    if changed := changed_fields(stored, config):
+        field, (old, new) = next(iter(changed.items()))
         raise WorkdirError(
-            f"--workdir={workdir} holds a run with {field}={old.get(field)!r}, this "
-            f"command has {new.get(field)!r} ({len(changed)} field(s) differ). "
-            "Choose another --workdir."
+            f"--workdir={workdir} holds a run with {field}={old!r}, this command has {new!r} "
+            f"({len(changed)} field(s) differ). Choose another --workdir."
         )
     return True
+
+
+def changed_fields(stored: dict, config: dict) -> dict[str, tuple]:
+    """Returns `{field: (value in a file, value of a config)}` of all that differ, sorted by name.
+
+    Args:
+      stored: content of a `config.json`.
+      config: all fields, nested.
+    """
+    config = json.loads(whole_files.to_json(config))  # tuples become lists, as in the file
+    old, new = _flat(stored), _flat(config)
+    names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return {name: (old.get(name), new.get(name)) for name in names}
 
 
 def claim_workdir(workdir: epath.Path, config: dict) -> bool:

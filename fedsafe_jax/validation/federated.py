@@ -60,6 +60,7 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
             f"{need} clients a round, clients_per_round={c.clients_per_round}."
         )
     _validate_min_answers(c, need)
+    _validate_exclude(c, need)
     try:
         make_optimizer(c.optimizer, c.gradient_clip)
     except OptimizerError as error:
@@ -153,6 +154,41 @@ def _validate_min_answers(c: ml_collections.ConfigDict, need: int) -> None:
         raise ConfigError(
             f"{where} does not go with noise_multiplier: a round that is skipped for it would tell "
             "who took part; every round counts, as the noise does."
+        )
+
+
+def _validate_exclude(c: ml_collections.ConfigDict, need: int) -> None:
+    """Checks that a run without the excluded clients is the replay that it is asked for."""
+    f = c.federated
+    where = f"federated.exclude={tuple(f.exclude)}"
+    if f.replay and not f.exclude:
+        raise ConfigError(
+            f"federated.replay='{f.replay}' without exclude: a run is replayed without some client."
+        )
+    if not f.exclude:
+        return
+    if len(set(f.exclude)) != len(f.exclude) or max(f.exclude) >= c.num_clients:
+        raise ConfigError(
+            f"{where}: expected distinct clients, each less than num_clients={c.num_clients}."
+        )
+    left, least = c.num_clients - len(f.exclude), max(need, f.min_answers, 1)
+    if left < least:
+        raise ConfigError(
+            f"{where} leaves {left} of num_clients={c.num_clients}, and every round needs {least} "
+            "of them; exclude fewer."
+        )
+    if f.noise_multiplier:
+        raise ConfigError(
+            f"{where} does not go with noise_multiplier: the difference of two adapters with the "
+            "same noise would be the client's update without any, and new noise is no replay; "
+            "train anew without the client's data, which spends epsilon again."
+        )
+    own = [name for name in c.algorithms if ALGORITHMS[name].personal]
+    own += [arm.name for arm in arms_of(c) if arm.training == "local"]
+    if own and c.eval.client in f.exclude:
+        raise ConfigError(
+            f"{where} does not go with eval.client={c.eval.client} and {own[0]}: the model of "
+            "that client would be evaluated; choose another eval.client."
         )
 
 

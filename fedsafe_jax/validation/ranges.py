@@ -138,7 +138,8 @@ RANGES: dict[str, Range] = {
 NUMBER_LISTS = {
     "seeds": Range(0, 2**32 - 1),
     "federated.client_ranks": SIZE,
+    "federated.exclude": COUNT,
     "federated.constrained_betas": COUNT,
     "cai.weights": POSITIVE,
 }
-WHOLE_NUMBERS = ("seeds", "federated.client_ranks")
+WHOLE_NUMBERS = ("seeds", "federated.client_ranks", "federated.exclude")

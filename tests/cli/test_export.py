@@ -7,39 +7,16 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from kept_run import config_of
 from safetensors.numpy import load_file
 
 from fedsafe_jax import experiment
 from fedsafe_jax.cli import startup
-from fedsafe_jax.config import default_config
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder
 
 ADAPTER = "adapter_model.safetensors"
-
-
-def config_of(**changes):
-    """Three rounds of two clients a round, without evaluation of any length."""
-    c = default_config()
-    c.arms, c.export_arm = ("base", "fl"), "fl"
-    c.rounds, c.local_steps, c.batch_size = 3, 1, 2
-    c.num_clients, c.clients_per_round, c.examples_per_client = 4, 2, 8
-    c.federated.weighting = "uniform"
-    c.eval.tasks = ("utility",)
-    c.eval.max_heldout = 4
-    for name, value in changes.items():
-        c[name] = value
-    return c
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Workdir of a run that kept everything, in chunks of one client."""
-    workdir = tmp_path_factory.mktemp("kept")
-    config = config_of(checkpoint_keep=0, keep_updates=True, chunk_clients=1)
-    experiment.run(config, str(workdir))
-    return workdir
 
 
 def export(workdir, output, *arguments):

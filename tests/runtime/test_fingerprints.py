@@ -66,8 +66,8 @@ def test_large_files_are_read_once_and_the_hubs_not_at_all(workdir, tmp_path, mo
     blob.write_bytes(b"named by its content")
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    hashed = fingerprints._sha256
-    monkeypatch.setattr(fingerprints, "_sha256", lambda path: (reads.append(path), hashed(path))[1])
+    hashed = fingerprints.of_file
+    monkeypatch.setattr(fingerprints, "of_file", lambda path: (reads.append(path), hashed(path))[1])
     files = {"big": big, "link": link}
     for _ in range(2):
         fingerprints.check(workdir, files)
