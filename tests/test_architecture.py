@@ -65,6 +65,7 @@ STEPS = (
     "rounds",
     "federation",
     "refusal_probe",
+    "attribution",
     "own_answers",
     "revision_rows",
     "constitutional",

@@ -131,8 +131,9 @@ def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
     # Only an action that has answers revised asks for principles.
     revised = ACTIONS[config.filter.action].needs_answers
     sent["cai"] = {k: v for k, v in whole["cai"].items() if revised and k in SENT_OF_CAI}
-    # Safe LoRA is the server's step, on models that lie there.
-    sent["federated"] = {k: v for k, v in whole["federated"].items() if k != "unaligned"}
+    # Safe LoRA is the server's step, on models that lie there, and so are questions to its model.
+    at_server = ("unaligned", "attribution")
+    sent["federated"] = {k: v for k, v in whole["federated"].items() if k not in at_server}
     sent["eval"] = {k: v for k, v in whole["eval"].items() if k in SENT_OF_EVAL}
     if any(":" in spec for spec in config.eval.judges):
         sent["eval"]["judges"] = JUDGES_AT_SERVER
