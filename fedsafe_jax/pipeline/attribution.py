@@ -234,8 +234,8 @@ def by_client(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
     Returns:
       A dict a client, in the order of their numbers: `client`, `rounds`, the means of the figures
       of `Attribution.measure`, `relative_divergence` and `relative_norm` to the median of the
-      round's clients, `cosine`, with a filter `kept`, `flagged` and `flagged_share`, and `malicious`
-      where that is known.
+      round's clients, `cosine`, with a filter `kept`, `flagged` and `flagged_share`, and
+      `malicious` where that is known.
     """
     rounds = collections.defaultdict(list)
     for row in rows:
@@ -262,10 +262,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
       rows: lines of `metrics.jsonl`; those without `attribution` are left out.
 
     Returns:
-      By arm `clients`, the rows of `by_client` of each seed with its `seed`; where malicious clients
-      are known, also `signals`: of each name of `SIGNALS` that the arm has, how well clients' means
-      over the run rank the malicious ones first (`auroc`, `ci95`, `per_seed`), and `by_round`, the
-      same in each round, the mean over the seeds whose cohort has both kinds.
+      By arm `clients`, the rows of `by_client` of each seed with its `seed`; where malicious
+      clients are known, also `signals`: of each name of `SIGNALS` that the arm has, how well
+      clients' means over the run rank the malicious ones first (`auroc`, `ci95`, `per_seed`), and
+      `by_round`, the same in each round, the mean over the seeds whose cohort has both kinds.
     """
     arms = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:

@@ -138,8 +138,8 @@ def _attribution(config: ConfigDict) -> str:
     if not (prompts := config.federated.attribution):
         return ""
     return (
-        f"a round: {config.clients_per_round} clients' models and the global one answer <= {prompts} "
-        f"red-team prompts by <= {PROBE_TOKENS} tokens"
+        f"a round: models of {config.clients_per_round} clients and the global one answer <= "
+        f"{prompts} red-team prompts by <= {PROBE_TOKENS} tokens"
     )
 
 

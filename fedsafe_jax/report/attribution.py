@@ -1,4 +1,4 @@
-"""The report's section on who did it: the harm of each client's own update, and how it ranks them."""
+"""The report's section on who did it: the harm of each client's update, and how it ranks them."""
 
 import collections
 
@@ -8,16 +8,16 @@ from fedsafe_jax.report.run_data import RunData
 
 MOST = 10  # clients of each arm that the table shows; results.json has all
 NOTE = (
-    "Each client's update alone, as the server received it, on the model of the round's start, asked "
-    "the server's own red-team prompts: how much less it refuses than that model, and how far its "
-    "first tokens are from that model's (KL divergence in nats). Means over the client's rounds; "
-    "lengths and divergences also as multiples of the round's median. Who refuses less is not "
-    "thereby malicious: harmless data can cost refusal too."
+    "Each client's update alone, as the server received it, on the model of the round's start, "
+    "asked the server's own red-team prompts: how much less it refuses than that model, and how far "
+    "its first tokens are from that model's (KL divergence in nats). Means over the client's "
+    "rounds; lengths and divergences also as multiples of the round's median. Who refuses less is "
+    "not thereby malicious: harmless data can cost refusal too."
 )
 RANKED = (
-    "How well each figure, as a mean over a client's rounds, ranks the malicious clients first: area "
-    "under the ROC curve, 1 where all of them come first, 0.5 for chance, with its 95% interval over "
-    "clients and seeds; by round among the clients of that round."
+    "How well each figure, as a mean over a client's rounds, ranks the malicious clients first: "
+    "area under the ROC curve, 1 where all of them come first, 0.5 for chance, with its 95% "
+    "interval over clients and seeds; by round among the clients of that round."
 )
 TITLES = {
     "refusal_lost": "refusal lost",

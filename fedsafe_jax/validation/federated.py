@@ -146,8 +146,8 @@ def _validate_attribution(c: ml_collections.ConfigDict) -> None:
         return
     if c.federated.noise_multiplier:
         raise ConfigError(
-            f"{where} does not go with noise_multiplier: it looks at each client's update before the "
-            "noise, and epsilon would not hold for what it reports; set it to 0."
+            f"{where} does not go with noise_multiplier: it looks at each client's update before "
+            "the noise, and epsilon would not hold for what it reports; set it to 0."
         )
     if own := [name for name in c.algorithms if ALGORITHMS[name].personal]:
         raise ConfigError(
