@@ -9,8 +9,8 @@ from fedsafe_jax.report.run_data import RunData
 MOST = 10  # clients of each arm that the table shows; results.json has all
 NOTE = (
     "Each client's update alone, as the server received it, on the model of the round's start, "
-    "asked the server's own red-team prompts: how much less it refuses than that model, and how far "
-    "its first tokens are from that model's (KL divergence in nats). Means over the client's "
+    "asked the server's own red-team prompts: how much less it refuses than that model, and how "
+    "far its first tokens are from that model's (KL divergence in nats). Means over the client's "
     "rounds; lengths and divergences also as multiples of the round's median. Who refuses less is "
     "not thereby malicious: harmless data can cost refusal too."
 )

@@ -25,7 +25,7 @@ from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder
-from fedsafe_jax.pipeline import attribution, clients
+from fedsafe_jax.pipeline import attribution, clients, round_setup
 from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.pipeline.refusal_probe import PROBE_TOKENS
@@ -225,6 +225,14 @@ def test_a_run_trains_as_without_and_a_resumed_one_measures_the_same(folder, tmp
         c.federated.attribution = count
         return c
 
+    make, programs = round_setup.build, []
+
+    def build(*arguments):
+        """Builds the programs once: to trace them anew takes longer than the rounds."""
+        programs[:] = programs or [make(*arguments)]
+        return programs[0]
+
+    monkeypatch.setattr(round_setup, "build", build)
     off, on, inputs = epath.Path(tmp_path / "off"), tmp_path / "on", load_inputs(config(0))
     without = experiment.ArmRun(
         config=config(0), inputs=inputs, clients=clients.build(config(0), inputs, 0, Progress(2)),
