@@ -193,7 +193,7 @@ class ArmRun:
 
     @functools.cached_property
     def attribution(self) -> Attribution | None:
-        """What measures the harm of each client's update; None where nobody asks."""
+        """What measures the harm of each client's update; None without `federated.attribution`."""
         if not self.config.federated.attribution or not self.planned.arm.federated:
             return None
         counts = self.clients.counts if self.planned.arm.filter else None

@@ -34,7 +34,7 @@ class Arm(Protocol):
     secret: int | None
 
     def update_writer(self, state: FederatedState, t: int) -> Callable | None:
-        """Returns what takes the updates of round `t`; None where nobody reads them."""
+        """Returns what takes the updates of round `t`; None where none are read."""
 
 
 class Federation(NamedTuple):

@@ -73,7 +73,8 @@ def test_one_batch_measures_what_one_by_one_does(folder):
     inputs = types.SimpleNamespace(
         lm=lm, mesh=mesh, lora=LORA, red_team=[Example(d, "", "") for d in DIALOGUES]
     )
-    counts = {i: FilterCounts(5, i, 1, 0, 0, 0, 0) for i in (3, 4, 7)}
+    none = FilterCounts(*[0] * len(FilterCounts._fields))
+    counts = {i: none._replace(kept=5, dropped=i, rewritten=1) for i in (3, 4, 7)}
     measured = attribution.Attribution(config, inputs, counts)
     measured._refuses = odd
     start, residue = factors_of(lm, 0), factors_of(lm, 1)
