@@ -129,6 +129,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.federated.unaligned = ""
     # cosine of an adapted projection with its projected self, up to which it is projected, 0 to 1
     c.federated.safe_lora_threshold = 0.5
+    # red-team prompts that the round's model is asked with each client's update alone: who did the
+    # harm; 0 for none. Each costs a short answer per client and round
+    c.federated.attribution = 0
     # what is averaged: the factors, or product: their products, by SVD
     c.federated.average = "factors"
     c.federated.aggregator = "mean"  # rule that combines the updates
@@ -216,7 +219,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.cai.schedule = "light"
     # adaptive: refusal in percent of the server's own prompts, below which CAI runs
     c.cai.target = 95.0
-    c.cai.probe_judge = "start"  # adaptive: judge of the answers to the probe
+    c.cai.probe_judge = "start"  # adaptive, federated.attribution: judge of the probe
     c.cai.probe_prompts = 48  # adaptive: prompts kept for the probe, which are not trained on
     # steps of a light round; adaptive: before the next probe, if nothing is refused
     c.cai.steps = 10

@@ -34,6 +34,7 @@ from fedsafe_jax.pipeline import (
     safe_lora_step,
 )
 from fedsafe_jax.pipeline.arms import PlannedArm, planned_arms, total_rounds
+from fedsafe_jax.pipeline.attribution import Attribution
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.federation import SIMULATED, Federation, learned_from
 from fedsafe_jax.pipeline.inputs import RunInputs, load_inputs
@@ -195,6 +196,14 @@ class ArmRun:
         return arm_secret.of_arm(self._files.checkpoints, self.draw_secret)
 
     @functools.cached_property
+    def attribution(self) -> Attribution | None:
+        """What measures the harm of each client's update; None without `federated.attribution`."""
+        if not self.config.federated.attribution or not self.planned.arm.federated:
+            return None
+        counts = self.clients.counts if self.planned.arm.filter else None
+        return Attribution(self.config, self.inputs, counts)
+
+    @functools.cached_property
     def programs(self) -> Programs:
         """The jitted programs of a round, built when they are first needed."""
         lora_config = self.inputs.lora
@@ -281,6 +290,7 @@ class ArmRun:
         row = {"arm": self.planned.id, "seed": self.seed, "round": t}
         if self.planned.arm.federated or self.planned.arm.baseline:
             # Filtered local training and aggregation.
+            before = state.server
             state, figures = self.federation.train(self, state, self.clients, t)
             timer.mark("federated")
             row |= figures
@@ -288,6 +298,9 @@ class ArmRun:
             where = f"{self.planned.id} seed {self.seed} round {t + 1}"
             for what in rounds.left_out(row):
                 self.progress.warn(f"{where}: {what}")
+            if self.attribution is not None:
+                row["attribution"] = self.attribution.measure(before)
+                timer.mark("attribution")
         else:
             row |= rounds.NO_CLIENTS
         if self.planned.arm.federated and config.federated.unaligned and t == config.rounds - 1:
@@ -339,12 +352,14 @@ class ArmRun:
         evaluation.summarise(self.inputs.evals, [outcome], options)
 
     def update_writer(self, state: FederatedState, t: int) -> Callable | None:
-        """Returns what writes the updates of round `t`; None for a round that is not kept."""
-        if not self.config.keep_updates or not self._is_checkpoint(t + 1):
-            return None
-        factors = state.server.factors
-        start = multihost.local(state.server.adapter, self.inputs.mesh)
-        return self._files.updates.begin_round(t + 1, start, like=factors)
+        """Returns what takes the updates of round `t`: their files in a round that is kept, and
+        `attribution`; None without either."""
+        writer = None
+        if self.config.keep_updates and self._is_checkpoint(t + 1):
+            factors = state.server.factors
+            start = multihost.local(state.server.adapter, self.inputs.mesh)
+            writer = self._files.updates.begin_round(t + 1, start, like=factors)
+        return writer if self.attribution is None else self.attribution.receiver(writer)
 
     def _is_checkpoint(self, done: int) -> bool:
         return done % self.config.checkpoint_every == 0 or done == self.config.rounds

@@ -67,6 +67,7 @@ STEPS = (
     "ledger_lines",
     "replay",
     "refusal_probe",
+    "attribution",
     "own_answers",
     "revision_rows",
     "constitutional",

@@ -158,6 +158,7 @@ class Sites:
             seed=seed,
             t=t,
             secret=arm_run.secret,
+            keep_update=arm_run.update_writer(state, t),
         )
         row = rounds.figures(config, cohort, report, useful=useful, seed=seed, t=t)
         return state, row | {"no_answer": sorted(missing)}

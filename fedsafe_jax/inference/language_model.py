@@ -171,11 +171,26 @@ class LanguageModel:
           Answers by adapter and prompt.
         """
         _check_texts(prompts)
+        answers = self.answer_each(adapters, [(("user", p),) for p in prompts], **options)
+        return [texts for texts, _ in answers]
+
+    def answer_each(
+        self, adapters: lora.Adapter, dialogues: Sequence[Dialogue], **options: Any
+    ) -> list[tuple[list[str], np.ndarray]]:
+        """Answers dialogues under each of several adapters, decoded together.
+
+        Args:
+          adapters: as of `generate_each`.
+          dialogues: as of `answer_dialogues`.
+          **options: see `answer_dialogues`.
+
+        Returns:
+          What `answer_dialogues` returns, by adapter.
+        """
         _check_options(options)
         count = jax.tree.leaves(adapters.factors)[0].shape[0]
-        dialogues = [(("user", p),) for p in prompts]
         lm = dataclasses.replace(self, adapter=adapters)
-        return [texts for texts, _ in lm._answer(dialogues, num_adapters=count, **options)]
+        return lm._answer(dialogues, num_adapters=count, **options)
 
     def answer_dialogues(
         self, dialogues: Sequence[Dialogue], max_new_tokens: int = 64, **options: Any

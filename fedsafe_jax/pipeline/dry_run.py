@@ -22,6 +22,7 @@ from fedsafe_jax.pipeline.evaluation import chosen_sets
 from fedsafe_jax.pipeline.inputs import deal
 from fedsafe_jax.pipeline.pools import read_client_pools
 from fedsafe_jax.pipeline.read_files import sources_of
+from fedsafe_jax.pipeline.refusal_probe import PROBE_TOKENS
 
 
 def _decoder_config(name: str, dtype: str) -> DecoderConfig:
@@ -132,6 +133,16 @@ def _own_answers(config: ConfigDict) -> str:
     return f"the base answers <= {asked:,} harmless requests once, by <= {c.max_new_tokens} tokens"
 
 
+def _attribution(config: ConfigDict) -> str:
+    """Returns what attribution asks in a round; "" where it is off."""
+    if not (prompts := config.federated.attribution):
+        return ""
+    return (
+        f"a round: models of {config.clients_per_round} clients and the global one answer <= "
+        f"{prompts} red-team prompts by <= {PROBE_TOKENS} tokens"
+    )
+
+
 def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
@@ -209,6 +220,7 @@ def describe(config: ConfigDict) -> str:
         f"CAI a round      {config.cai.schedule}: {_cai_data(config)}, {config.cai.steps} steps of "
         f"{' + '.join(config.cai.losses)}",
         *([f"own answers      {own}"] if (own := _own_answers(config)) else []),
+        *([f"attribution      {asked}"] if (asked := _attribution(config)) else []),
         f"evaluation       {', '.join(sets)}, {c.max_prompts or 'all'} prompts each; answers of <= "
         f"{c.max_new_tokens} tokens to {', '.join(n for n, s in sets.items() if s.task.generates)}",
         "would load       " + "\n                 ".join(dict.fromkeys(filter(None, loaded))),

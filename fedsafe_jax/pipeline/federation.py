@@ -35,7 +35,7 @@ class Arm(Protocol):
     secret: int | None
 
     def update_writer(self, state: FederatedState, t: int) -> Callable | None:
-        """Returns what writes the updates of round `t`; None for a round that is not kept."""
+        """Returns what takes the updates of round `t`; None where none are read."""
 
 
 class Federation(NamedTuple):

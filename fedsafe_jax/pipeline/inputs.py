@@ -148,7 +148,11 @@ def packaged_beside_own(config: ConfigDict) -> list[str]:
     cai = any(arm.cai for arm in arms_of(config))
     server = (
         ("filter.sources", any_filter(config), config.filter.sources),
-        ("cai.red_team_sources", cai, config.cai.red_team_sources),
+        (
+            "cai.red_team_sources",
+            cai or config.federated.attribution > 0,
+            config.cai.red_team_sources,
+        ),
         ("cai.benign_sources", cai, config.cai.benign_sources),
     )
     return [

@@ -135,8 +135,9 @@ def _needs(role: str, config: ConfigDict) -> bool:
     if role == "replay" and config.cai.harmless_sources:
         return bool(config.cai.benign_sources)
     if DATA[config.cai.data].given:
-        if role == "red_team":  # nothing is asked but by a probe
-            return SCHEDULES[config.cai.schedule].steps_after_probe is not None
+        if role == "red_team":  # nothing is asked but by probes
+            probed = SCHEDULES[config.cai.schedule].steps_after_probe is not None
+            return probed or config.federated.attribution > 0
         if role == "replay":
             return config.cai.replay_examples > 0
     return True

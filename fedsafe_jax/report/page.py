@@ -9,6 +9,7 @@ from fedsafe_jax.evals.task import EvalSet
 from fedsafe_jax.report import (
     answers,
     arms,
+    attribution,
     cai,
     clients,
     curves,
@@ -32,6 +33,7 @@ PARTS = (
     guards,
     curves,
     clients,
+    attribution,
     safety_filter,
     cai,
     judges,

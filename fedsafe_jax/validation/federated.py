@@ -61,6 +61,7 @@ def validate_federated(c: ml_collections.ConfigDict) -> None:
         )
     _validate_min_answers(c, need)
     _validate_exclude(c, need)
+    _validate_attribution(c)
     try:
         make_optimizer(c.optimizer, c.gradient_clip)
     except OptimizerError as error:
@@ -137,6 +138,27 @@ def _validate_algorithm(c: ml_collections.ConfigDict, name: str) -> None:
             raise ConfigError(
                 f"{field}={value!r} does not go with algorithm {name}: {reason}; use {default!r}."
             )
+
+
+def _validate_attribution(c: ml_collections.ConfigDict) -> None:
+    """Checks that there are single updates of one global model, which the server may look at."""
+    where = f"federated.attribution={c.federated.attribution}"
+    if not c.federated.attribution:
+        return
+    if c.federated.noise_multiplier:
+        raise ConfigError(
+            f"{where} does not go with noise_multiplier: it looks at each client's update before "
+            "the noise, and epsilon would not hold for what it reports; set it to 0."
+        )
+    if own := [name for name in c.algorithms if ALGORITHMS[name].personal]:
+        raise ConfigError(
+            f"{where} does not go with algorithm {own[0]}: each client has a model of its own, and "
+            "its update alone is none; set it to 0."
+        )
+    if not any(arm.federated for arm in arms_of(c)):
+        raise ConfigError(f"{where}: no arm of {tuple(c.arms)} is a federation; add 'fl'.")
+    if not c.cai.red_team_sources:
+        raise ConfigError(f"{where}: it asks cai.red_team_sources; give some.")
 
 
 def _validate_min_answers(c: ml_collections.ConfigDict, need: int) -> None:

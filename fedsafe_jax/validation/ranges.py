@@ -79,6 +79,7 @@ RANGES: dict[str, Range] = {
     "federated.download_share": Range(0, 1, above=True),
     "federated.kl_weight": COUNT,
     "federated.safe_lora_threshold": SHARE,
+    "federated.attribution": COUNT,
     "federated.server_learning_rate": POSITIVE,
     "federated.adaptive_learning_rate": POSITIVE,
     "federated.beta1": SHARE_BELOW_ONE,

@@ -41,6 +41,9 @@ OVERRIDES = (
 )
 
 
+ASKED = "federated.attribution=2"
+
+
 def run_config(workdir, *overrides):
     return {
         "config": "federation_config", "overrides": " ".join((OVERRIDES, *overrides)),
@@ -91,7 +94,7 @@ def exported(workdir):
 def simulated(folder, tmp_path_factory):
     """Workdir of the simulation of the same clients: their pairs and verdicts are given."""
     workdir = tmp_path_factory.mktemp("simulated")
-    config = server.read_config(run_config(workdir))
+    config = server.read_config(run_config(workdir, ASKED))
 
     def members(config, inputs, seed, workdir, progress):
         del progress
@@ -116,7 +119,8 @@ def simulated(folder, tmp_path_factory):
 def federated(folder, tmp_path_factory):
     """Workdir of the server of a federation without a network."""
     workdir = tmp_path_factory.mktemp("federated")
-    server.run(LocalGrid([node_config(folder, i) for i in (2, 0, 1)]), run_config(workdir))
+    nodes = [node_config(folder, i) for i in (2, 0, 1)]
+    server.run(LocalGrid(nodes), run_config(workdir, ASKED))
     return workdir
 
 
@@ -133,6 +137,10 @@ def assert_same_run(workdir, wanted):
         assert mine["filter"]["dropped"] == theirs["filter"]["dropped"] > 0
         np.testing.assert_allclose(mine["delta_norms"], theirs["delta_norms"], rtol=1e-3)
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-3)
+        ours, wished = (row.get("attribution") for row in (mine, theirs))
+        if ours is not None:
+            assert ours["clients"] == [0, 1, 2] and ours["filter"] == wished["filter"]
+            np.testing.assert_allclose(ours["divergence"], wished["divergence"], rtol=2e-2)
 
 
 def test_sites_give_the_adapter_of_the_simulation(simulated, federated):

@@ -23,6 +23,7 @@ STAYS = {
     "safe_sources": ("chat:MARKER.jsonl",),
     "data_dir": "/MARKER/data",
     "federated.unaligned": "MARKER",
+    "federated.attribution": 16,
 }
 
 

@@ -92,6 +92,30 @@ def test_figures_that_are_null_leave_gaps(run):
     assert "n/a" in report and "None" not in report.split("<h2>Config")[0]
 
 
+def test_who_did_it_by_client_and_how_well_signals_rank_them(run):
+    workdir, config, results, outcomes, sets = run
+    line = {
+        "seed": 0, "client": 3, "rounds": 2, "refused": 90.0, "refusal_lost": 5.0,
+        "divergence": 0.25, "relative_divergence": 1.0, "relative_norm": 1.5, "cosine": 0.5,
+        "kept": 7.0, "flagged": 2.0, "flagged_share": 2 / 9, "malicious": False,
+    }  # fmt: skip
+    bad = line | {"client": 8, "refusal_lost": 80.0, "divergence": None, "malicious": True}
+    bad |= {"relative_divergence": None, "cosine": None}
+    area = {"auroc": 0.75, "ci95": [0.4, 0.95], "per_seed": [0.75], "by_round": [1.0, None]}
+    undefined = {"auroc": None, "ci95": [None, None], "per_seed": [None], "by_round": [None]}
+    results["attribution"] = {
+        "fl": {"clients": [line, bad], "signals": {"refusal_lost": area, "cosine": undefined}},
+        "scaffold/fl": {"clients": []},
+    }
+    page.write(workdir, config, results, outcomes=outcomes, sets=sets)
+    text = " ".join(re.sub("<[^>]*>", " ", (workdir / "report.html").read_text()).split())
+    worst, other = "fl 8 (malicious) 0 2 90.0 +80.0 n/a n/a 1.50 n/a 2 of 9", "fl 3 0 2 90.0 +5.0"
+    assert 0 < text.index(worst) < text.index(f"{other} 0.250 1.00 1.50 0.50 2 of 9")
+    assert "fl refusal lost 0.750 (0.400-0.950) 1.00, n/a" in text
+    assert "fl cosine to the mean, least first n/a n/a" in text and "scaffold/fl" not in text
+    assert (workdir / "figures/attribution.png").is_file()
+
+
 def test_records_and_cuts_of_dialogues_are_shown(run):
     workdir, config, results, outcomes, sets = run
     turns = [{"role": "user", "content": "I tie a knot."}, {"role": "user", "content": "How long?"}]

@@ -12,7 +12,7 @@ fine-tuned one against the aligned.) Nothing is generated and no judge is asked.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,13 @@ from fedsafe_jax.evals.scoring import BATCH_ROWS
 from fedsafe_jax.evals.task import Column, EvalOptions, Task, TaskError, request_texts
 from fedsafe_jax.evals.tasks import prefilled
 from fedsafe_jax.inference.language_model import LanguageModel
+from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import fetch
 
 POSITIONS = 20  # tokens of an answer that are compared
 EARLY = 5  # of them, those whose mean is the headline; the mean of the others stands beside it
 CHUNK_TOKENS = 64  # places whose logits are held at once, of both models
+ROWS_EACH, CHUNK_EACH = 4, 16  # rows and places at once, of each adapter where there are several
 
 
 @functools.partial(jax.jit, static_argnames=("models",))
@@ -82,6 +84,99 @@ def by_position(
     """
     lm, base = lm.on_one_device(), base.on_one_device()
     divergence = np.full((len(encoded), positions), np.nan)
+    for batch, places, owners in _batches(encoded, seq, positions, BATCH_ROWS):
+        values = fetch(
+            _divergences(
+                (lm.model, base.model),
+                ((lm.params, lm.factors), (base.params, base.factors)),
+                batch=batch,
+                places=places.reshape(-1, CHUNK_TOKENS),
+            )
+        ).reshape(-1)
+        for value, owner in zip(values, owners, strict=False):
+            divergence[owner] = max(float(value), 0.0)  # rounding below zero
+    return divergence
+
+
+def by_adapter(
+    lm: LanguageModel,
+    adapters: lora.Adapter,
+    encoded: Sequence[Any],
+    seq: int,
+    positions: int = POSITIONS,
+) -> np.ndarray:
+    """Returns the divergence of several adapters from the first of them, at the first targets.
+
+    All adapters read the dialogues in one batch.
+
+    Args:
+      lm: the model.
+      adapters: as of `LanguageModel.answer_each`.
+      encoded, seq, positions: as of `by_position`.
+
+    Returns:
+      float64 `[adapters, n, positions]` in nats, of the first adapter zeros; NaN where an answer
+      has fewer tokens.
+    """
+    lm = dataclasses.replace(lm, adapter=adapters).on_one_device()
+    count = jax.tree.leaves(lm.factors)[0].shape[0]
+    divergence = np.full((count, len(encoded), positions), np.nan)
+    for batch, places, owners in _batches(encoded, seq, positions, ROWS_EACH):
+        values = fetch(
+            _from_first(
+                lm.model,
+                lm.params,
+                lm.factors,
+                batch=batch,
+                places=places.reshape(-1, CHUNK_EACH),
+            )
+        )
+        values = np.maximum(values.swapaxes(0, 1).reshape(count, -1), 0.0)
+        for value, owner in zip(values.T, owners, strict=False):
+            divergence[:, *owner] = value
+    return divergence
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _from_first(model, params, factors, batch, places) -> jax.Array:
+    """Returns KL(adapter || first adapter) in nats, float32 `[chunks, adapters, places]`.
+
+    Args:
+      model: the decoder.
+      params: base parameters.
+      factors: LoRA factors of all adapters, leaves `[adapters, ...]`.
+      batch: packed rows, `packing.Batch`.
+      places: int32 `[chunks, places]`, in the flattened rows.
+    """
+
+    def hidden_of(own):
+        variables = {"params": params, "lora": own}
+        hidden, _ = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    hidden = jax.vmap(hidden_of)(factors)
+
+    def of_chunk(chunk):
+        logits = model.apply({"params": params}, hidden[:, chunk], method="unembed")
+        ours = jax.nn.log_softmax(logits)
+        return optax.losses.kl_divergence_with_log_targets(ours[:1], ours)
+
+    return jax.lax.map(of_chunk, places)
+
+
+def _batches(
+    encoded: Sequence[Any], seq: int, positions: int, rows: int
+) -> Iterator[tuple[packing.Batch, np.ndarray, list[tuple[int, int]]]]:
+    """Yields packed rows, the places in them where targets are predicted, and whose these are.
+
+    Args:
+      encoded, seq, positions: as of `by_position`.
+      rows: rows of a batch.
+
+    Yields:
+      `(batch, places, owners)`: places int32, a multiple of `CHUNK_TOKENS`, the last of them
+      padding; owners `(dialogue, position)` of those before.
+    """
     kept = {}
     for i, one in enumerate(encoded):
         if one is not None and (targets := np.flatnonzero(one.loss_mask)[:positions]).size:
@@ -89,24 +184,14 @@ def by_position(
             kept[i] = one._replace(ids=one.ids[:end], loss_mask=one.loss_mask[:end])
     names, short = list(kept), list(kept.values())
     assigned = packing.assign_rows([len(e.ids) for e in short], seq)
-    for start in range(0, len(assigned), BATCH_ROWS):
-        rows = assigned[start : start + BATCH_ROWS]
-        batch = packing.fill(short, rows, BATCH_ROWS, seq)
-        places, owners = _places(short, rows, seq, positions)
+    for start in range(0, len(assigned), rows):
+        members = assigned[start : start + rows]
+        places, owners = _places(short, members, seq, positions)
         chunks = packing.bucket(-(-len(places) // CHUNK_TOKENS))
         padded = np.zeros(chunks * CHUNK_TOKENS, np.int32)
         padded[: len(places)] = places
-        values = fetch(
-            _divergences(
-                (lm.model, base.model),
-                ((lm.params, lm.factors), (base.params, base.factors)),
-                batch=batch,
-                places=padded.reshape(chunks, CHUNK_TOKENS),
-            )
-        ).reshape(-1)
-        for value, (member, position) in zip(values, owners, strict=False):
-            divergence[names[member], position] = max(float(value), 0.0)  # rounding below zero
-    return divergence
+        batch = packing.fill(short, members, rows, seq)
+        yield batch, padded, [(names[member], position) for member, position in owners]
 
 
 def _places(
