@@ -15,12 +15,15 @@ from fedsafe_jax.runtime import fingerprints, ledger, multihost, run_files
 
 
 def pairs_hash(pairs: Sequence[Encoded]) -> str:
-    """Returns the SHA-256 of encoded pairs in their order: token ids, and weights of targets."""
+    """Returns the SHA-256 of encoded pairs in their order: token ids, weights of targets, and what
+    these learn where it is not the text."""
     digest = hashlib.sha256()
     for one in pairs:
         digest.update(len(one.ids).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(one.ids, "<i4").tobytes())
         digest.update(np.ascontiguousarray(one.loss_mask, "<f4").tobytes())
+        if one.target is not None:
+            digest.update(int(one.target).to_bytes(8, "little"))
     return digest.hexdigest()
 
 

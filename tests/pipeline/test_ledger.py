@@ -11,6 +11,7 @@ from ledger_run import clients_of, files_of, findings, finished, lived, row_of
 
 from fedsafe_jax import whole_files
 from fedsafe_jax.cli import startup
+from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.pipeline import ledger_lines
 from fedsafe_jax.runtime import ledger
 from fedsafe_jax.whole_files import WorkdirError
@@ -179,3 +180,20 @@ def test_the_command_prints_a_line_each_and_ends_with_a_code(whole, tmp_path, ca
     with pytest.raises(SystemExit) as ended:
         startup.start("verify", [])
     assert ended.value.code == 2 and "--workdir: missing" in capsys.readouterr().err
+
+
+def test_the_hash_of_pairs_is_of_all_that_is_learned():
+    one = Encoded(np.arange(4, dtype=np.int32), np.array([0, 1, 1, 0], bool))
+    other = one._replace(ids=one.ids[::-1])
+    lists = [
+        [one],
+        [one, one],
+        [one, other],
+        [other, one],
+        [one._replace(loss_mask=one.loss_mask * np.float32(0.5))],
+        [one._replace(target=7)],
+        [one._replace(target=8)],
+        [one._replace(ids=one.ids[:2], loss_mask=one.loss_mask[:2])],
+    ]
+    assert len({ledger_lines.pairs_hash(pairs) for pairs in lists}) == len(lists)
+    assert ledger_lines.pairs_hash([one]) == ledger_lines.pairs_hash([one._replace(notes=("cut",))])
