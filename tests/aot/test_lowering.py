@@ -294,8 +294,11 @@ def test_shapes_of_attention_have_a_kernel(accelerators, name, platform):
 
 @pytest.mark.parametrize(
     "platform, attention",
-    [("cuda", x) for x in ("triton", "cudnn", "packed", "xla", "blocks")]
-    + [("tpu", x) for x in ("splash", "xla", "blocks")],
+    [("cuda", "triton"), ("cuda", "cudnn"), ("tpu", "splash"), ("tpu", "blocks")]
+    + [
+        pytest.param(*both, marks=pytest.mark.slow)
+        for both in (("cuda", "packed"), ("cuda", "xla"), ("cuda", "blocks"), ("tpu", "xla"))
+    ],
 )
 def test_attention_can_be_chosen(accelerators, platform, attention):
     run = run_on(platform, 4, config(attention=attention, model_parallel=2))

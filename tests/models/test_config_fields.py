@@ -147,7 +147,13 @@ def refused(raw):
     return None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def others_slow(families, now):
+    """All families, of which those that are not in `now` are slow."""
+    assert set(now) <= set(families)
+    return [f if f in now else pytest.param(f, marks=pytest.mark.slow) for f in families]
+
+
+@pytest.mark.parametrize("family", others_slow(FAMILIES, ("llama", "gemma3_text")))
 def test_fields_of_decoders_are_computed_ignored_as_there_or_refused(tmp_path, family):
     pytest.importorskip("torch")
     names = dict(classes())[family]
@@ -241,7 +247,7 @@ def encoder_logits(model_type, raw, tokens, folder):
         return model(torch.tensor(tokens)).logits.numpy()
 
 
-@pytest.mark.parametrize("family", encoder_hub.FAMILIES)
+@pytest.mark.parametrize("family", others_slow(encoder_hub.FAMILIES, ("bert",)))
 def test_fields_of_encoders_are_computed_ignored_as_there_or_refused(tmp_path, family):
     pytest.importorskip("torch")
     from transformers import CONFIG_MAPPING
