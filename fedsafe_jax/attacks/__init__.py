@@ -12,6 +12,7 @@ from fedsafe_jax.attacks.gcg import GCG
 from fedsafe_jax.attacks.many_shot import MANY_SHOT
 from fedsafe_jax.attacks.pair import PAIR
 from fedsafe_jax.attacks.prefill import PREFILL
+from fedsafe_jax.attacks.si_gcg import SI_GCG
 from fedsafe_jax.attacks.tap import TAP
 from fedsafe_jax.attacks.templates import TEMPLATES
 
@@ -20,6 +21,7 @@ __all__ = ["ATTACKS", "Attack", "AttackError", "AttackPrompt", "Attacked", "Sett
 ATTACKS: dict[str, Attack] = {
     "direct": DIRECT,
     "gcg": GCG,
+    "si_gcg": SI_GCG,
     "prefill": PREFILL,
     "templates": TEMPLATES,
     "completion": COMPLETION,

@@ -60,6 +60,7 @@ class Settings(NamedTuple):
         the wording of `attacker.PROMPT`.
       concurrent: replies that a chat model is asked for at once.
       score: scores of answers, by the judge whose verdicts are the headline.
+      scores: the same by each judge.
       streams: conversations that the attacker has about a request.
       iterations: prompts that it writes in each.
       branching, width, depth: prompts that a tree grows from each of its leaves, leaves that are
@@ -92,6 +93,7 @@ class Settings(NamedTuple):
     attacker_prompt: str = ""
     concurrent: int = 8
     score: Scoring | None = None
+    scores: tuple[Scoring, ...] = ()
     streams: int = 30
     iterations: int = 3
     branching: int = 4

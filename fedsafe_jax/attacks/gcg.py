@@ -175,7 +175,7 @@ class Search:
         self.queries = 0
         start = np.asarray(self._places[0].start, np.int32)
         # Sorted by loss: the suffixes that are kept, of which the first is changed next.
-        self._kept = [(float(self._score(start[None])[0]), start)]
+        self._kept = [(float(self.score(start[None])[0]), start)]
         self._best = self._kept[0]
 
     @property
@@ -184,23 +184,53 @@ class Search:
         return self._best[0]
 
     @property
+    def held_loss(self) -> float:
+        """The loss of the suffix that is changed next."""
+        return self._kept[0][0]
+
+    @property
     def messages(self) -> Messages:
         """The request with the best suffix so far."""
-        text = self._text(self._best[1])
-        return reworded(self._request.messages, self._request.prompt + (text or ""))
+        return self.messages_with(self._best[1])
+
+    def messages_with(self, ids: np.ndarray) -> Messages:
+        """Returns the request with a suffix, int32 `[length]`."""
+        return reworded(self._request.messages, self._request.prompt + (self._text(ids) or ""))
+
+    def start_from(self, others: Sequence[np.ndarray]) -> None:
+        """Begins with the suffix of the lowest loss: its own start, or one of others, int32
+        `[length]` each, that survives as text here."""
+        surviving = [ids for ids in others if self._text(ids) is not None]
+        if surviving := surviving[-self._settings.candidates :]:
+            scores = self.score(np.stack(surviving))
+            at = int(np.argmin(scores))
+            if scores[at] < self.held_loss:
+                self.move_to(float(scores[at]), surviving[at])
 
     def run(self, key: jax.Array) -> list[float]:
         """Takes all steps, and returns the loss of the suffix held, `[steps + 1]`."""
-        trace = [self._kept[0][0]]
+        trace = [self.held_loss]
         for step in range(self._settings.steps):
             self.step(jax.random.fold_in(key, step))
-            trace.append(self._kept[0][0])
+            trace.append(self.held_loss)
         return trace
 
     def step(self, key: jax.Array) -> None:
         """Takes a step: gradient, candidates, their losses, and the best of them into the buffer.
 
         Where no candidate survives as text nothing changes, and the next step draws others.
+        """
+        drawn = self.draw(key)
+        if drawn is not None:
+            candidates, scores = drawn
+            at = int(np.argmin(scores))
+            self.hold(float(scores[at]), candidates[at])
+
+    def draw(self, key: jax.Array) -> tuple[np.ndarray, np.ndarray] | None:
+        """Draws candidates by the gradient, and scores them.
+
+        Returns:
+          `(int32 [candidates, length], float32 [candidates])`; None where none survives as text.
         """
         settings, current = self._settings, self._kept[0][1]
         self.queries += self._reads
@@ -213,17 +243,23 @@ class Search:
             count=OVERDRAW * settings.candidates,
         )
         candidates = self._surviving(np.asarray(drawn), current)
-        if not len(candidates):
+        return (candidates, self.score(candidates)) if len(candidates) else None
+
+    def hold(self, loss: float, ids: np.ndarray) -> None:
+        """Puts a suffix into the buffer, of which the best one is changed next."""
+        buffer = self._settings.buffer
+        if not buffer:
+            self.move_to(loss, ids)
             return
-        scores = self._score(candidates)
-        at = int(np.argmin(scores))
-        new = float(scores[at]), candidates[at]
-        self._best = min(self._best, new, key=lambda one: one[0])
-        if not settings.buffer:
-            self._kept = [new]
-            return
-        if not any((new[1] == ids).all() for _, ids in self._kept):
-            self._kept = sorted([*self._kept, new], key=lambda one: one[0])[: settings.buffer]
+        self._best = min(self._best, (loss, ids), key=lambda one: one[0])
+        if not any((ids == other).all() for _, other in self._kept):
+            kept = sorted([*self._kept, (loss, ids)], key=lambda one: one[0])
+            self._kept = kept[:buffer]
+
+    def move_to(self, loss: float, ids: np.ndarray) -> None:
+        """Goes on from a suffix, whatever its loss, with a buffer of it alone."""
+        self._best = min(self._best, (loss, ids), key=lambda one: one[0])
+        self._kept = [(loss, ids)]
 
     def _surviving(self, drawn: np.ndarray, current: np.ndarray) -> np.ndarray:
         """Returns the first of the suffixes drawn that are new and survive as text."""
@@ -246,8 +282,12 @@ class Search:
         }
         return texts.pop() if len(texts) == 1 else None
 
-    def _score(self, candidates: np.ndarray) -> np.ndarray:
-        """Returns the losses of suffixes, float32 `[rows]`; in parts of one shape."""
+    def score(self, candidates: np.ndarray) -> np.ndarray:
+        """Returns the losses of suffixes, float32 `[rows]`, in parts of one shape.
+
+        Args:
+          candidates: int32 `[rows, length]`, at most `settings.candidates` rows.
+        """
         settings, rows = self._settings, len(candidates)
         self.queries += rows * self._reads
         part = min(settings.chunk, settings.candidates)

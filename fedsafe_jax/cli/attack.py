@@ -137,7 +137,8 @@ def main(values: flags.FlagValues) -> None:
     requests = read_requests("prompts", values.prompts, values)
     harmless = read_requests("harmless", values.harmless, values) if values.harmless else []
     targets = targets_of(requests, values.target)
-    settings = settings._replace(score=measurement.scoring(told[0]), harmless=tuple(harmless))
+    scores = tuple(map(measurement.scoring, told))
+    settings = settings._replace(score=scores[0], scores=scores, harmless=tuple(harmless))
     for name in names:
         ATTACKS[name].check_requests(settings, requests)
     use_cores(values.batch_size)
