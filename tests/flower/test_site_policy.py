@@ -80,7 +80,7 @@ def test_every_text_of_a_config_is_a_word_or_the_operators_or_refused(monkeypatc
                 start = f"{field}: the server's config names"
                 assert isinstance(error, PolicyError) and str(error).startswith(start), place
             checked += 1
-    assert checked == len(PLACES) * 32
+    assert checked == len(PLACES) * 34
 
 
 def test_a_field_that_nobody_has_thought_of_is_refused():

@@ -257,7 +257,9 @@ def test_a_run_trains_as_without_and_a_resumed_one_measures_the_same(folder, tmp
     assert rows == before and len(rows) == 2
     assert results["arms"]["fl"][HASH] == [trained]
     harm = [row.pop("attribution") for row in rows]
-    assert rows == rows_of(off)
+    # The ledger's line of a round is of this run, whose metrics it covers.
+    alike = [{k: v for k, v in row.items() if k != "ledger"} for row in (*rows, *rows_of(off))]
+    assert alike[:2] == alike[2:]
     assert [h["clients"] for h in harm] == [sorted(row["clients"]) for row in rows]
     assert all(h["prompts"] == 2 and min(h["divergence"]) > 0 for h in harm)
     signals = results["attribution"]["fl"]["signals"]
