@@ -50,7 +50,7 @@ def _verify(workdir: epath.Path, heads: bool) -> bool:
     known = ledger_check.chains(rows)
     rounds, kept = sum(len(c.rounds) for c in known), len(ledger_check.checkpoints(workdir, rows))
     checked = f"{len(known)} chains, {rounds} rounds, {kept} checkpoints"
-    verdict = f"{count} findings" if count else "matches its ledger"
+    verdict = f"{count} finding(s)" if count else "matches its ledger"
     print(f"{workdir}: {verdict}; {checked}")
     return not count
 

@@ -129,7 +129,8 @@ def config_record(config: ml_collections.ConfigDict) -> ConfigRecord:
     # Principles, say, travel only to where flagged answers are revised.
     sent["cai"] = {k: whole["cai"][k] for k in ACTIONS[config.filter.action].reads}
     # Safe LoRA is the server's step, on models that lie there, and so are questions to its model.
-    at_server = ("unaligned", "attribution")
+    # Whom it leaves out is nothing that other sites need to know.
+    at_server = ("unaligned", "attribution", "exclude")
     sent["federated"] = {k: v for k, v in whole["federated"].items() if k not in at_server}
     sent["eval"] = {k: v for k, v in whole["eval"].items() if k in SENT_OF_EVAL}
     if any(":" in spec for spec in config.eval.judges):

@@ -60,4 +60,4 @@ def test_checkpoints_and_ledger_know_each_other(kept, tmp_path, capsys, damage):
         wanted = "ledger.jsonl: fl seed 0 has no line of round 2, whose checkpoint is there"
     code, out = verify(workdir, capsys)
     assert code == 1 and out.splitlines()[0].startswith(wanted)
-    assert out.splitlines()[1].startswith(f"{workdir}: 1 findings; 2 chains")
+    assert out.splitlines()[1].startswith(f"{workdir}: 1 finding(s); 2 chains")
