@@ -222,8 +222,9 @@ def _of_outcome(workdir: epath.Path, chain: Chain) -> Iterator[str]:
 
 def _of_checkpoints(workdir: epath.Path, chain: Chain) -> Iterator[str]:
     """Says which checkpoints the ledger does not reach; their content is `adapters`' to check."""
+    known = {line["round"] for line in chain.rounds}
     for done in _checkpoints(workdir, chain):
-        if done > len(chain.rounds):
+        if done - 1 not in known:
             where = f"round {done - 1}, whose checkpoint is there"
             yield f"{ledger.NAME}: {chain.name} has no line of {where}"
 
@@ -237,12 +238,12 @@ def _checkpoints(workdir: epath.Path, chain: Chain) -> list[int]:
 
 def checkpoints(workdir: epath.Path, rows: list[dict]) -> list[tuple[Chain, int, str]]:
     """Returns `(chain, rounds done, hash of its adapter)` of each checkpoint that has a line."""
-    return [
-        (chain, done, chain.rounds[done - 1].get("after", ""))
-        for chain in chains(rows)
-        for done in _checkpoints(workdir, chain)
-        if done <= len(chain.rounds)
-    ]
+    found = []
+    for chain in chains(rows):
+        given = {line["round"] + 1: line.get("after", "") for line in chain.rounds}
+        kept = _checkpoints(workdir, chain)
+        found += [(chain, done, given[done]) for done in kept if done in given]
+    return found
 
 
 def _of_results(workdir: epath.Path, rows: list[dict], known: list[Chain]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from fedsafe_jax import whole_files
 from fedsafe_jax.cli import startup
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.pipeline import ledger_lines
-from fedsafe_jax.runtime import ledger, run_files
+from fedsafe_jax.runtime import checkpoint, ledger, ledger_check, run_files
 from fedsafe_jax.whole_files import WorkdirError
 
 
@@ -82,6 +82,12 @@ def test_a_field_of_another_kind_is_a_finding_and_no_crash(whole, tmp_path, valu
         run_files.write_json(workdir / "results.json", results)
         assert any("results.json: " in said for said in findings(workdir)), field
         place[field] = kept
+
+
+def test_a_missing_line_shifts_no_checkpoint(whole, monkeypatch):
+    monkeypatch.setattr(checkpoint, "rounds_of", lambda folder: [1, 2, 3])
+    left = ledger_check.checkpoints(whole, ledger.read(whole)[1:4])
+    assert [found[1:] for found in left] == [(2, "adapter2"), (3, "adapter3")]
 
 
 def test_a_cut_tail_is_found_wherever_it_was_cut(whole, tmp_path):
