@@ -147,7 +147,7 @@ def _attribution(config: ConfigDict) -> str:
 
 
 def _unlearning(config: ConfigDict) -> str:
-    """Returns who is left out, and whose rounds are taken over; "" where nobody is.
+    """Returns the clients left out, and whose rounds are taken over; "" without any.
 
     Raises:
       WorkdirError: `federated.replay` is not that run.
