@@ -84,7 +84,7 @@ def run(
     folder = epath.Path(workdir)
     multihost.first(lambda: own_folder.claim_workdir(folder))
     config = config.copy_and_resolve_references()
-    config.date = run_date.date_of(epath.Path(config.federated.replay or folder), config.date)
+    config.date = run_date.date_of(folder, config.date, config.federated.replay)
     # Before the model loads: whether the folder can be written to, and no other run does.
     multihost.first(lambda: run_files.check_config(folder, config.to_dict()))
     with owned(folder) as owner:

@@ -82,3 +82,12 @@ def test_holding_alone_or_on_nothing_is_refused():
     config.cai.losses, config.cai.weights, config.cai.replay_examples = ("kl",), (1.0,), 8
     with pytest.raises(ConfigError, match="'kl' keeps the model what it is; add a loss"):
         validate(config)
+
+
+@pytest.mark.parametrize("word", ["", "  "])
+def test_a_refusal_word_of_blanks_is_refused(word):
+    """It has no token that harmful answers could turn to."""
+    config = default_config()
+    config.cai.refusal_word = word
+    with pytest.raises(ConfigError, match=f"cai.refusal_word='{word}': expected a word"):
+        validate(config)

@@ -50,7 +50,7 @@ def _verify(workdir: epath.Path, heads: bool) -> bool:
     known = ledger_check.chains(rows)
     rounds, kept = sum(len(c.rounds) for c in known), len(ledger_check.checkpoints(workdir, rows))
     checked = f"{len(known)} chains, {rounds} rounds, {kept} checkpoints"
-    verdict = f"{count} findings" if count else "matches its ledger"
+    verdict = f"{count} finding(s)" if count else "matches its ledger"
     print(f"{workdir}: {verdict}; {checked}")
     return not count
 
@@ -60,6 +60,7 @@ def _adapters(workdir: epath.Path, rows: list[dict]) -> list[str]:
     from fedsafe_jax.cli.export import Saved
     from fedsafe_jax.models.adapter_hash import adapter_hash
     from fedsafe_jax.runtime import ledger_check
+    from fedsafe_jax.validation import input_errors
 
     wrong: list[str] = []
     saved: dict[tuple[str, int], Saved] = {}
@@ -73,7 +74,7 @@ def _adapters(workdir: epath.Path, rows: list[dict]) -> list[str]:
                 factors = one.client_factors(done, one.config.eval.client)
             else:
                 factors = one.factors(done)
-        except UsageError as error:
+        except (UsageError, *input_errors()) as error:  # also a base model that is not here
             wrong.append(f"{name}: cannot be read ({error})")
             continue
         if adapter_hash(factors) != after:

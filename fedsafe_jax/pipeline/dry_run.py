@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from fedsafe_jax.cai.revise import DATA, parse_check
@@ -17,12 +18,14 @@ from fedsafe_jax.models import hub, lora
 from fedsafe_jax.models.decoder import DecoderConfig, num_parameters, param_shapes
 from fedsafe_jax.models.known import KNOWN
 from fedsafe_jax.models.quantize import num_bytes, quantize_params
+from fedsafe_jax.pipeline import replay
 from fedsafe_jax.pipeline.arms import any_filter, arms_of
 from fedsafe_jax.pipeline.evaluation import chosen_sets
 from fedsafe_jax.pipeline.inputs import deal
 from fedsafe_jax.pipeline.pools import read_client_pools
 from fedsafe_jax.pipeline.read_files import sources_of
 from fedsafe_jax.pipeline.refusal_probe import PROBE_TOKENS
+from fedsafe_jax.runtime import run_date
 
 
 def _decoder_config(name: str, dtype: str) -> DecoderConfig:
@@ -143,6 +146,24 @@ def _attribution(config: ConfigDict) -> str:
     )
 
 
+def _unlearning(config: ConfigDict) -> str:
+    """Returns the clients left out, and whose rounds are taken over; "" without any.
+
+    Raises:
+      WorkdirError: `federated.replay` is not that run.
+    """
+    f = config.federated
+    if not f.exclude:
+        return ""
+    said = f"without client(s) {', '.join(map(str, f.exclude))}"
+    if not f.replay:
+        return f"{said}; all rounds are repeated"
+    real = config.copy_and_resolve_references()
+    real.dry_run, real.date = False, run_date.date_of(epath.Path(f.replay), config.date)
+    replay.check(real)
+    return f"{said}; rounds before one of them was drawn are taken from {f.replay}"
+
+
 def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
@@ -220,6 +241,7 @@ def describe(config: ConfigDict) -> str:
         f"CAI a round      {config.cai.schedule}: {_cai_data(config)}, {config.cai.steps} steps of "
         f"{' + '.join(config.cai.losses)}",
         *([f"own answers      {own}"] if (own := _own_answers(config)) else []),
+        *([f"unlearning       {gone}"] if (gone := _unlearning(config)) else []),
         *([f"attribution      {asked}"] if (asked := _attribution(config)) else []),
         f"evaluation       {', '.join(sets)}, {c.max_prompts or 'all'} prompts each; answers of <= "
         f"{c.max_new_tokens} tokens to {', '.join(n for n, s in sets.items() if s.task.generates)}",

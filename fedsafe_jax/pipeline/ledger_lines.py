@@ -22,8 +22,9 @@ def pairs_hash(pairs: Sequence[Encoded]) -> str:
         digest.update(len(one.ids).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(one.ids, "<i4").tobytes())
         digest.update(np.ascontiguousarray(one.loss_mask, "<f4").tobytes())
-        if one.target is not None:
-            digest.update(int(one.target).to_bytes(8, "little"))
+        # Always as many bytes, so that no two lists of pairs are the same ones.
+        target = -1 if one.target is None else int(one.target)
+        digest.update(target.to_bytes(8, "little", signed=True))
     return digest.hexdigest()
 
 

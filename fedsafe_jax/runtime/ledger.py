@@ -53,6 +53,14 @@ def line_hash(row: dict) -> str:
     return of_bytes(whole_files.to_json(row))
 
 
+def is_whole(row: dict) -> bool:
+    """Tells whether what a line holds by name, such as hashes by client, is there by name."""
+    clients = row.get("clients", {})
+    held = [clients, row.get("updates", {}), row.get("export", {})]
+    held += clients.values() if isinstance(clients, dict) else ()
+    return all(isinstance(one, dict) for one in held)
+
+
 def read(workdir: epath.Path) -> list[dict]:
     """Returns the lines of a run's ledger, in the order of the file; [] without one.
 
@@ -80,6 +88,24 @@ def heads(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
     return ends
 
 
+def named(heads: Any) -> dict[tuple[str, str], tuple[int, str]] | None:
+    """Reads what `heads` has returned from a file.
+
+    Returns:
+      Number of lines and hash of the last one by `(arm, seed)`; None where it is damaged.
+    """
+    try:
+        named = {
+            (arm, seed): (end["lines"], end["sha256"])
+            for arm, seeds in heads.items()
+            for seed, end in seeds.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        return None
+    counts = [count for count, _ in named.values()]
+    return named if all(isinstance(n, int) and n >= 1 for n in counts) else None
+
+
 def faults(chain: list[dict]) -> Iterator[str]:
     """Yields what does not hold together in the lines of one arm and seed, a text each."""
     previous, adapter = "", None
@@ -92,6 +118,9 @@ def faults(chain: list[dict]) -> Iterator[str]:
             yield f"{where}: the line before it is not the one that it was written behind"
         if adapter is not None and row.get("before") != adapter:
             yield f"{where}: began with another adapter than the round before it gave"
+        if not is_whole(row):
+            yield f"{where}: damaged"
+            return
         previous, adapter = line_hash(row), row.get("after")
     for what in ("pairs", "kept", "filter"):
         seen: dict[str, str] = {}

@@ -67,7 +67,14 @@ def read(workdir: epath.Path) -> tuple[list[dict], list[str]]:
             f"{workdir / ledger.NAME}: not there; give the folder of a run, which writes it from "
             "its first round on."
         )
-    return _rows(content, ledger.NAME)
+    rows, wrong = _rows(content, ledger.NAME)
+    for row in rows:
+        if not ledger.is_whole(row):
+            wrong.append(
+                f"{ledger.NAME}: {row['arm']} seed {row['seed']}: line of round {row['round']}: "
+                "damaged"
+            )
+    return list(filter(ledger.is_whole, rows)), wrong
 
 
 def findings(workdir: epath.Path, rows: list[dict]) -> Iterator[str]:
@@ -215,8 +222,9 @@ def _of_outcome(workdir: epath.Path, chain: Chain) -> Iterator[str]:
 
 def _of_checkpoints(workdir: epath.Path, chain: Chain) -> Iterator[str]:
     """Says which checkpoints the ledger does not reach; their content is `adapters`' to check."""
+    known = {line["round"] for line in chain.rounds}
     for done in _checkpoints(workdir, chain):
-        if done > len(chain.rounds):
+        if done - 1 not in known:
             where = f"round {done - 1}, whose checkpoint is there"
             yield f"{ledger.NAME}: {chain.name} has no line of {where}"
 
@@ -230,12 +238,12 @@ def _checkpoints(workdir: epath.Path, chain: Chain) -> list[int]:
 
 def checkpoints(workdir: epath.Path, rows: list[dict]) -> list[tuple[Chain, int, str]]:
     """Returns `(chain, rounds done, hash of its adapter)` of each checkpoint that has a line."""
-    return [
-        (chain, done, chain.rounds[done - 1].get("after", ""))
-        for chain in chains(rows)
-        for done in _checkpoints(workdir, chain)
-        if done <= len(chain.rounds)
-    ]
+    found = []
+    for chain in chains(rows):
+        given = {line["round"] + 1: line.get("after", "") for line in chain.rounds}
+        kept = _checkpoints(workdir, chain)
+        found += [(chain, done, given[done]) for done in kept if done in given]
+    return found
 
 
 def _of_results(workdir: epath.Path, rows: list[dict], known: list[Chain]) -> Iterator[str]:
@@ -247,19 +255,23 @@ def _of_results(workdir: epath.Path, rows: list[dict], known: list[Chain]) -> It
         if results is None and any(chain.export for chain in known):
             yield f"{name}: not there"
         return
-    said = results.get(ledger.KEY, {})
+    said = results.get(ledger.KEY)
+    said = said if isinstance(said, dict) else {}
     if said.get("results") != ledger.of_results(results):
         yield f"{name}: has changed"
     lines = {(arm, str(seed)): chain for (arm, seed), chain in ledger.by_arm(rows).items()}
-    named = {(a, seed): end for a, of in said.get("heads", {}).items() for seed, end in of.items()}
-    for (arm, seed), end in named.items():
-        chain, count = lines.get((arm, seed), []), end.get("lines", 0)
+    named = ledger.named(said.get("heads"))
+    if named is None:
+        yield f"{name}: what it says of the ends of the ledger is damaged"
+        return
+    for (arm, seed), (count, end) in named.items():
+        chain = lines.get((arm, seed), [])
         if len(chain) < count:
             yield (
                 f"{ledger.NAME}: {arm} seed {seed} has {len(chain)} lines, {name} was written "
                 f"behind {count}"
             )
-        elif count < 1 or ledger.line_hash(chain[count - 1]) != end.get("sha256"):
+        elif ledger.line_hash(chain[count - 1]) != end:
             yield f"{ledger.NAME}: {arm} seed {seed} does not lead to the line that {name} names"
     for arm, seed in sorted(lines.keys() - named.keys()):
         yield f"{name}: says nothing of {arm} seed {seed}"

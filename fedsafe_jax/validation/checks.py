@@ -137,6 +137,11 @@ def _validate_cai(c: ml_collections.ConfigDict) -> None:
     if spec := parse_check(c.check).refusal:
         _check_judge("cai.check", spec, others="; or 'filter', 'start+filter', 'none'")
     _check_judge("cai.probe_judge", c.probe_judge)
+    if not c.refusal_word.strip():
+        raise ConfigError(
+            f"cai.refusal_word='{c.refusal_word}': expected a word, such as ' Sorry': its first "
+            "token is what harmful answers turn to."
+        )
     if c.revise == "wrong" and c.check == "none":
         raise ConfigError("cai.revise='wrong': cai.check='none' finds nothing wrong; use 'start'.")
     if c.replace_dropped and c.check == "none":

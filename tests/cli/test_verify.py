@@ -60,4 +60,14 @@ def test_checkpoints_and_ledger_know_each_other(kept, tmp_path, capsys, damage):
         wanted = "ledger.jsonl: fl seed 0 has no line of round 2, whose checkpoint is there"
     code, out = verify(workdir, capsys)
     assert code == 1 and out.splitlines()[0].startswith(wanted)
-    assert out.splitlines()[1].startswith(f"{workdir}: 1 findings; 2 chains")
+    assert out.splitlines()[1].startswith(f"{workdir}: 1 finding(s); 2 chains")
+
+
+def test_without_the_base_model_the_rest_is_checked(kept, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(kept, workdir)
+    config = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(config.replace("package:model", "/gone/model"))
+    code, out = verify(workdir, capsys)
+    assert code == 1 and out.startswith("config.json: ")
+    assert "checkpoints: fl seed 0 round 3: cannot be read (model '/gone/model'" in out

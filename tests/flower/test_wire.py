@@ -24,6 +24,7 @@ STAYS = {
     "data_dir": "/MARKER/data",
     "federated.unaligned": "MARKER",
     "federated.attribution": 16,
+    "federated.exclude": (3,),
 }
 
 

@@ -13,7 +13,7 @@ from fedsafe_jax import whole_files
 from fedsafe_jax.cli import startup
 from fedsafe_jax.data.chat import Encoded
 from fedsafe_jax.pipeline import ledger_lines
-from fedsafe_jax.runtime import ledger
+from fedsafe_jax.runtime import checkpoint, ledger, ledger_check, run_files
 from fedsafe_jax.whole_files import WorkdirError
 
 
@@ -58,6 +58,36 @@ def test_each_flipped_byte_is_found(whole, tmp_path):
             assert findings(workdir), (name, place)
         (workdir / name).write_bytes(content)
     assert findings(workdir) == []
+
+
+@pytest.mark.parametrize("value", [None, [1], {"0": 7}, 7, "x"])
+def test_a_field_of_another_kind_is_a_finding_and_no_crash(whole, tmp_path, value):
+    """What another program may have written: each line as this project would write it."""
+    workdir = epath.Path(tmp_path) / "copy"
+    shutil.copytree(whole, workdir)
+    for number, field in ((1, "clients"), (1, "updates"), (8, "export")):
+        rows = ledger.read(whole)
+        rows[number][field] = value
+        (workdir / ledger.NAME).write_bytes(whole_files.to_json_lines(rows))
+        assert findings(workdir), field
+        if field == "clients":
+            chain = ledger.ArmLedger(workdir, rows[1]["arm"], 0)
+            with pytest.raises(WorkdirError, match="line of round 1: damaged"):
+                chain.go_on(3, "adapter3")
+    shutil.copy(whole / ledger.NAME, workdir / ledger.NAME)
+    results = json.loads((whole / "results.json").read_text())
+    arm = results["ledger"]["heads"]["fl+filter+cai"]
+    for place, field in ((results, "ledger"), (results["ledger"], "heads"), (arm, "0")):
+        kept, place[field] = place[field], value
+        run_files.write_json(workdir / "results.json", results)
+        assert any("results.json: " in said for said in findings(workdir)), field
+        place[field] = kept
+
+
+def test_a_missing_line_shifts_no_checkpoint(whole, monkeypatch):
+    monkeypatch.setattr(checkpoint, "rounds_of", lambda folder: [1, 2, 3])
+    left = ledger_check.checkpoints(whole, ledger.read(whole)[1:4])
+    assert [found[1:] for found in left] == [(2, "adapter2"), (3, "adapter3")]
 
 
 def test_a_cut_tail_is_found_wherever_it_was_cut(whole, tmp_path):

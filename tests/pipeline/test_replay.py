@@ -11,7 +11,7 @@ from ledger_run import ROUNDS, clients_of, files_of, findings, lived, row_of
 from fedsafe_jax.config import ConfigError
 from fedsafe_jax.federated.algorithms import ServerState
 from fedsafe_jax.federated.simulation import FederatedState
-from fedsafe_jax.pipeline import ledger_lines, replay
+from fedsafe_jax.pipeline import dry_run, ledger_lines, replay
 from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.runtime import checkpoint, fingerprints, run_files
 from fedsafe_jax.validation import validate
@@ -116,3 +116,14 @@ def test_a_replay_without_an_excluded_client_is_refused():
     _, c = files_of("x", **{"federated.replay": "runs/first"})
     with pytest.raises(ConfigError, match="federated.replay='runs/first' without exclude"):
         validate(c)
+
+
+def test_a_dry_run_checks_the_first_run_and_says_which_it_is(original):
+    _, c = files_of(original, **{"federated.exclude": (1,)})
+    c.dry_run, c.date = True, ""
+    assert dry_run._unlearning(c) == "without client(s) 1; all rounds are repeated"
+    c.federated.replay = str(original)
+    assert dry_run._unlearning(c).endswith(f"are taken from {original}")
+    c.rounds += 1
+    with pytest.raises(WorkdirError, match=f"is a run with rounds={ROUNDS}, this command has"):
+        dry_run._unlearning(c)
