@@ -52,7 +52,11 @@ class ArmLines:
           rounds_done: rounds that are done.
           adapter: hash of the adapter after them.
         """
-        multihost.first(lambda: self._ledger.go_on(rounds_done, adapter))
+        multihost.first(
+            lambda: self._ledger.go_on(
+                rounds_done, adapter, held=lambda client: self._held(int(client))
+            )
+        )
         self._adapter = adapter
 
     def add_round(

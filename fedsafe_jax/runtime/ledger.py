@@ -11,7 +11,7 @@ Seconds are in no hash: two runs that did the same have the same ledger.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -130,6 +130,20 @@ def faults(chain: list[dict]) -> Iterator[str]:
                     yield f"line of round {row['round']}: {what} of client {client} have changed"
 
 
+def _other_pairs(chain: Iterable[dict], held: Callable[[str], dict]) -> str:
+    """Says which client holds something else than the lines of a chain say; "" for none."""
+    for row in chain:
+        for client, then in row.get("clients", {}).items():
+            now = held(client)
+            other = [what for what in then if what in now and now[what] != then[what]]
+            if other:
+                return (
+                    f"{other[0]} of client {client} are others than in round {row['round'] + 1}, "
+                    "as after a change of the data, or of the version that encodes them"
+                )
+    return ""
+
+
 class ArmLedger:
     """The chain of one arm and seed; in other processes than the first it does nothing.
 
@@ -144,7 +158,9 @@ class ArmLedger:
         self._arm, self._seed = arm, seed
         self._previous = ""
 
-    def go_on(self, rounds_done: int, adapter: str) -> None:
+    def go_on(
+        self, rounds_done: int, adapter: str, held: Callable[[str], dict] | None = None
+    ) -> None:
         """Takes up the chain behind the last round that is done.
 
         Lines of later rounds are those of rounds that will be repeated.
@@ -152,9 +168,11 @@ class ArmLedger:
         Args:
           rounds_done: rounds of the checkpoint that the run goes on from; 0 for none.
           adapter: hash of the adapter in it, "" where none is trained.
+          held: gives the hashes of what a client holds now, which is to be what it held; None
+            where nobody will learn from it.
 
         Raises:
-          WorkdirError: the ledger does not lead to that checkpoint.
+          WorkdirError: the ledger does not lead to that checkpoint, or clients hold other pairs.
           StorageError: the storage does not give it.
         """
         self._previous = ""
@@ -167,6 +185,8 @@ class ArmLedger:
             problem = f"it ends after {len(mine)} of {rounds_done} rounds"
         if not problem and adapter and mine[-1].get("after") != adapter:
             problem = "its last line is of another adapter than the newest checkpoint"
+        if not problem and held is not None:
+            problem = _other_pairs(mine, held)
         if problem:
             raise WorkdirError(
                 f"{self._path}, {self._arm} seed {self._seed}: {problem}, so nothing can be "
