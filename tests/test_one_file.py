@@ -101,11 +101,13 @@ def test_the_task_is_in_the_results_under_a_name_for_each_source(workdir):
 
 def test_the_task_is_in_the_report_the_figures_and_the_card(workdir):
     report = (workdir / "report.html").read_text()
-    # Twice in the table of the arms, and twice in that of their differences.
-    assert report.count("said something % \u2191") == 4 and "toy prompts" in report
+    # Once in the table of the arms, and once in that of their differences, told apart by name.
+    for name in ("toy", "toy_2"):
+        assert report.count(f"said something ({name}) % \u2191") == 2
+    assert "toy prompts" in report
     assert (workdir / "figures/toy_by_round.png").is_file()
     card = (workdir / "export/adapter/README.md").read_text()
-    assert card.count("| said something, % |") == 2
+    assert "| said something (toy), % |" in card and "| said something (toy_2), % |" in card
 
 
 def test_the_task_is_in_the_printed_table(workdir, capsys):
