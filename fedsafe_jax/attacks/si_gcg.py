@@ -66,8 +66,8 @@ def attack(
             f"loss {led.losses[-1][0]:.3f} to {led.losses[-1][-1]:.3f}"
         )
     return Attacked(
-        [[AttackPrompt(messages)] for messages in led.found],
-        losses=np.asarray(led.losses, np.float32).reshape(len(led.found), settings.steps + 1),
+        [[AttackPrompt(messages)] for messages in led.prompts],
+        losses=np.asarray(led.losses, np.float32).reshape(len(led.prompts), settings.steps + 1),
         queries=np.asarray(led.queries, np.int64),
         counts={"pooled": len(led.pool), "ended": led.ended, "unjudged": led.unjudged},
     )
@@ -83,7 +83,7 @@ class _Led:
 
     Attributes:
       pool: suffixes, int32 `[length]`, of which all samples succeeded.
-      found, losses, queries: by request, see `Attacked`.
+      prompts, losses, queries: by request, see `Attacked`.
       ended: searches that ended early.
       unjudged: answers that a judge could not tell.
     """
@@ -95,7 +95,7 @@ class _Led:
             [suffixes.allowed_tokens(lm.tokenizer, lm.config.vocab_size) for lm in models]
         )
         self.pool: list[np.ndarray] = []
-        self.found: list[Messages] = []
+        self.prompts: list[Messages] = []
         self.losses: list[list[float]] = []
         self.queries: list[int] = []
         self.ended = self.unjudged = 0
@@ -136,7 +136,7 @@ class _Led:
                         one = self._under(request, left.pop(0))
                         one.move_to(float(one.score(ids[None])[0]), ids)
             trace.append(one.held_loss)
-        self.found.append(one.messages if best is None else best[1])
+        self.prompts.append(one.messages if best is None else best[1])
         self.losses.append(trace)
         self.queries.append(queries + one.queries + asked)
 
