@@ -238,12 +238,12 @@ def _checkpoints(workdir: epath.Path, chain: Chain) -> list[int]:
 
 def checkpoints(workdir: epath.Path, rows: list[dict]) -> list[tuple[Chain, int, str]]:
     """Returns `(chain, rounds done, hash of its adapter)` of each checkpoint that has a line."""
-    pairs = []
+    covered = []
     for chain in chains(rows):
         given = {line["round"] + 1: line.get("after", "") for line in chain.rounds}
         kept = _checkpoints(workdir, chain)
-        pairs += [(chain, done, given[done]) for done in kept if done in given]
-    return pairs
+        covered += [(chain, done, given[done]) for done in kept if done in given]
+    return covered
 
 
 def _of_results(workdir: epath.Path, rows: list[dict], known: list[Chain]) -> Iterator[str]:
