@@ -2,9 +2,10 @@
 
     python benchmarks/gcg.py --model=FOLDER --peer=PYTHON --candidates=64
 
-PYTHON is one with nanogcg, see `torch_gcg.py`. Both sides have the same request, target, first
-suffix, sizes and threads, and float32. Runs alternate, so that noise on a shared machine meets
-both; compilation, and the peer's first step, are apart. The last line is a JSON object of medians.
+PYTHON is one with nanogcg, see `torch_gcg.py`. Both sides have the same request, target, sizes and
+threads, and float32; each begins with its own first suffix, of 20 tokens, and only this side checks
+that candidates survive as text. Runs alternate, so that noise on a shared machine meets both;
+compilation, and the peer's first step, are apart. The last line is a JSON object of medians.
 """
 
 import json
@@ -62,7 +63,6 @@ def main(_):
             place.ids_after,
             gcg.target_ids(lm, request.messages, TARGET, settings.target_tokens),
         ],
-        "start": lm.tokenizer.decode(place.start),
         "ids": ids.tolist(),
         "steps": _STEPS.value,
         "candidates": settings.candidates,

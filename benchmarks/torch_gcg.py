@@ -48,11 +48,11 @@ def main(given: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(given["model"], torch_dtype=torch.float32)
     config = nanogcg.GCGConfig(
         num_steps=given["steps"] + 1,  # the first one warms up
-        optim_str_init=given["start"],
         search_width=given["candidates"],
         batch_size=given["chunk"],
         topk=given["top_k"],
         buffer_size=given["buffer"],
+        filter_ids=False,  # as many are scored, whatever the tokenizer makes of them
         seed=0,
         verbosity="ERROR",
     )
