@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsafe_jax.config import default_config
-from fedsafe_jax.pipeline.attribution import SIGNALS
+from fedsafe_jax.pipeline.harm_by_client import SIGNALS
 
 # Fields of `config.attack`.
 ATTACKERS = {

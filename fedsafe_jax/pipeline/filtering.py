@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,14 +10,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedsafe_jax.cai import forms
-from fedsafe_jax.cai.constitution import Constitution
-from fedsafe_jax.cai.revise import Rules, Threads, revise
 from fedsafe_jax.data.examples import UNSAFE, Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.evals.judges import Tools
-from fedsafe_jax.filters import cache, quality, requests, rewriting, store
-from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, NewAnswer, WriteAnswers, apply
+from fedsafe_jax.filters import cache, quality, requests, store
+from fedsafe_jax.filters.actions import ACTIONS, FilteredPairs, apply
 from fedsafe_jax.filters.decision import AT_BOUND, flag
 from fedsafe_jax.filters.kinds import (
     FILTER_KINDS,
@@ -27,18 +23,15 @@ from fedsafe_jax.filters.kinds import (
     FilterSpec,
     LoadModel,
 )
-from fedsafe_jax.filters.pairs import Refuses, hard_negatives
+from fedsafe_jax.filters.pairs import hard_negatives
 from fedsafe_jax.filters.training import Trained, TrainingOptions
-from fedsafe_jax.guarding import guardian
-from fedsafe_jax.inference.chat_session import ChatSession
 from fedsafe_jax.inference.language_model import LanguageModel
 from fedsafe_jax.inference.pretrained import load_pretrained
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.sharding import one_copy
 from fedsafe_jax.pipeline.clients import Clients, describe_encoding, encode, learned
-from fedsafe_jax.pipeline.evaluation import judge_tools
 from fedsafe_jax.pipeline.inputs import RunInputs
-from fedsafe_jax.random_streams import Purpose
+from fedsafe_jax.pipeline.new_answers import answer_writer
 from fedsafe_jax.runtime import multihost
 from fedsafe_jax.runtime.progress import Progress
 
@@ -317,89 +310,12 @@ def apply_action(
     """
     action, write_answers = config.filter.action, None
     if ACTIONS[action].needs_answers:
-        write_answers = answer_writer(config, inputs, verdicts, seed)
+        write_answers = answer_writer(
+            config, inputs, verdicts.make_filter, threshold=verdicts.threshold, seed=seed
+        )
     stops = np.cumsum([len(examples) for examples in pairs])
     by_client = np.split(verdicts.probability, stops[:-1])
     return [
         apply(action, examples, probability, verdicts.threshold, write_answers)
         for examples, probability in zip(pairs, by_client, strict=True)
     ]
-
-
-def answer_writer(
-    config: ConfigDict, inputs: RunInputs, verdicts: Verdicts, seed: int
-) -> WriteAnswers:
-    """Returns the function that writes new answers for flagged pairs.
-
-    A guardian writes them itself. Else the frozen base model criticises and revises the answer of
-    each pair towards a refusal, as in Constitutional AI, or with `filter.rewrite="debias"` writes
-    it anew without harm, see `filters.rewriting`.
-    """
-    if FILTER_KINDS[config.filter.kind].writes_answers:
-        write = functools.partial(guardian.replies, verdicts.make_filter())
-        return lambda pairs: [NewAnswer(text) for text in write(pairs)]
-    base = dataclasses.replace(inputs.lm, adapter=None)
-    max_new_tokens = config.cai.max_new_tokens
-    refuses = judges.refuses(config.filter.judge, judge_tools(config))
-    if config.filter.rewrite == rewriting.DEBIAS:
-        safety_filter = verdicts.make_filter()
-        return functools.partial(
-            rewriting.new_answers,
-            base,
-            instruction=rewriting.load_instruction(config.filter.instruction),
-            # What is accepted is trained on, which must be the same everywhere.
-            risk=lambda pairs: multihost.broadcast(safety_filter.score(pairs)),
-            refuses=refuses,
-            threshold=verdicts.threshold,
-            max_new_tokens=max_new_tokens,
-        )
-    revise_all = functools.partial(
-        revise_answers,
-        base,
-        inputs.constitution,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        refuses=refuses,
-    )
-    return lambda pairs: [NewAnswer(text) for text in revise_all(pairs)]
-
-
-def revise_answers(
-    lm: LanguageModel,
-    constitution: Constitution,
-    pairs: Sequence[Example],
-    max_new_tokens: int,
-    seed: int,
-    refuses: Refuses,
-) -> list[str]:
-    """Revises the pairs' answers by a model; "" where a revision is of no use.
-
-    Args:
-      lm: model that criticises and revises.
-      constitution: principles of the revision.
-      pairs: pairs to revise, all of them flagged.
-      max_new_tokens: most tokens of a critique or revision.
-      seed: seed of the principles drawn.
-      refuses: judge of refusal, by which a new answer is accepted.
-    """
-    session = ChatSession(lm)
-
-    def given_answers(threads: Threads, call: int) -> tuple[list[str], np.ndarray]:
-        del threads, call
-        return [p.response for p in pairs], np.ones(len(pairs), bool)
-
-    def reviser(threads: Threads, call: int) -> tuple[list[str], np.ndarray]:
-        del call
-        dialogues = [forms.as_chat(thread) for thread in threads]
-        return session.answer_dialogues(dialogues, max_new_tokens, truncate=True)
-
-    records = revise(
-        [p.messages for p in pairs],
-        constitution,
-        given_answers,
-        reviser=reviser,
-        seed=(seed,),
-        purpose=Purpose.FILTER_PRINCIPLES,
-        rules=Rules([True] * len(pairs), refuses),
-    )
-    return ["" if r.dropped else r.revision for r in records]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from fedsafe_jax.evals import calibration, comparison, two_sides
 from fedsafe_jax.evals.task import HELDOUT
-from fedsafe_jax.pipeline import attribution, evaluation, rounds
+from fedsafe_jax.pipeline import evaluation, harm_by_client, rounds
 from fedsafe_jax.pipeline.arms import planned_arms, references
 from fedsafe_jax.pipeline.clients import Holdings
 from fedsafe_jax.pipeline.inputs import RunInputs
@@ -53,7 +53,7 @@ def write(
     results = summarise(config, inputs, outcomes, filter_quality=filter_quality, holdings=holdings)
     if config.federated.attribution:
         lines = run_files.read_lines(workdir / "metrics.jsonl", run_files.OF_A_ROUND)
-        results["attribution"] = attribution.summarise(lines)
+        results["attribution"] = harm_by_client.summarise(lines)
     results["inputs"] = {"model": config.model, "sha256": fingerprints.hashes(workdir)}
     results["seconds"] = {"this_process": time.monotonic() - started}
     results["made_by"] = provenance.describe()

@@ -1,5 +1,6 @@
 """Every program of a run, lowered for GPUs and TPUs: its kernels, base products, and precision."""
 
+import functools
 import math
 import re
 
@@ -23,6 +24,8 @@ from fedsafe_jax.aot.filter_programs import filters
 from fedsafe_jax.aot.program import PROJECTION_NAMES
 from fedsafe_jax.aot.programs import constitutional, federated, generation
 from fedsafe_jax.cli.compile import PROGRAMS
+from fedsafe_jax.data import packing
+from fedsafe_jax.evals.tasks import divergence
 from fedsafe_jax.federated.aggregation import AGGREGATORS
 from fedsafe_jax.guarding import blocks
 from fedsafe_jax.inference import decoding
@@ -38,6 +41,7 @@ COMMUNICATION = re.compile(
     r"(?:stablehlo|sdy)\.(?:all_reduce|all_gather|reduce_scatter|all_to_all|collective_\w+)"
 )
 LADDERS = row_queue.LADDERS
+BATCH = packing.Batch._fields
 # Platforms, devices and model_parallel. The slow ones differ from the others in one of the three.
 LAYOUTS = [
     ("cuda", 4, 2),
@@ -256,6 +260,31 @@ def test_the_blocks_of_a_search_lower(accelerators, platform, count, model_paral
         function=blocks.take_program(run.model, decode.mesh), arguments=(state.cache, lengths)
     )
     assert not COMMUNICATION.search(text_of(copy, platform))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_divergence_of_several_adapters_lowers(accelerators, platform):
+    """On one device; the base is read once for all of them, and attention has its kernel."""
+    run = run_on(platform, 1, config())
+    prefill = next(program for program in generation(run) if program.name == "prefill")
+    base, factors, packed = prefill.arguments
+    like = packed.tokens.sharding
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=like)
+
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype, sharding=x.sharding), factors
+    )
+    rows = (divergence.ROWS_EACH, 256)
+    batch = packing.Batch(*(of(np.float32 if n == "mask" else np.int32, *rows) for n in BATCH))
+    places = of(np.int32, 2, divergence.CHUNK_EACH)
+    function = jax.jit(functools.partial(divergence._from_first, run.model))
+    each = prefill._replace(function=function, arguments=(base, stacked, batch, places))
+    text = text_of(each, platform)
+    _, with_base, _ = base_products(text)
+    assert with_base and all(not dot.batched for dot in with_base)
+    assert TARGET[prefill.attention] in kernels(text)
 
 
 WINDOWS = {"windowed_layers": (0, 1), "window": 96}

@@ -25,7 +25,7 @@ from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.models import lora
 from fedsafe_jax.models.adapter_hash import adapter_hash
 from fedsafe_jax.models.base_model import model_folder
-from fedsafe_jax.pipeline import attribution, clients, round_setup
+from fedsafe_jax.pipeline import attribution, clients, harm_by_client, round_setup
 from fedsafe_jax.pipeline.arms import planned_arms
 from fedsafe_jax.pipeline.inputs import load_inputs
 from fedsafe_jax.pipeline.refusal_probe import PROBE_TOKENS
@@ -144,7 +144,7 @@ def planted(seed, t, malicious=(1, 4)):
 def test_planted_attackers_are_ranked_first():
     rows = [planted(seed, t) for seed in (0, 1) for t in range(3)]
     rows.append({"arm": "base", "seed": 0, "round": 0})
-    arm = attribution.summarise(rows)["fl"]
+    arm = harm_by_client.summarise(rows)["fl"]
     took_part = [i for t in range(3) for i in rows[t]["attribution"]["clients"]]
     first = [line for line in arm["clients"] if line["seed"] == 0]
     assert {line["client"]: line["rounds"] for line in first} == {
@@ -182,7 +182,7 @@ def test_without_known_attackers_there_is_a_table_alone():
         "flagged": [0, 1, 1, 1],
         "dropped": [0] * 4,
     }
-    summary = attribution.summarise([row])["fl"]
+    summary = harm_by_client.summarise([row])["fl"]
     assert summary.keys() == {"clients"}
     assert summary["clients"][0]["relative_divergence"] is None
     assert [line["flagged_share"] for line in summary["clients"]] == [None, 0.25, 0.25, 0.25]

@@ -12,7 +12,7 @@ from fedsafe_jax.data import chat
 from fedsafe_jax.data.examples import Example
 from fedsafe_jax.evals import judges
 from fedsafe_jax.filters.pairs import drop_mislabelled, hard_negatives
-from fedsafe_jax.pipeline import constitutional, filtering
+from fedsafe_jax.pipeline import constitutional, new_answers
 from fedsafe_jax.pipeline.refusal_probe import Probe
 from fedsafe_jax.runtime.progress import PhaseTimer
 
@@ -42,10 +42,10 @@ def test_a_flagged_answer_is_rewritten_in_its_dialogue(monkeypatch):
             threads.append([tuple(turns) for turns in dialogues])
             return ["I'm sorry, but no."] * len(dialogues), np.ones(len(dialogues), bool)
 
-    monkeypatch.setattr(filtering, "ChatSession", Session)
+    monkeypatch.setattr(new_answers, "ChatSession", Session)
     pairs = [Example(turns, "Sure, here it is.", "unsafe") for turns in (KNOT, BREAD, (LAST,))]
     principles = constitution.load("package:constitution")
-    answers = filtering.revise_answers(
+    answers = new_answers.revise_answers(
         None, principles, pairs, max_new_tokens=8, seed=0, refuses=judges.refuses("start")
     )
     assert answers == ["I'm sorry, but no."] * 3

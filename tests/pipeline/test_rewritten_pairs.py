@@ -13,7 +13,7 @@ from fedsafe_jax.evals import judges
 from fedsafe_jax.filters import rewriting
 from fedsafe_jax.filters.actions import FilterCounts
 from fedsafe_jax.inference.language_model import LanguageModel
-from fedsafe_jax.pipeline import filtering, read_files
+from fedsafe_jax.pipeline import filtering, new_answers, read_files
 from fedsafe_jax.pipeline.clients import Clients
 from fedsafe_jax.pipeline.filtering import Verdicts
 from fedsafe_jax.report import safety_filter
@@ -100,12 +100,12 @@ def test_revise_is_what_it_was(config, inputs, monkeypatch):
             ]
             return said, np.ones(len(said), bool)
 
-    monkeypatch.setattr(filtering, "ChatSession", Session)
+    monkeypatch.setattr(new_answers, "ChatSession", Session)
     monkeypatch.setattr(rewriting, "rewrite", None)
     config.filter.rewrite, config.filter.instruction = "revise", ""
     verdicts = Verdicts(P, 0.5, make_filter=None)
     left = filtering.apply_action(config, inputs, CLIENTS, verdicts, seed=0)
-    revised = filtering.revise_answers(
+    revised = new_answers.revise_answers(
         dataclasses.replace(inputs.lm, adapter=None),
         inputs.constitution,
         CLIENTS[0][1:],
